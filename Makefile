@@ -1,0 +1,48 @@
+# Everything runs in a virtual environment that the first command makes.
+# make PYTHON=python3.12 test   uses another interpreter (its own environment).
+PYTHON ?= python3
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+VENV ?= .venv/$(VERSION)
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CONFIG ?= configs/tiny.py
+WORKDIR ?= runs/tiny
+ARGS ?=
+
+.PHONY: train test lint format bench clean setup help
+
+help:                     ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
+
+train: $(READY)           ## train the tiny tapered model (WORKDIR=..., ARGS="--training.num_steps 1200")
+	$(BIN)/python train.py --config $(CONFIG) --workdir $(WORKDIR) $(ARGS)
+
+test: $(READY)            ## run all tests on 8 simulated devices (ARGS="-k name" to choose)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+lint: $(READY)            ## ruff, types and import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)          ## mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)           ## compile time and step time, written to docs/speed.md
+	$(BIN)/python -m benchmarks.compile_time
+	$(BIN)/python -m benchmarks.step_time
+
+clean:                    ## remove the environment and caches; runs/ stays
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+setup: $(READY)           ## only make the environment
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo "tlm-jax needs Python 3.11 or 3.12, and $(PYTHON) is $(VERSION): make PYTHON=python3.12 ..."; exit 1; }
+	@echo "Setting up $(VENV) (a few minutes, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,41 @@
+"""A tapered model small enough to train on a laptop in minutes.
+
+Command:   python train.py --config configs/tiny.py --workdir runs/tiny
+Uniform:   the same with --model.taper.schedule uniform (equal parameters and FLOPs)
+Hardware:  a CPU; no accelerator needed
+Data:      the text and the 4,096-token BPE that the package carries
+Expected:  not measured yet
+
+Shape, learning rate and length are our choice; cosine 1.5 to 0.5 in multiples of
+16 is the paper's taper (arXiv 2606.23670).
+"""
+
+from tlm_jax.config import (
+    AttentionConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TaperConfig,
+    TrainingConfig,
+)
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        name="tiny",
+        model=ModelConfig(
+            vocab_size=4096,
+            num_layers=8,
+            d_model=192,
+            mlp_width=512,
+            taper=TaperConfig(schedule="cosine", start=1.5, end=0.5, multiple_of=16),
+            mixer=AttentionConfig(num_heads=4),
+            remat="none",
+        ),
+        data=DataConfig(seq_len=256, batch_size=16),
+        optimizer=OptimizerConfig(
+            learning_rate=2.5e-3, final_learning_rate=2.5e-4, warmup_steps=50
+        ),
+        training=TrainingConfig(num_steps=600, eval_every=100, checkpoint_every=100),
+    )

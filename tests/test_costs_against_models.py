@@ -1,0 +1,104 @@
+"""The cost model against real parameter trees and against what XLA and JAX count."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tlm_jax import config_io, costs
+from tlm_jax.config import AttentionConfig, ModelConfig, TaperConfig
+from tlm_jax.models import skeleton
+
+SIZES = ("tiny", "tlm_440m", "tlm_760m", "tlm_1_3b")
+SEQ_LEN = 32
+SMALL = ModelConfig(
+    vocab_size=128,
+    num_layers=4,
+    d_model=64,
+    mlp_width=128,
+    taper=TaperConfig(schedule="linear"),
+    mixer=AttentionConfig(num_heads=4, num_kv_heads=2, qk_norm=True),
+    tie_embeddings=False,
+    scan_layers=False,
+    remat="none",
+    compute_dtype="float32",
+)
+
+
+@pytest.mark.parametrize("schedule", ["uniform", "linear", "cosine", "sigmoid", "groups"])
+@pytest.mark.parametrize("name", SIZES)
+def test_parameters_equal_the_real_tree(name: str, schedule: str):
+    """Per part and in all, tapered and uniform, for every size and schedule."""
+    model = config_io.load_config(f"configs/{name}.py").model
+    taper = dataclasses.replace(model.taper, schedule=schedule)
+    model = dataclasses.replace(model, taper=taper)
+    planned = costs.model_costs(model, 128)
+    real = skeleton(model)
+    assert planned.parameters == real.num_params
+    assert skeleton(model.uniform_twin()).num_params == real.num_params
+
+    def size(tree) -> int:
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+    blocks = real.shapes["segments"].values()
+    assert planned.mlp_parameters == sum(size(block["mlp"]) for block in blocks)
+    assert planned.mixer_parameters == sum(size(block["mixer"]) for block in blocks)
+    per_layer = [
+        size(block) // block["mixer_norm"]["scale"].shape[0]
+        for block in blocks
+        for _ in range(block["mixer_norm"]["scale"].shape[0])
+    ]
+    assert [layer.parameters for layer in planned.layers] == per_layer
+
+
+def _forward(config: ModelConfig):
+    model = skeleton(config)
+
+    def forward(params, ids):
+        built = model.merge(params)
+        return built.logits(built(ids)[0])
+
+    return forward, (model.shapes, jax.ShapeDtypeStruct((2, SEQ_LEN), jnp.int32))
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_forward_flops_equal_the_products_in_the_program(tie: bool):
+    """2*M*N*K over every matrix product that JAX traces: equal to the last one."""
+    config = dataclasses.replace(SMALL, tie_embeddings=tie)
+    forward, inputs = _forward(config)
+
+    def products(jaxpr) -> int:
+        total = sum(
+            products(sub) for eqn in jaxpr.eqns for sub in jax.core.jaxprs_in_params(eqn.params)
+        )
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "dot_general":
+                (contracted, _), _ = eqn.params["dimension_numbers"]
+                inner = math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
+                total += 2 * inner * eqn.outvars[0].aval.size
+        return total
+
+    counted = products(jax.make_jaxpr(forward)(*inputs).jaxpr)
+    assert counted == costs.model_costs(config, SEQ_LEN).forward_flops_full * 2 * SEQ_LEN
+
+
+def test_flops_agree_with_xla_on_an_unrolled_model():
+    """XLA also counts elementwise work, so it sees a little more: forward and training."""
+    planned = costs.model_costs(SMALL, SEQ_LEN)
+    tokens = 2 * SEQ_LEN
+    forward, inputs = _forward(SMALL)
+    seen = jax.jit(forward).lower(*inputs).compile().cost_analysis()["flops"] / tokens
+    assert 1.0 <= seen / planned.forward_flops_full < 1.1
+    loss = jax.grad(lambda p, ids: jnp.mean(jax.nn.logsumexp(forward(p, ids), axis=-1)))
+    seen = jax.jit(loss).lower(*inputs).compile().cost_analysis()["flops"] / tokens
+    assert 1.0 <= seen / planned.training_flops_full < 1.1
+
+
+def test_a_taper_moves_flops_without_changing_their_sum():
+    forward, inputs = _forward(SMALL)
+    twin, twin_inputs = _forward(dataclasses.replace(SMALL.uniform_twin(), scan_layers=False))
+    tapered = jax.jit(forward).lower(*inputs).compile().cost_analysis()["flops"]
+    uniform = jax.jit(twin).lower(*twin_inputs).compile().cost_analysis()["flops"]
+    assert tapered == pytest.approx(uniform, rel=1e-3)

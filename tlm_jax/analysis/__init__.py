@@ -1,0 +1,1 @@
+"""Plans, plots and reports; importing it loads neither jax nor matplotlib."""

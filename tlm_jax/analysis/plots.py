@@ -1,0 +1,312 @@
+"""Pictures of a taper and of a training run, as PNG files.
+
+`python -m tlm_jax.analysis.plots docs/images/taper.png` draws the picture of the README.
+"""
+
+import contextlib
+import json
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from tlm_jax import costs as costs_lib
+from tlm_jax import taper as taper_lib
+from tlm_jax.analysis.plan import short_count
+from tlm_jax.config import ModelConfig
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Path = str | pathlib.Path
+
+_DPI = 160
+_INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
+_WIDE, _NARROW, _TRAIN, _EVAL = "#0b5c8a", "#8fd0e8", "#9fb8cc", "#c2410c"
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.edgecolor": _MUTED,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "text.color": _INK,
+}
+
+
+def plot_plan(model: ModelConfig, path: Path) -> None:
+    """Draws the MLP width of every layer against the uniform width.
+
+    Args:
+      model: the model; every block is a segment.
+      path: the PNG to write; folders are made.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    widths = model.mlp_widths
+    stairs = taper_lib.segments(widths)
+    parameters = costs_lib.model_costs(model, seq_len=1).parameters
+    with _figure(path, figsize=(8.0, 4.5)) as figure:
+        axes = figure.subplots()
+        for segment in stairs:
+            # One block per segment, for one scan runs its layers; thin lines part those.
+            left, right = segment.start - 0.44, segment.stop - 0.56
+            axes.bar(
+                left,
+                segment.width,
+                width=right - left,
+                align="edge",
+                color=_shade(segment.width, widths),
+                zorder=2,
+            )
+            inner = [layer - 0.5 for layer in range(segment.start + 1, segment.stop)]
+            axes.vlines(inner, 0, segment.width, color="white", linewidth=0.5, zorder=3)
+        _uniform_line(axes, model.mlp_width, len(widths))
+        axes.set_xlim(-0.7, len(widths) - 0.3)
+        axes.set_ylim(0, max(*widths, model.mlp_width) * 1.12)
+        axes.set_xlabel("layer (0 reads the embeddings)")
+        axes.set_ylabel("MLP width")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.grid(axis="y", color=_GRID, zorder=0)
+        _label_ends(axes, widths)
+        noun = "segment" if len(stairs) == 1 else "segments"
+        axes.set_title(
+            f"{short_count(parameters)} parameters, {len(widths)} layers in {len(stairs)} {noun}",
+            pad=22,
+        )
+        axes.text(
+            0,
+            1.03,
+            f"sum of widths {sum(widths):,} = {len(widths)} x {model.mlp_width:,}, "
+            "exactly that of the uniform model",
+            transform=axes.transAxes,
+            color=_MUTED,
+        )
+
+
+def _uniform_line(axes: "Axes", width: int, layers: int) -> None:
+    axes.axhline(width, color=_EVAL, linestyle=(0, (5, 3)), linewidth=1.6, zorder=4)
+    axes.annotate(
+        f"uniform: {width:,}",
+        (layers - 0.4, width),
+        xytext=(0, 5),
+        textcoords="offset points",
+        ha="right",
+        va="bottom",
+        color=_EVAL,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85},
+        zorder=5,
+    )
+
+
+def _label_ends(axes: "Axes", widths: Sequence[int]) -> None:
+    """Writes the first and the last width over their bars."""
+    for layer, side in ((0, "left"), (len(widths) - 1, "right")):
+        if layer and widths[layer] == widths[0]:
+            continue
+        axes.annotate(
+            f"{widths[layer]:,}",
+            (layer - 0.43 if side == "left" else layer + 0.43, widths[layer]),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha=side,
+            zorder=5,
+        )
+
+
+def plot_taper(path: Path, *, num_layers: int = 24, base_width: int = 4096) -> None:
+    """Draws the idea: a uniform and a tapered stack side by side, layers upwards.
+
+    Args:
+      path: the PNG to write.
+      num_layers: depth of both.
+      base_width: mean MLP width of both; the taper is cosine, 1.5 to 0.5.
+    """
+    uniform = taper_lib.layer_widths(num_layers, base_width, "uniform")
+    tapered = taper_lib.layer_widths(num_layers, base_width)
+    with _figure(path, figsize=(8.4, 4.6)) as figure:
+        panels = figure.subplots(1, 2, sharex=True, sharey=True)
+        reach = max(tapered) * 0.56
+        for axes, widths, name in zip(
+            panels, (uniform, tapered), ("uniform", "tapered"), strict=True
+        ):
+            for layer, width in enumerate(widths):
+                axes.barh(layer, width, left=-width / 2, height=0.8, color=_shade(width, tapered))
+            for layer in (0, num_layers - 1):
+                axes.annotate(
+                    f"{widths[layer]:,}",
+                    (widths[layer] / 2, layer),
+                    xytext=(5, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=9,
+                    color=_MUTED,
+                )
+            axes.set_title(name, loc="center")
+            axes.set_xlim(-reach, reach * 1.12)
+            axes.set_axis_off()
+        dashed = {"color": _EVAL, "linestyle": (0, (5, 3)), "linewidth": 1.3}
+        for x in (-base_width / 2, base_width / 2):
+            panels[1].plot([x, x], [-0.6, num_layers - 0.4], **dashed)
+        panels[1].text(
+            base_width / 2 + reach * 0.03,
+            num_layers - 1.6,
+            "uniform width",
+            color=_EVAL,
+            fontsize=9,
+            va="center",
+        )
+        for layer, words in ((0, "first layer"), (num_layers - 1, "last layer")):
+            panels[0].text(-reach * 1.02, layer, words, ha="right", va="center", color=_MUTED)
+        panels[0].annotate(
+            "",
+            (-reach * 1.2, num_layers - 2.2),
+            xytext=(-reach * 1.2, 1.2),
+            arrowprops={"arrowstyle": "->", "color": _MUTED},
+            annotation_clip=False,
+        )
+        figure.supxlabel(
+            f"MLP width of {num_layers} layers. Both stacks: {sum(tapered):,} hidden units, "
+            "the same parameters, the same FLOPs.",
+            fontsize=10,
+            color=_INK,
+        )
+
+
+def plot_curves(metrics: Path, path: Path) -> None:
+    """Draws the losses and the learning rate of a run.
+
+    Args:
+      metrics: JSON lines with `step`, `kind` ("train" or "eval"), `loss` in nats and, for
+        train, `tokens` and `learning_rate`. Of lines with the same kind and step the last
+        counts (a resumed run repeats steps); a torn last line is passed over.
+      path: the PNG to write.
+
+    Raises:
+      ValueError: the file has no finite loss.
+    """
+    train, evaluation = (_series(metrics, kind) for kind in ("train", "eval"))
+    if not train and not evaluation:
+        raise ValueError(f"{metrics} has no losses to draw")
+    with _figure(path, figsize=(8.0, 5.2)) as figure:
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+        if train:
+            steps = [row["step"] for row in train]
+            losses = [row["loss"] for row in train]
+            faint = len(train) > 60
+            top.plot(steps, losses, color=_TRAIN, linewidth=1, label=None if faint else "training")
+            if faint:
+                smooth = _smooth(losses)
+                top.plot(steps, smooth, color=_WIDE, linewidth=1.8, label="training (smoothed)")
+        if evaluation:
+            last = evaluation[-1]
+            top.plot(
+                [row["step"] for row in evaluation],
+                [row["loss"] for row in evaluation],
+                color=_EVAL,
+                marker="o",
+                markersize=4.5,
+                linewidth=1.6,
+                label="validation",
+            )
+            top.annotate(
+                f"{last['loss']:.3f}",
+                (last["step"], last["loss"]),
+                xytext=(0, 8),
+                textcoords="offset points",
+                ha="right",
+                color=_EVAL,
+            )
+        top.set_ylabel("loss (nats per token)")
+        top.legend(frameon=False)
+        # The first steps would squeeze the rest of the curve.
+        shown = [row["loss"] for row in (*train[len(train) // 50 :], *evaluation)]
+        margin = 0.06 * (max(shown) - min(shown)) or 0.1
+        top.set_ylim(min(shown) - margin, max(shown) + margin)
+        _token_scale(top, train)
+        rates = [row for row in train if "learning_rate" in row]
+        bottom.plot(
+            [row["step"] for row in rates],
+            [row["learning_rate"] for row in rates],
+            color=_INK,
+            linewidth=1.4,
+        )
+        bottom.set_ylim(bottom=0)
+        bottom.set_ylabel("learning rate")
+        bottom.set_xlabel("step")
+        bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        bottom.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        for axes in (top, bottom):
+            axes.grid(color=_GRID)
+            axes.set_axisbelow(True)
+        figure.align_ylabels()
+
+
+def _series(metrics: Path, kind: str) -> list[dict[str, Any]]:
+    """The finite rows of one kind, by step; the last line of a step wins."""
+    rows: dict[int, dict[str, Any]] = {}
+    for line in pathlib.Path(metrics).read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # a killed run may leave half a line
+        if isinstance(row, dict) and row.get("kind") == kind and "step" in row:
+            rows[row["step"]] = row
+    finite = (row for row in rows.values() if abs(row.get("loss") or float("nan")) < float("inf"))
+    return sorted(finite, key=lambda row: row["step"])
+
+
+def _smooth(values: Sequence[float]) -> list[float]:
+    """Mean over a centred window of about a thirtieth of the run."""
+    half = max(len(values) // 60, 1)
+    last = len(values) - 1
+    # Narrower towards the ends, so that it stays centred and the ends are not biased.
+    reach = [min(half, i, last - i) for i in range(len(values))]
+    return [sum(values[i - r : i + r + 1]) / (2 * r + 1) for i, r in enumerate(reach)]
+
+
+def _token_scale(axes: "Axes", train: Sequence[dict[str, Any]]) -> None:
+    """Adds tokens seen as a second scale on top, as they are proportional to steps."""
+    last = train[-1] if train else {}
+    if not last.get("tokens") or not last["step"]:
+        return
+    per_step = last["tokens"] / last["step"]
+    scale = axes.secondary_xaxis("top", (lambda x: x * per_step, lambda x: x / per_step))
+    scale.set_xlabel("tokens")
+    scale.xaxis.set_major_formatter(lambda value, _: short_count(value))
+
+
+def _shade(width: float, widths: Sequence[int]) -> str:
+    """Darker for wider layers."""
+    low, high = min(widths), max(widths)
+    share = 0.5 if low == high else (width - low) / (high - low)
+    pairs = [(int(_NARROW[i : i + 2], 16), int(_WIDE[i : i + 2], 16)) for i in (1, 3, 5)]
+    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in pairs)
+
+
+@contextlib.contextmanager
+def _figure(path: Path, figsize: tuple[float, float]) -> Iterator["Figure"]:
+    """A figure in the house style, saved to `path` on leaving.
+
+    It is made without pyplot, so nothing asks for a window system or keeps state.
+    """
+    import matplotlib as mpl  # slow to import, and few commands draw
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=figsize, dpi=_DPI, layout="constrained")
+        yield figure
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, facecolor="white", format="png")
+
+
+if __name__ == "__main__":
+    plot_taper(sys.argv[1])

@@ -1,0 +1,271 @@
+"""The command line: tlm train, tlm eval, tlm plan.
+
+Heavy libraries are imported inside the verbs, so that `tlm plan` and every
+help text answer without JAX.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import io
+import json
+import logging
+import os
+import pathlib
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import tyro
+from rich.console import Console
+
+from tlm_jax import config_io
+from tlm_jax.config import RunConfig, UserError
+
+_Run = Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainCommand:
+    """Train a model, or continue the run that lies in the run folder."""
+
+    config: pathlib.Path
+    """Python file with get_config(), such as configs/tiny.py."""
+    run: _Run
+    workdir: pathlib.Path | None = None
+    """Run folder: checkpoints, metrics, samples, curves. None is runs/NAME."""
+    allow_config_change: bool = False
+    """Continue a run although its config has changed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalCommand:
+    """Validation loss, perplexity and bits per byte of a checkpoint."""
+
+    checkpoint: pathlib.Path
+    """Run folder."""
+    run: _Run
+    step: int | None = None
+    """Step of the checkpoint; None is the newest."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanCommand:
+    """Widths, segments, parameters, FLOPs and memory of a config, without a device."""
+
+    config: pathlib.Path
+    """Python file with get_config(), such as configs/tlm_440m.py."""
+    run: _Run
+    png: pathlib.Path | None = None
+    """Where to draw the widths; None is NAME_plan.png in the current folder."""
+
+
+def train(argv: Sequence[str], prog: str) -> int:
+    """Runs `tlm train`; returns the exit status."""
+    defaults = config_io.load_config(_path_after("--config", argv, prog))
+    command = _parse(TrainCommand, argv, prog, config=tyro.MISSING, run=defaults)
+    workdir = command.workdir or pathlib.Path("runs") / command.run.name
+    _quiet_libraries()
+    from tlm_jax.analysis import plan, plots
+    from tlm_jax.training import loop, metrics
+
+    console = Console()
+    trainer = loop.Trainer(
+        command.run, workdir, console, allow_config_change=command.allow_config_change
+    )
+    if trainer.is_main:
+        for line in plan.summary_lines(command.run):
+            console.print(line, highlight=False)
+    outcome = trainer.run()
+    if not trainer.is_main:
+        return 0
+    curves = workdir / "curves.png"
+    if not outcome.already_complete:
+        try:
+            plots.plot_curves(workdir / metrics.METRICS_FILE, curves)
+        except OSError as error:
+            console.print(f"[yellow]{curves} is not drawn:[/] {error.strerror}", soft_wrap=True)
+    if outcome.stopped_by:
+        what = f"at step {outcome.step}, and saved" if outcome.step else "before the first step"
+        console.print(
+            f"Stopped by {outcome.stopped_by} {what}; the same command continues.",
+            soft_wrap=True,
+        )
+        return 0
+    last = metrics.last_record(workdir, "eval")
+    loss = f", validation loss {last['loss']:.4f}" if last else ""
+    console.print(
+        f"[green]The run in {workdir} is complete[/] at step {outcome.step}{loss}.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    samples = workdir / loop.SAMPLES_FILE
+    console.print(
+        f"  curves {curves}{f'   samples {samples}' if samples.is_file() else ''}\n"
+        f"  evaluate: python eval.py --checkpoint {workdir}\n"
+        f"  go on:    add --training.num_steps {2 * outcome.step} to the command",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
+
+
+def evaluate(argv: Sequence[str], prog: str) -> int:
+    """Runs `tlm eval`; returns the exit status."""
+    folder = _path_after("--checkpoint", argv, prog)
+    _quiet_libraries()
+    from tlm_jax.evaluation import report
+    from tlm_jax.training import restore
+
+    wanted = _option_value("--step", argv) or ""
+    step, metadata = restore.saved_metadata(folder, int(wanted) if wanted.isdigit() else None)
+    defaults = restore.saved_config(metadata)
+    command = _parse(EvalCommand, argv, prog, checkpoint=tyro.MISSING, run=defaults)
+    console = Console()
+    result = restore.evaluate(folder, step, command.run)
+    console.print(report.table(folder, step, result))
+    record = {"checkpoint": str(folder), "step": step} | dataclasses.asdict(result)
+    text = json.dumps(record)
+    with contextlib.suppress(OSError):  # a read-only run can still be evaluated
+        (folder / "eval.json").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    return 0
+
+
+def plan(argv: Sequence[str], prog: str) -> int:
+    """Runs `tlm plan`; returns the exit status."""
+    defaults = config_io.load_config(_path_after("--config", argv, prog))
+    command = _parse(PlanCommand, argv, prog, config=tyro.MISSING, run=defaults)
+    from tlm_jax.analysis import plan as plan_lib
+    from tlm_jax.analysis import plots
+
+    console = Console()
+    plan_lib.plan(command.run, console)
+    png = command.png or pathlib.Path(f"{command.run.name}_plan.png")
+    try:
+        plots.plot_plan(command.run.model, png)
+    except OSError as error:
+        raise UserError(f"cannot write {png}: {error.strerror}") from error
+    console.print(f"Drawn in {png}", highlight=False)
+    return 0
+
+
+VERBS: dict[str, tuple[Callable[[Sequence[str], str], int], type]] = {
+    "train": (train, TrainCommand),
+    "eval": (evaluate, EvalCommand),
+    "plan": (plan, PlanCommand),
+}
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Entry point of `tlm`, `train.py` and `eval.py`; returns the exit status.
+
+    A user's mistake is one line on standard error and status 1 or 2.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    verb = argv[0] if argv else "--help"
+    if verb in ("-h", "--help"):
+        print("usage: tlm VERB ...\n")
+        for name, (_, command) in VERBS.items():
+            print(f"  tlm {name:6} {(command.__doc__ or '').splitlines()[0]}")
+        print("\ntlm VERB --help says more.")
+        return 0
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return _fail(f"unknown verb {verb!r}{hint} (one of {', '.join(VERBS)})", 2)
+    try:
+        return VERBS[verb][0](argv[1:], prog or f"tlm {verb}")
+    except UserError as error:
+        return _fail(str(error), 1)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing after the last checkpoint is kept", 130)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status
+
+
+def _option_value(option: str, argv: Sequence[str]) -> str | None:
+    for index, word in enumerate(argv):
+        if word == option and index + 1 < len(argv):
+            return argv[index + 1]
+        if word.startswith(option + "="):
+            return word.partition("=")[2]
+    return None
+
+
+def _path_after(option: str, argv: Sequence[str], prog: str) -> pathlib.Path:
+    """The value of an option that decides what the other options' defaults are."""
+    value = _option_value(option, argv)
+    if value is not None:
+        return pathlib.Path(value)
+    if "-h" in argv or "--help" in argv:
+        example = "--config configs/tiny.py" if option == "--config" else "--checkpoint runs/tiny"
+        print(
+            f"usage: {prog} {option} PATH [OPTIONS]\n\n"
+            f"The options and their defaults depend on it: {prog} {example} --help"
+        )
+        raise SystemExit(0)
+    raise UserError(f"{prog} needs {option} PATH")
+
+
+def _parse(command: type, argv: Sequence[str], prog: str, **defaults: Any) -> Any:
+    """Parses with tyro; its boxed complaints become one line."""
+    complaint = io.StringIO()
+    default = command(**defaults)
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(command, prog=prog, args=list(argv), default=default)
+    except SystemExit as error:
+        if error.code in (0, None):
+            raise
+        raise UserError(_one_line(complaint.getvalue())) from None
+    except ValueError as error:  # what RunConfig itself refuses; its parts are tyro's to report
+        raise UserError(str(error)) from error
+
+
+def _one_line(box: str) -> str:
+    """The message inside tyro's box, and the first option it suggests."""
+    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
+    message: list[str] = []
+    for line in lines[1:]:
+        if set(line) <= {"─"}:
+            break
+        message.append(line)
+    text = re.sub(r"Error parsing (run\.?)?", "", " ".join(message))
+    if "Perhaps you meant:" in box:
+        suggestion = re.search(r"Perhaps you meant:.*?(--[^\s,]+)", box, re.DOTALL)
+        if suggestion:
+            text += f"; did you mean {suggestion[1]}?"
+    return text
+
+
+@functools.cache
+def _quiet_libraries() -> None:
+    """Keeps the chatter of TFDS, Orbax, asyncio and XLA from a user's terminal.
+
+    What fails in their threads is raised in ours as well, and becomes one line there.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    show = sys.unraisablehook
+
+    def show_others(unraisable: Any) -> None:
+        # TensorStore's threads report here that nobody is left to hear of a failed read.
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            show(unraisable)
+
+    sys.unraisablehook = show_others

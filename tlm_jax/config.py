@@ -1,0 +1,254 @@
+"""Run configuration: frozen dataclasses and their validation.
+
+A run is one `RunConfig`. Files under `configs/` define `get_config()`, which
+returns one; every field can be overridden on the command line by its dotted
+name (`--model.taper.start 1.25`). Fields marked `_may_change()` do not alter
+what a run has learned or the order of its data, so a resumed run may change
+them; all others must stay as they were when the run began.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from tlm_jax import taper as taper_lib
+from tlm_jax.mixers import AttentionConfig, MixerConfig
+from tlm_jax.validation import divisors, require, round_up
+
+
+class UserError(Exception):
+    """A mistake the user can mend; shown as one line, without a stack trace."""
+
+
+def _may_change(default: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"may_change": True})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaperConfig:
+    """How MLP width is spread over depth (arXiv 2606.23670, section 3)."""
+
+    schedule: taper_lib.Schedule = "cosine"
+    """Curve from first to last layer; uniform turns tapering off."""
+    start: float = 1.5
+    """Width of the first layer relative to mlp_width (groups: of the heavy third)."""
+    end: float = 0.5
+    """Width of the last layer relative to mlp_width (groups: not used)."""
+    steepness: float = 10.0
+    """Steepness of the sigmoid schedule (our choice; the paper gives none)."""
+    heavy: taper_lib.Third = "early"
+    """Which third of the depth is wide in the groups schedule."""
+    widths: tuple[int, ...] = ()
+    """The widths themselves, one a layer, for schedule=explicit."""
+    multiple_of: int = 16
+    """Widths are multiples of this: 16 as in the paper, 128 for TPU lanes."""
+    num_segments: int | None = None
+    """Approximate the curve by this many stairs, to buy compile time; None is exact."""
+
+    def apply(self, num_layers: int, base_width: int) -> tuple[int, ...]:
+        """The width of each layer; see `taper.layer_widths`."""
+        return taper_lib.layer_widths(
+            num_layers,
+            base_width,
+            self.schedule,
+            self.start,
+            self.end,
+            steepness=self.steepness,
+            heavy=self.heavy,
+            widths=self.widths,
+            multiple_of=self.multiple_of,
+            num_segments=self.num_segments,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only language model: pre-norm mixer and SwiGLU MLP, no biases."""
+
+    vocab_size: int = 4096
+    """Rows of the embedding table; at least the tokenizer's vocabulary."""
+    num_layers: int = 8
+    """Blocks, each a mixer followed by an MLP."""
+    d_model: int = 256
+    """Width of the residual stream."""
+    mlp_width: int = 704
+    """Mean MLP width (d_ff); the taper moves it between layers."""
+    taper: TaperConfig = dataclasses.field(default_factory=TaperConfig)
+    mixer: MixerConfig = dataclasses.field(default_factory=AttentionConfig)
+    tie_embeddings: bool = True
+    """Use the embedding table as the output head too."""
+    norm_eps: float = 1e-6
+    """Added to the mean square in RMSNorm."""
+    init_std: float | None = None
+    """Standard deviation of weights at the start; None is 1/sqrt(fan-in) (our choice)."""
+    remat: Literal["none", "dots", "full"] = "full"
+    """What the backward pass recomputes: nothing, all but matrix products, or each whole layer."""
+    scan_layers: bool = True
+    """Scan over the layers of a segment; off unrolls them (longer compile)."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the layers; auto is float32 on CPU, bfloat16 elsewhere."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_layers", "d_model", "mlp_width"):
+            value = getattr(self, name)
+            require(value > 0, f"{name} is {value}; it must be at least 1")
+        self.mixer.check(self.d_model)
+        _ = self.mlp_widths  # an impossible taper is an error here, not later
+
+    @property
+    def mlp_widths(self) -> tuple[int, ...]:
+        """MLP width of each layer, first to last."""
+        try:
+            return self.taper.apply(self.num_layers, self.mlp_width)
+        except taper_lib.TaperError as error:
+            raise ValueError(str(error).replace("base_width", "mlp_width")) from None
+
+    def uniform_twin(self) -> "ModelConfig":
+        """The same model without a taper: every layer `mlp_width` wide."""
+        return dataclasses.replace(self, taper=TaperConfig(schedule="uniform", multiple_of=1))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Text, tokenizer and batches."""
+
+    path: str | None = None
+    """A text file or a folder of them; None is the prose that the package carries."""
+    tokenizer: str | None = None
+    """tokenizer.json, SentencePiece .model, or bytes; None is the package's own 4,096-token BPE."""
+    seq_len: int = 256
+    """Tokens in a sequence."""
+    batch_size: int = 16
+    """Sequences in a step, over all devices."""
+    validation_fraction: float = 0.05
+    """Share of a user's own text that is held out, in whole documents."""
+    seed: int = 0
+    """Seed of the order of documents."""
+    num_workers: int = 0
+    """Reader processes; batches depend on it, so it is fixed for a run."""
+    cache_dir: str | None = None
+    """Where prepared text is kept; None is $XDG_CACHE_HOME/tlm_jax or ~/.cache/tlm_jax."""
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "batch_size"):
+            value = getattr(self, name)
+            require(value > 0, f"{name} is {value}; it must be at least 1")
+        require(self.num_workers >= 0, f"num_workers is {self.num_workers}; 0 means in-process")
+        require(
+            0.0 < self.validation_fraction < 1.0,
+            f"validation_fraction={self.validation_fraction} must lie between 0 and 1",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up and cosine decay."""
+
+    learning_rate: float = 4e-4
+    """Peak learning rate."""
+    final_learning_rate: float = 4e-5
+    """Learning rate at the last step."""
+    warmup_steps: int = 1000
+    """Steps from zero to the peak."""
+    weight_decay: float = 0.1
+    """Decoupled decay, on matrices only (not on norm scales)."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive")
+        require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must not be negative")
+        require(self.clip_norm > 0, f"clip_norm={self.clip_norm} must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The loop: steps, evaluation, checkpoints."""
+
+    num_steps: int = _may_change(1000)
+    """Optimizer steps in all; raise it to continue a finished run."""
+    grad_accumulation: int = 1
+    """Split each batch into this many parts, one after the other, to save memory."""
+    loss_chunk: int = 128
+    """Positions whose float32 logits exist at a time; 0 is the whole sequence."""
+    z_loss: float = 0.0
+    """Weight of log(Z)^2, which keeps logits from drifting."""
+    log_every: int = _may_change(10)
+    """Steps between log lines."""
+    eval_every: int = _may_change(200)
+    """Steps between evaluations (also at the end); 0 is only at the end."""
+    eval_batches: int | None = _may_change(None)
+    """Validation batches while training; None is all, and the last evaluation always uses all."""
+    checkpoint_every: int = _may_change(200)
+    """Steps between checkpoints (also at the end); 0 is only at the end."""
+    keep_last: int = _may_change(2)
+    """Newest checkpoints kept."""
+    keep_every: int | None = _may_change(None)
+    """Also keep every checkpoint whose step is a multiple of this."""
+    max_bad_steps: int = _may_change(10)
+    """Stop after this many updates in a row skipped for a non-finite loss or gradient."""
+    sample_prompt: str = _may_change("The ")
+    """Continued at each evaluation."""
+    sample_tokens: int = _may_change(64)
+    """Length of each sample; 0 turns samples off."""
+    sample_temperature: float = _may_change(0.8)
+    """0 is greedy."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "grad_accumulation", "log_every", "keep_last", "max_bad_steps"):
+            value = getattr(self, name)
+            require(value > 0, f"{name} is {value}; it must be at least 1")
+        for name in ("loss_chunk", "eval_every", "checkpoint_every", "sample_tokens"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name} is {value}; it must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 takes what is left."""
+
+    data: int = -1
+    """Batch split, parameters copied."""
+    fsdp: int = 1
+    """Batch and parameters split, gathered layer by layer."""
+    tensor: int = 1
+    """Heads and MLP units split."""
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        require(
+            all(s == -1 or s > 0 for s in sizes) and sizes.count(-1) <= 1,
+            f"mesh data={self.data} fsdp={self.fsdp} tensor={self.tensor}: sizes must be positive, "
+            "at most one of them -1",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that defines a training run."""
+
+    name: str = "run"
+    """Shown in logs; names the default run folder."""
+    seed: int = 0
+    """Seed of the parameters and of sampling."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        batch, parts = self.data.batch_size, self.training.grad_accumulation
+        require(
+            batch % parts == 0,
+            f"data.batch_size={batch} does not divide into training.grad_accumulation={parts} "
+            f"parts; use a batch of {round_up(batch, parts)} or one of {divisors(batch)} parts",
+        )
+        chunk, length = self.training.loss_chunk, self.data.seq_len
+        require(
+            chunk == 0 or length % min(chunk, length) == 0,
+            f"training.loss_chunk={chunk} does not divide data.seq_len={length}; "
+            f"use one of {divisors(length)}, or 0",
+        )

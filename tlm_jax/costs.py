@@ -1,0 +1,339 @@
+"""Exact parameters, FLOPs and bytes of a model, layer by layer, without a device.
+
+FLOPs are those of matrix products, 2 m n k each; norms, activations, softmax and
+the embedding lookup count nothing. Causal attention is counted twice over: as the
+(L + 1) / 2 keys that a token really has ("causal"), and as all L keys, which dense
+kernels compute and the usual definition of MFU counts ("full"). Layers are
+summed, never multiplied, since their widths differ. Parameters and FLOPs are
+exact; activation bytes are an estimate, for the compiler decides.
+"""
+
+import dataclasses
+import functools
+
+from tlm_jax.config import AttentionConfig, ModelConfig, RunConfig
+
+FLOAT32_BYTES = 4
+_BACKWARD = 2  # a backward pass has two products for each forward one
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixerCosts:
+    """Costs of one layer's sequence mixer, per token where not said otherwise."""
+
+    parameters: int
+    """All parameters, with norms inside the mixer."""
+    projection_flops: int
+    """Forward FLOPs of products with parameters."""
+    mixing_flops: int
+    """Forward FLOPs between tokens, each seeing itself and those before."""
+    mixing_flops_full: int
+    """The same with every token seeing all."""
+    saved_values: int
+    """Values in the compute dtype kept for the backward pass, without remat."""
+    saved_float32: int
+    """Float32 values kept besides."""
+    dot_values: int
+    """Outputs of products with parameters, which remat "dots" keeps."""
+    cache_values: int
+    """Values a decoder keeps of each token."""
+
+
+@functools.singledispatch
+def mixer_costs(mixer: object, d_model: int, seq_len: int) -> MixerCosts:
+    """Costs of a mixer, chosen by the type of its config.
+
+    A new mixer adds its own with `@mixer_costs.register`.
+
+    Args:
+      mixer: the mixer's config.
+      d_model: width of the residual stream.
+      seq_len: tokens in a sequence.
+
+    Raises:
+      TypeError: nobody registered costs for this config.
+    """
+    raise TypeError(f"no costs are registered for {type(mixer).__name__}: see mixer_costs.register")
+
+
+@mixer_costs.register
+def _attention_costs(mixer: AttentionConfig, d_model: int, seq_len: int) -> MixerCosts:
+    heads, kv_heads, head_dim = mixer.heads(d_model)
+    queries, keys = heads * head_dim, kv_heads * head_dim
+    matrices = d_model * queries + 2 * d_model * keys + queries * d_model
+    scores = heads * seq_len
+    return MixerCosts(
+        parameters=matrices + (2 * head_dim if mixer.qk_norm else 0),
+        projection_flops=2 * matrices,
+        # Scores and weighted values, 2 * queries FLOPs each for every key seen.
+        mixing_flops=2 * queries * (seq_len + 1),
+        mixing_flops_full=4 * queries * seq_len,
+        # q, k, v, the attention weights and their product with v; q and k before qk-norm.
+        saved_values=2 * queries + 2 * keys + scores + (queries + keys if mixer.qk_norm else 0),
+        saved_float32=scores,  # softmax
+        dot_values=queries + 2 * keys + d_model,
+        cache_values=2 * keys,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerCosts:
+    """Costs of one block; FLOPs and bytes are per token."""
+
+    layer: int
+    """Index from 0."""
+    mlp_width: int
+    d_model: int
+    mixer: MixerCosts
+
+    @property
+    def mlp_parameters(self) -> int:
+        """SwiGLU: gate, up and down."""
+        return 3 * self.d_model * self.mlp_width
+
+    @property
+    def norm_parameters(self) -> int:
+        """Scales of the two RMSNorms of the block."""
+        return 2 * self.d_model
+
+    @property
+    def parameters(self) -> int:
+        return self.mixer.parameters + self.mlp_parameters + self.norm_parameters
+
+    @property
+    def forward_flops(self) -> int:
+        """Causal."""
+        return self.mixer.projection_flops + self.mixer.mixing_flops + 2 * self.mlp_parameters
+
+    @property
+    def forward_flops_full(self) -> int:
+        return self.mixer.projection_flops + self.mixer.mixing_flops_full + 2 * self.mlp_parameters
+
+    def recompute_flops(self, remat: str) -> int:
+        """Forward FLOPs (full) that the backward pass repeats."""
+        return {
+            "none": 0,
+            "dots": self.mixer.mixing_flops_full,  # products with parameters are kept
+            "full": self.forward_flops_full,
+        }[remat]
+
+    def activation_bytes(self, remat: str, value_bytes: int) -> int:
+        """Estimate of the bytes kept for the backward pass.
+
+        none: inputs and outputs of both norms (4 D), of the mixer, and gate, up,
+        silu(gate) and their product (4 F). dots: the layer's input, and each product
+        with parameters. full: the layer's input.
+        """
+        d, f = self.d_model, self.mlp_width
+        if remat == "full":
+            return d * value_bytes
+        if remat == "dots":
+            return (d + self.mixer.dot_values + 2 * f + d) * value_bytes
+        values = 4 * d + self.mixer.saved_values + 4 * f
+        return values * value_bytes + self.mixer.saved_float32 * FLOAT32_BYTES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelCosts:
+    """Costs of a model; FLOPs and bytes are per token unless said otherwise."""
+
+    seq_len: int
+    layers: tuple[LayerCosts, ...]
+    embedding_parameters: int
+    head_parameters: int
+    """0 if the embedding table is the head too."""
+    final_norm_parameters: int
+    head_flops: int
+    remat: str
+    value_bytes: int
+    """Bytes of a value in the compute dtype."""
+
+    @property
+    def mixer_parameters(self) -> int:
+        return sum(layer.mixer.parameters for layer in self.layers)
+
+    @property
+    def mlp_parameters(self) -> int:
+        return sum(layer.mlp_parameters for layer in self.layers)
+
+    @property
+    def norm_parameters(self) -> int:
+        """RMSNorms outside the mixers."""
+        return sum(layer.norm_parameters for layer in self.layers) + self.final_norm_parameters
+
+    @property
+    def non_embedding_parameters(self) -> int:
+        """All but the embedding table and the head."""
+        return self.mixer_parameters + self.mlp_parameters + self.norm_parameters
+
+    @property
+    def parameters(self) -> int:
+        return self.non_embedding_parameters + self.embedding_parameters + self.head_parameters
+
+    @property
+    def forward_flops(self) -> int:
+        """Causal, with the head."""
+        return sum(layer.forward_flops for layer in self.layers) + self.head_flops
+
+    @property
+    def forward_flops_full(self) -> int:
+        """With all pairs of tokens, with the head."""
+        return sum(layer.forward_flops_full for layer in self.layers) + self.head_flops
+
+    @property
+    def training_flops(self) -> int:
+        """Forward and backward, causal: three times the forward pass."""
+        return (1 + _BACKWARD) * self.forward_flops
+
+    @property
+    def training_flops_full(self) -> int:
+        """Forward and backward with all pairs of tokens; the usual numerator of MFU."""
+        return (1 + _BACKWARD) * self.forward_flops_full
+
+    @property
+    def recompute_flops(self) -> int:
+        """What rematerialised layers compute again."""
+        return sum(layer.recompute_flops(self.remat) for layer in self.layers)
+
+    @property
+    def hardware_flops(self) -> int:
+        """`training_flops_full` and the recomputed layers (not the chunked loss)."""
+        return self.training_flops_full + self.recompute_flops
+
+    @property
+    def activation_bytes(self) -> int:
+        """Estimate of what all layers keep for the backward pass."""
+        return sum(x.activation_bytes(self.remat, self.value_bytes) for x in self.layers)
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """What decoding keeps of each token."""
+        return sum(layer.mixer.cache_values for layer in self.layers) * self.value_bytes
+
+
+def model_costs(config: ModelConfig, seq_len: int) -> ModelCosts:
+    """Costs of a model on sequences of `seq_len` tokens.
+
+    compute_dtype "auto" counts as bfloat16, what an accelerator uses.
+    """
+    table = config.vocab_size * config.d_model
+    return ModelCosts(
+        seq_len=seq_len,
+        layers=tuple(
+            LayerCosts(
+                layer=layer,
+                mlp_width=width,
+                d_model=config.d_model,
+                mixer=mixer_costs(config.mixer, config.d_model, seq_len),
+            )
+            for layer, width in enumerate(config.mlp_widths)
+        ),
+        embedding_parameters=table,
+        head_parameters=0 if config.tie_embeddings else table,
+        final_norm_parameters=config.d_model,
+        head_flops=2 * table,
+        remat=config.remat,
+        value_bytes=FLOAT32_BYTES if config.compute_dtype == "float32" else 2,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryCosts:
+    """Bytes of a training step if one device held it all (an estimate)."""
+
+    parameters: int
+    """float32."""
+    optimizer: int
+    """AdamW's two moments, float32."""
+    gradients: int
+    """float32."""
+    activations: int
+    """Kept by the layers for the backward pass, for the tokens of one accumulation part."""
+    working_set: int
+    """The widest layer's activations while it is computed again; 0 without remat."""
+    logits: int
+    """One chunk of float32 logits."""
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+def memory_costs(config: RunConfig) -> MemoryCosts:
+    """Memory of one training step over the whole batch, before any sharding."""
+    costs = model_costs(config.model, config.data.seq_len)
+    sequences = config.data.batch_size // config.training.grad_accumulation
+    tokens = sequences * config.data.seq_len
+    widest = max(layer.activation_bytes("none", costs.value_bytes) for layer in costs.layers)
+    chunk = min(config.training.loss_chunk or config.data.seq_len, config.data.seq_len)
+    return MemoryCosts(
+        parameters=FLOAT32_BYTES * costs.parameters,
+        optimizer=2 * FLOAT32_BYTES * costs.parameters,
+        gradients=FLOAT32_BYTES * costs.parameters,
+        activations=tokens * costs.activation_bytes,
+        working_set=0 if costs.remat == "none" else tokens * widest,
+        logits=sequences * chunk * config.model.vocab_size * FLOAT32_BYTES,
+    )
+
+
+_MATCHED = ("parameters", "forward_flops", "forward_flops_full", "recompute_flops")
+
+
+def twin_difference(config: ModelConfig, seq_len: int = 1) -> dict[str, int]:
+    """What the model has more than its uniform twin, by name; equal entries are left out."""
+    costs, twin = model_costs(config, seq_len), model_costs(config.uniform_twin(), seq_len)
+    return {
+        name: getattr(costs, name) - getattr(twin, name)
+        for name in _MATCHED
+        if getattr(costs, name) != getattr(twin, name)
+    }
+
+
+def assert_matched(config: ModelConfig, seq_len: int = 1) -> None:
+    """Checks that a model and its uniform twin have equal parameters and FLOPs.
+
+    Raises:
+      ValueError: they differ, so that comparing them would prove nothing.
+    """
+    difference = twin_difference(config, seq_len)
+    if difference:
+        listed = ", ".join(f"{name} {value:+,}" for name, value in difference.items())
+        raise ValueError(f"the model and its uniform twin are not comparable: {listed}")
+
+
+# Dense bfloat16 FLOP/s of one JAX device, from the makers' data sheets (Google Cloud TPU
+# system architecture pages; NVIDIA A100, H100 and H200 data sheets, without sparsity).
+# Device kinds as JAX reports them; for GPUs the first matching beginning counts.
+_PEAK_BFLOAT16 = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+_PEAK_BFLOAT16_GPU = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100": 989e12,  # SXM
+    "NVIDIA H200 NVL": 836e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device_kind: str, dtype: str = "bfloat16") -> float | None:
+    """Data-sheet FLOP/s of a device; None if unknown (CPUs, other dtypes).
+
+    Args:
+      device_kind: `jax.Device.device_kind`.
+      dtype: compute dtype; float32 has no single figure, for its products may run in
+        several bfloat16 or TF32 passes.
+    """
+    if dtype not in ("bfloat16", "float16"):
+        return None
+    if device_kind in _PEAK_BFLOAT16:
+        return _PEAK_BFLOAT16[device_kind]
+    matches = (v for k, v in _PEAK_BFLOAT16_GPU.items() if device_kind.startswith(k))
+    return next(matches, None)

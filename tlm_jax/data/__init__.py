@@ -1,0 +1,18 @@
+"""Text in, batches of token ids out; never imports jax.
+
+`open_dataset(config, vocab_size)` is the way in. Grain and TFDS, which are slow
+to import, are only imported when something is read or prepared.
+"""
+
+from tlm_jax.data.pipeline import Dataset, ValidationBatches, open_dataset
+from tlm_jax.data.prepared import SplitStatistics
+from tlm_jax.data.tokenizers import Tokenizer, load_tokenizer
+
+__all__ = [
+    "Dataset",
+    "SplitStatistics",
+    "Tokenizer",
+    "ValidationBatches",
+    "load_tokenizer",
+    "open_dataset",
+]

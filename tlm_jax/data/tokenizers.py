@@ -1,0 +1,137 @@
+"""Tokenizers: the package's own, bytes, Hugging Face tokenizer.json, SentencePiece."""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tlm_jax.config import UserError
+
+EMBEDDED = pathlib.Path(__file__).parent / "corpus" / "tokenizer.json"
+BYTES_EOT = 256
+
+# Names that published tokenizers give to the token between documents, best first.
+_SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<s>", "<bos>")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """Text to token ids and back."""
+
+    name: str
+    """For messages: `embedded`, `bytes` or the file's path."""
+    vocab_size: int
+    """One more than the largest id."""
+    eot_id: int
+    """The id that separates documents."""
+    fingerprint: str
+    """16 hex digits that change with the tokenizer's content."""
+    encode: Callable[[str], list[int]]
+    """Ids of a text. No special tokens are added, and none are read from the text."""
+    decode: Callable[[Sequence[int]], str]
+    """Text of ids. Special tokens give nothing, broken UTF-8 gives U+FFFD."""
+
+
+def load_tokenizer(name: str | None) -> Tokenizer:
+    """Opens a tokenizer.
+
+    Args:
+      name: None for the package's own 4,096-token byte-level BPE; `bytes` for one
+        token a byte; else the path of a Hugging Face tokenizer.json or of a
+        SentencePiece .model.
+
+    Raises:
+      UserError: no such file, not a tokenizer, or one without an end-of-text token.
+    """
+    if name is None:
+        return _hugging_face(EMBEDDED, "embedded")
+    if name == "bytes":
+        return _bytes()
+    path = pathlib.Path(name).expanduser()
+    readers = {".json": _hugging_face, ".model": _sentencepiece}
+    if path.suffix not in readers:
+        raise UserError(
+            f"tokenizer {name} must be a tokenizer.json, a SentencePiece .model, or the word bytes"
+        )
+    if not path.is_file():
+        raise UserError(f"tokenizer {name} does not exist")
+    return readers[path.suffix](path, name)
+
+
+def _fingerprint(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _read(path: pathlib.Path, name: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"tokenizer {name} cannot be read: {error.strerror}") from error
+
+
+def _bytes() -> Tokenizer:
+    def decode(ids: Sequence[int]) -> str:
+        return bytes(i for i in ids if i < BYTES_EOT).decode("utf-8", errors="replace")
+
+    return Tokenizer(
+        name="bytes",
+        vocab_size=BYTES_EOT + 1,
+        eot_id=BYTES_EOT,
+        fingerprint=_fingerprint(b"bytes, end of text 256"),
+        encode=lambda text: list(text.encode("utf-8")),
+        decode=decode,
+    )
+
+
+def _hugging_face(path: pathlib.Path, name: str) -> Tokenizer:
+    import tokenizers
+
+    content = _read(path, name)
+    try:
+        reader = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"tokenizer {name} is not a Hugging Face tokenizer.json") from error
+    vocabulary = reader.get_vocab(with_added_tokens=True)
+    eot = next((vocabulary[s] for s in _SEPARATORS if s in vocabulary), None)
+    if eot is None:
+        raise _no_separator(name, f"one of {' '.join(_SEPARATORS)}")
+    # Files may ask for these; both would lose or add tokens.
+    reader.no_truncation()
+    reader.no_padding()
+    # A text that happens to contain "<|endoftext|>" is text.
+    reader.encode_special_tokens = True
+    return Tokenizer(
+        name=name,
+        vocab_size=max(vocabulary.values()) + 1,
+        eot_id=eot,
+        fingerprint=_fingerprint(content),
+        encode=lambda text: reader.encode(text, add_special_tokens=False).ids,
+        decode=lambda ids: reader.decode(list(ids), skip_special_tokens=True),
+    )
+
+
+def _sentencepiece(path: pathlib.Path, name: str) -> Tokenizer:
+    import sentencepiece
+
+    content = _read(path, name)
+    reader: Any = sentencepiece.SentencePieceProcessor()
+    try:
+        reader.LoadFromSerializedProto(content)
+    except RuntimeError as error:
+        raise UserError(f"tokenizer {name} is not a SentencePiece model") from error
+    eot = reader.eos_id() if reader.eos_id() >= 0 else reader.bos_id()
+    if eot < 0:
+        raise _no_separator(name, "eos or bos")
+    return Tokenizer(
+        name=name,
+        vocab_size=reader.vocab_size(),
+        eot_id=eot,
+        fingerprint=_fingerprint(content),
+        encode=lambda text: reader.encode(text, out_type=int),
+        decode=lambda ids: reader.decode([int(i) for i in ids]),
+    )
+
+
+def _no_separator(name: str, wanted: str) -> UserError:
+    return UserError(f"tokenizer {name} has no token to put between documents; it needs {wanted}")

@@ -1,0 +1,103 @@
+"""Where arrays live: logical axis names to mesh axes, through one dataclass."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tlm_jax.config import UserError
+
+MeshAxes = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardingRules:
+    """The mesh axis (or axes) of each logical axis; None is not split."""
+
+    batch: MeshAxes = ("data", "fsdp")
+    vocab: MeshAxes = "tensor"
+    embed: MeshAxes = "fsdp"
+    heads: MeshAxes = "tensor"
+    kv_heads: MeshAxes = "tensor"
+    head_dim: MeshAxes = None
+    mlp: MeshAxes = "tensor"
+    norm: MeshAxes = None
+    layers: MeshAxes = None
+
+    def spec(self, logical_axes: tuple[str | None, ...]) -> PartitionSpec:
+        """The partition of an array whose dims carry these logical names.
+
+        Raises:
+          ValueError: an unknown name, or one mesh axis for two dims.
+        """
+        known = {field.name for field in dataclasses.fields(self)}
+        unknown = [name for name in logical_axes if name is not None and name not in known]
+        if unknown:
+            raise ValueError(f"logical axis {unknown[0]!r} has no sharding rule; known: {known}")
+        axes = [None if name is None else getattr(self, name) for name in logical_axes]
+        flat = [a for axis in axes for a in (axis if isinstance(axis, tuple) else (axis,)) if a]
+        if len(flat) != len(set(flat)):
+            raise ValueError(f"logical axes {logical_axes} use a mesh axis twice: {flat}")
+        return PartitionSpec(*axes)
+
+
+RULES = ShardingRules()
+
+
+def param_shardings(
+    shapes: Any, logical_axes: Any, mesh: Mesh, rules: ShardingRules = RULES
+) -> Any:
+    """A `NamedSharding` for each parameter.
+
+    Args:
+      shapes: pytree of shapes (`Skeleton.shapes`).
+      logical_axes: names of their dims (`Skeleton.logical_axes`).
+      mesh: the device mesh.
+      rules: logical to mesh axes.
+
+    Raises:
+      UserError: a dim does not divide over its mesh axis.
+    """
+
+    def sharding(path: Any, shape: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> Any:
+        spec = rules.spec(axes)
+        for size, name, axis in zip(shape.shape, axes, spec, strict=True):
+            names = axis if isinstance(axis, tuple) else (axis,)
+            parts = math.prod(mesh.shape[a] for a in names if a)
+            if size % parts:
+                where = "/".join(str(key.key) for key in path)
+                raise UserError(
+                    f"{where}: {name} is {size} and does not divide over {parts} devices of mesh "
+                    f"axis {axis}; use a multiple of {parts} (for MLP widths: "
+                    "model.taper.multiple_of) or a smaller mesh axis"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, shapes, logical_axes)
+
+
+def optimizer_shardings(tx: optax.GradientTransformation, shapes: Any, params: Any) -> Any:
+    """Shardings of the optimizer's state: moments lie where their parameters lie."""
+    mesh = jax.tree.leaves(params)[0].mesh
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return optax.tree_utils.tree_map_params(
+        tx,
+        lambda _, sharding: sharding,
+        jax.eval_shape(tx.init, shapes),
+        params,
+        transform_non_params=lambda _: replicated,
+    )
+
+
+def batch_sharding(mesh: Mesh, rules: ShardingRules = RULES) -> NamedSharding:
+    """Rows of a batch over the data and fsdp axes."""
+    return NamedSharding(mesh, PartitionSpec(rules.batch))
+
+
+def to_devices(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+    """Makes global arrays of this process's rows of a batch."""
+    sharding = batch_sharding(mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

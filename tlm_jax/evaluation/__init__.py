@@ -1,0 +1,1 @@
+"""Loss and perplexity of a model on held-out text."""

@@ -1,0 +1,150 @@
+"""Validation loss, perplexity and bits per byte, with a standard error.
+
+Shapes: B batch, L length.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from tlm_jax.config import RunConfig
+from tlm_jax.data import Dataset
+from tlm_jax.distributed.sharding import to_devices
+from tlm_jax.models import Skeleton
+from tlm_jax.models.loss import batch_losses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """How well a model predicts held-out text."""
+
+    loss: float
+    """Nats a token: the mean negative log-likelihood over all scored tokens."""
+    standard_error: float
+    """Of `loss`, taking the rows of the batches as independent."""
+    perplexity: float
+    """exp(loss)."""
+    bits_per_byte: float
+    """Comparable between tokenizers."""
+    tokens: int
+    """Targets scored."""
+    sequences: int
+    """Rows that hold them."""
+
+
+def make_score_step(skeleton: Skeleton, *, chunk: int) -> Callable[..., tuple[jax.Array, ...]]:
+    """The function (params, batch) -> (summed nll_B float32, tokens_B int32), not yet compiled."""
+
+    def score_step(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
+        nll_BL, _, scored_BL = batch_losses(skeleton, params, batch, chunk=chunk)
+        return jnp.sum(nll_BL, axis=1), jnp.sum(scored_BL, axis=1)
+
+    return score_step
+
+
+def score(
+    step: Callable[..., tuple[jax.Array, ...]],
+    params: Any,
+    batches: Iterable[dict[str, jax.Array]],
+    *,
+    bytes_per_token: float,
+) -> Score:
+    """Scores `params` on batches (see `make_score_step`) that lie on the device.
+
+    Args:
+      step: the compiled score step; its outputs must be readable by this process.
+      params: the model's parameters.
+      batches: with int32 (B, L) `inputs`, `targets`, `segment_ids`, `positions`.
+      bytes_per_token: UTF-8 bytes of the text for each target of the split.
+
+    Raises:
+      ValueError: no token was scored.
+    """
+    nll_rows, token_rows = [], []
+    for batch in batches:
+        nll_B, tokens_B = step(params, batch)
+        nll_rows.append(nll_B)  # read only after all are dispatched
+        token_rows.append(tokens_B)
+    if not nll_rows:
+        raise ValueError("there is nothing to score: no batches")
+    return summarise(
+        np.concatenate([np.asarray(a, np.float64) for a in nll_rows]),
+        np.concatenate([np.asarray(a, np.int64) for a in token_rows]),
+        bytes_per_token=bytes_per_token,
+    )
+
+
+def score_dataset(
+    step: Callable[..., tuple[jax.Array, ...]],
+    params: Any,
+    dataset: Dataset,
+    config: RunConfig,
+    mesh: Mesh,
+    *,
+    limit: int | None = None,
+    stop: Sequence[Any] = (),
+) -> Score:
+    """Scores `params` on the validation split, or on the first `limit` batches of it.
+
+    Args:
+      step: the compiled score step, with replicated outputs.
+      params: the model's parameters.
+      dataset: tokenised text.
+      config: gives the batch size.
+      mesh: the mesh that `params` lie on.
+      limit: most batches to score; None is all.
+      stop: scoring ends early, after at least one batch, once this has an element.
+    """
+    batches = dataset.validation_batches(
+        batch_size=config.data.batch_size // config.training.grad_accumulation,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+    def placed() -> Iterator[dict[str, jax.Array]]:
+        for batch in itertools.islice(batches, limit):
+            yield to_devices(batch, mesh)
+            if stop:
+                return
+
+    return score(
+        step,
+        params,
+        placed(),
+        bytes_per_token=dataset.statistics["validation"].bytes_per_target,
+    )
+
+
+def summarise(nll: np.ndarray, tokens: np.ndarray, *, bytes_per_token: float) -> Score:
+    """Token-weighted mean over rows, and the standard error of that ratio.
+
+    Args:
+      nll: summed nats of each row (N,).
+      tokens: scored tokens of each row (N,); rows without any are left out.
+      bytes_per_token: UTF-8 bytes of text for each target.
+
+    Raises:
+      ValueError: no token was scored.
+    """
+    nll, tokens = nll[tokens > 0], tokens[tokens > 0]
+    if not len(tokens):
+        raise ValueError("there is nothing to score: no tokens")
+    total, rows = int(tokens.sum()), len(tokens)
+    loss = float(nll.sum() / total)
+    residual = nll - loss * tokens
+    spread = math.sqrt(float(np.square(residual).sum()) * rows / max(rows - 1, 1)) / total
+    return Score(
+        loss=loss,
+        standard_error=spread if rows > 1 else math.nan,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        bits_per_byte=loss / math.log(2) / bytes_per_token,
+        tokens=total,
+        sequences=rows,
+    )

@@ -1,0 +1,134 @@
+"""Multi-head and grouped-query softmax attention.
+
+Shapes: B batch, L queries, S keys, D model, H query heads, N key/value heads,
+G query heads per key/value head (H = N*G), K head dim.
+"""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tlm_jax.mixers import AttentionConfig
+from tlm_jax.models import registry
+from tlm_jax.models.layers import RMSNorm, dense, rotary, weight
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KVCache:
+    """Keys and values of the tokens seen so far, for decoding."""
+
+    k_BSNK: jax.Array
+    v_BSNK: jax.Array
+    segment_ids_BS: jax.Array
+    """int32; 0 marks rows not written yet and padding."""
+    length: jax.Array
+    """int32 scalar: rows written."""
+
+    @classmethod
+    def empty(
+        cls, batch: int, length: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
+    ) -> Self:
+        kv = jnp.zeros((batch, length, num_kv_heads, head_dim), dtype)
+        segment_ids = jnp.zeros((batch, length), jnp.int32)
+        return cls(k_BSNK=kv, v_BSNK=kv, segment_ids_BS=segment_ids, length=jnp.int32(0))
+
+    def append(self, k_BLNK: jax.Array, v_BLNK: jax.Array, segment_ids_BL: jax.Array) -> Self:
+        """Writes L more tokens; the caller keeps `length + L` within the cache."""
+        write = jax.lax.dynamic_update_slice_in_dim
+        return dataclasses.replace(
+            self,
+            k_BSNK=write(self.k_BSNK, k_BLNK.astype(self.k_BSNK.dtype), self.length, axis=1),
+            v_BSNK=write(self.v_BSNK, v_BLNK.astype(self.v_BSNK.dtype), self.length, axis=1),
+            segment_ids_BS=write(self.segment_ids_BS, segment_ids_BL, self.length, axis=1),
+            length=self.length + k_BLNK.shape[1],
+        )
+
+
+def attend(
+    q_BLHK: jax.Array,
+    k_BSNK: jax.Array,
+    v_BSNK: jax.Array,
+    mask_BLS: jax.Array,
+) -> jax.Array:
+    """Softmax attention -> (B, L, H, K); scores and softmax in float32.
+
+    Query head h reads key/value head h // G. `mask_BLS` is True where a query
+    may look; a row without any True gives the mean of the values.
+    """
+    B, L, H, K = q_BLHK.shape
+    N = k_BSNK.shape[2]
+    q_BLNGK = q_BLHK.reshape(B, L, N, H // N, K) * K**-0.5
+    scores = jnp.einsum("blngk,bsnk->bngls", q_BLNGK, k_BSNK, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask_BLS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSNK.dtype)
+    return jnp.einsum("bngls,bsnk->blngk", weights, v_BSNK).reshape(B, L, H, K)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention within documents, with rotary positions and no biases."""
+
+    def __init__(self, config: AttentionConfig, context: registry.LayerContext, *, rngs: nnx.Rngs):
+        d_model, std = context.d_model, context.std
+        H, N, K = config.heads(d_model)
+        self.config = config
+        q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
+        self.query = weight(rngs, (d_model, H, K), q_axes, fan_in=d_model, std=std)
+        self.key = weight(rngs, (d_model, N, K), kv_axes, fan_in=d_model, std=std)
+        self.value = weight(rngs, (d_model, N, K), kv_axes, fan_in=d_model, std=std)
+        self.out = weight(
+            rngs,
+            (H, K, d_model),
+            ("heads", "head_dim", "embed"),
+            fan_in=H * K,
+            std=std,
+            scale=context.out_scale,
+        )
+        self.query_norm = RMSNorm(K, context.norm_eps) if config.qk_norm else None
+        self.key_norm = RMSNorm(K, context.norm_eps) if config.qk_norm else None
+
+    def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> KVCache:
+        """An empty cache for `batch` rows of at most `length` tokens."""
+        _, N, K = self.key[...].shape[-3:]
+        return KVCache.empty(batch, length, N, K, dtype)
+
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        positions_BL: jax.Array,
+        segment_ids_BL: jax.Array,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Mixes tokens of equal segment id; segment id 0 is padding.
+
+        With a cache the L new tokens follow those in it, and the cache that
+        comes back holds them too.
+        """
+        q_BLHK = dense(x_BLD, self.query[...])
+        k_BLNK = dense(x_BLD, self.key[...])
+        v_BLNK = dense(x_BLD, self.value[...])
+        if self.query_norm is not None and self.key_norm is not None:
+            q_BLHK, k_BLNK = self.query_norm(q_BLHK), self.key_norm(k_BLNK)
+        q_BLHK = rotary(q_BLHK, positions_BL, self.config.rope_theta)
+        k_BLNK = rotary(k_BLNK, positions_BL, self.config.rope_theta)
+
+        L = x_BLD.shape[1]
+        query_index = jnp.arange(L)
+        keys, values, key_segments = k_BLNK, v_BLNK, segment_ids_BL
+        if cache is not None:
+            query_index = query_index + cache.length
+            cache = cache.append(k_BLNK, v_BLNK, segment_ids_BL)
+            keys, values, key_segments = cache.k_BSNK, cache.v_BSNK, cache.segment_ids_BS
+        causal_LS = query_index[:, None] >= jnp.arange(keys.shape[1])[None, :]
+        same_BLS = segment_ids_BL[:, :, None] == key_segments[:, None, :]
+        y_BLHK = attend(q_BLHK, keys, values, causal_LS & same_BLS)
+
+        out = self.out[...]
+        B = x_BLD.shape[0]
+        return dense(y_BLHK.reshape(B, L, -1), out.reshape(-1, out.shape[-1])), cache
+
+
+registry.register(AttentionConfig, Attention)

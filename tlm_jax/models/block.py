@@ -1,0 +1,70 @@
+"""One layer: z = x + mixer(norm(x)), y = z + mlp(norm(z)) (arXiv 2606.23670, section 3).
+
+Shapes: B batch, L length, D model.
+"""
+
+import dataclasses
+import math
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tlm_jax.config import ModelConfig
+from tlm_jax.mixers import MixerConfig
+from tlm_jax.models import attention as _attention  # noqa: F401 (registers itself)
+from tlm_jax.models import registry
+from tlm_jax.models.layers import MLP, RMSNorm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """The static shape of one layer; equal neighbours share a scan."""
+
+    mixer: MixerConfig
+    mlp_width: int
+
+
+def layer_specs(config: ModelConfig) -> tuple[LayerSpec, ...]:
+    """The spec of each layer, first to last."""
+    return tuple(LayerSpec(mixer=config.mixer, mlp_width=width) for width in config.mlp_widths)
+
+
+class Block(nnx.Module):
+    """Pre-norm residual block of the shape that `spec` says."""
+
+    def __init__(self, config: ModelConfig, spec: LayerSpec, *, rngs: nnx.Rngs):
+        context = registry.LayerContext(
+            d_model=config.d_model,
+            norm_eps=config.norm_eps,
+            std=config.init_std,
+            out_scale=1.0 / math.sqrt(2 * config.num_layers),
+        )
+        self.mixer_norm = RMSNorm(config.d_model, config.norm_eps, "norm")
+        self.mixer = registry.make_mixer(spec.mixer, context, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps, "norm")
+        self.mlp = MLP(spec.mlp_width, context, rngs=rngs)
+
+    @classmethod
+    def from_key(cls, config: ModelConfig, spec: LayerSpec, key: jax.Array) -> Self:
+        """A block whose parameters are drawn from `key`."""
+        return cls(config, spec, rngs=nnx.Rngs(params=key))
+
+    def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Any:
+        """The mixer's decoding state for `batch` rows of at most `length` tokens."""
+        return self.mixer.init_cache(batch, length, dtype)
+
+    def __call__(
+        self,
+        x_BLD: jax.Array,
+        positions_BL: jax.Array,
+        segment_ids_BL: jax.Array,
+        cache: Any = None,
+    ) -> tuple[jax.Array, Any]:
+        """Returns the residual stream after the layer, and the mixer's new cache."""
+        with jax.named_scope("mixer"):
+            y_BLD, cache = self.mixer(self.mixer_norm(x_BLD), positions_BL, segment_ids_BL, cache)
+            x_BLD = x_BLD + y_BLD
+        with jax.named_scope("mlp"):
+            return x_BLD + self.mlp(self.mlp_norm(x_BLD)), cache

@@ -1,0 +1,1 @@
+"""Optimizer, loss, train step, loop and checkpoints."""

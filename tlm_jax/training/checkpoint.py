@@ -1,0 +1,280 @@
+"""Checkpoints of a run: Orbax, asynchronous, compared by name before they are loaded.
+
+A checkpoint of step s lies in `checkpoints/s` and holds the training state, the
+position of the data iterator and, as metadata, what is needed to tell whether
+this program may continue it: the resolved config, widths, shapes, the data
+layout. Orbax writes into a temporary folder and renames it when it is whole.
+"""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+import tlm_jax
+from tlm_jax import config_io
+from tlm_jax.config import RunConfig, UserError
+from tlm_jax.training.step import TrainState
+
+_TEMPORARY = ".orbax-checkpoint-tmp"
+_NOT_DAMAGE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+
+
+def metadata(config: RunConfig, params: Any, layout: dict[str, Any]) -> dict[str, Any]:
+    """What is stored beside the arrays, as JSON values.
+
+    Args:
+      config: the resolved config.
+      params: parameters, or their shapes.
+      layout: what the order of the batches depends on (`Dataset.layout`).
+    """
+    shapes = param_shapes(params)
+    return {
+        "tlm_jax": tlm_jax.__version__,
+        "jax": jax.__version__,
+        "git_revision": _git_revision(),
+        "config": config_io.to_dict(config),
+        "mlp_widths": list(config.model.mlp_widths),
+        "num_params": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "param_shapes": shapes,
+        "data_layout": layout,
+    }
+
+
+def param_shapes(params: Any) -> dict[str, list[int]]:
+    """Shape of each parameter by its path, such as `segments/000/mlp/gate`."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {"/".join(str(key.key) for key in path): list(leaf.shape) for path, leaf in leaves}
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What keeps `new` metadata from continuing a checkpoint with `old`, a line each."""
+    before = config_io.from_dict(old["config"])
+    lines = config_io.differences(before, config_io.from_dict(new["config"]))
+    named = {line.split(":")[0].rsplit(".", 1)[-1] for line in lines}
+    for key, value in new["data_layout"].items():
+        if key not in named and old["data_layout"].get(key) != value:
+            lines.append(f"data layout, {key}: {old['data_layout'].get(key)!r} -> {value!r}")
+    return lines
+
+
+def shape_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Parameters that are missing, extra or of another shape, a line each."""
+    before, after = old["param_shapes"], new["param_shapes"]
+    return [
+        f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
+
+
+class Checkpoints:
+    """The checkpoints of one run folder; a context manager.
+
+    Args:
+      folder: where the numbered checkpoints lie; made if it is missing.
+      keep_last: newest checkpoints kept.
+      keep_every: also keep those whose step is a multiple of this.
+      read_only: leave the remains of interrupted saves alone: another process may
+        be writing them.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        read_only: bool = False,
+    ) -> None:
+        policies = ocp.training.preservation_policies
+        kept: list[Any] = [policies.LatestN(keep_last) if keep_last else policies.PreserveAll()]
+        if keep_every:
+            kept.append(policies.EveryNSteps(keep_every))
+        self.folder = folder.absolute()
+        self._saving: int | None = None
+        self._pending: Any = None
+        self.unfinished = sorted(
+            int(entry.name.split(".")[0])
+            for entry in (folder.iterdir() if folder.is_dir() else ())
+            if _TEMPORARY in entry.name and entry.name.split(".")[0].isdigit()
+        )
+        """Steps whose save was interrupted; their remains are removed."""
+        with self._reported("open the checkpoints"):
+            self._checkpointer = ocp.training.Checkpointer(
+                self.folder,
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                cleanup_tmp_directories=not read_only,
+            )
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of whole checkpoints, oldest first."""
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    def save(self, step: int, state: TrainState, iterator: Any, metadata: dict[str, Any]) -> None:
+        """Starts to save; returns when the arrays are copied, before they are written.
+
+        Raises:
+          UserError: this save, or the one before, failed; older checkpoints are whole.
+        """
+        self.wait()
+        self._saving = step
+        with self._save_reported():
+            self._pending = self._checkpointer.save_checkpointables_async(
+                step,
+                {"state": _as_dict(state), "data": iterator},
+                custom_metadata=metadata,
+                force=True,
+            )
+
+    def check(self) -> None:
+        """Raises what `wait` would if it is known by now; does not wait."""
+        with self._save_reported(), suppress(TimeoutError):
+            if self._pending is not None:
+                self._pending.result(timeout=0)
+                self._pending = None
+
+    def wait(self) -> None:
+        """Waits until the last save is whole.
+
+        Raises:
+          UserError: it failed, for example because the disk is full.
+        """
+        with self._save_reported():
+            self._checkpointer.wait()
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """The metadata that was saved with a step."""
+        with self._reported(f"read step {step}", damaged=step):
+            found = self._checkpointer.checkpointables_metadata(step).custom_metadata
+            if not found:
+                raise ValueError("its metadata is missing or not valid JSON")
+            return found
+
+    def restore(self, step: int, state: TrainState, iterator: Any) -> TrainState:
+        """Loads a step; `state` has shapes and shardings, `iterator` is moved to its place."""
+        with self._reported(f"load step {step}", damaged=step):
+            loaded = self._checkpointer.load_checkpointables(
+                step, {"state": _as_dict(state), "data": iterator}
+            )
+        return TrainState(**loaded["state"])
+
+    def restore_params(self, step: int, params: Any) -> Any:
+        """Loads only the parameters of a step, into shapes with shardings."""
+        options = ocp.options.PyTreeOptions(
+            loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
+        )
+        with (
+            self._reported(f"load step {step}", damaged=step),
+            ocp.Context(pytree_options=options),
+        ):
+            path = self.folder / str(step)
+            return ocp.load_checkpointables(path, {"state": {"params": params}})["state"]["params"]
+
+    @contextmanager
+    def _reported(self, doing: str, damaged: int | None = None) -> Iterator[None]:
+        """Turns what Orbax raises into one line that says what to do."""
+        try:
+            yield
+        except Exception as error:
+            reason = _reason(error)
+            if damaged is None or isinstance(_chain(error)[-1], _NOT_DAMAGE):
+                raise UserError(f"cannot {doing} in {self.folder}: {reason}") from error
+            whole = [s for s in self.steps if s != damaged]
+            raise UserError(
+                f"checkpoint {self.folder / str(damaged)} is damaged: {reason}; move it "
+                f"elsewhere to {f'continue from step {max(whole)}' if whole else 'start anew'}"
+            ) from error
+
+    @contextmanager
+    def _save_reported(self) -> Iterator[None]:
+        """The same for a save, with what is still there."""
+        try:
+            yield
+        except Exception as error:
+            names = (entry.name for entry in self.folder.iterdir())
+            newest = max((int(name) for name in names if name.isdigit()), default=None)
+            kept = "no earlier checkpoint" if newest is None else f"step {newest} is whole"
+            start = "starts anew" if newest is None else "continues from there"
+            raise UserError(
+                f"cannot save step {self._saving} in {self.folder}: {_reason(error)}; "
+                f"{kept}, and the same command {start}"
+            ) from error
+
+    def close(self) -> None:
+        """Waits for the last save and frees the threads."""
+        with self._save_reported():
+            self._checkpointer.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            self.close()
+        except UserError:
+            if kind is None:  # do not hide the error that is on its way
+                raise
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An error and what caused it, first cause last.
+
+    The chain can be a ring, because several threads raise the same error again.
+    """
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return chain
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, without the internals of Orbax and TensorStore."""
+    chain = _chain(error)
+    for link in chain:
+        if number := re.search(r"os_error_code='(\d+)'", str(link)):
+            return os.strerror(int(number[1]))
+    cause = chain[-1]
+    text = " ".join(str(cause).split())
+    if isinstance(cause, OSError) and cause.strerror:
+        return f"{cause.strerror}: {cause.filename}" if cause.filename else cause.strerror
+    if isinstance(cause, json.JSONDecodeError):
+        return f"a file of it is not valid JSON ({text})"
+    return text[:300] or type(cause).__name__
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+    return {
+        "step": state.step,
+        "params": state.params,
+        "opt_state": state.opt_state,
+        "skipped": state.skipped,
+        "skipped_in_a_row": state.skipped_in_a_row,
+    }
+
+
+def _git_revision() -> str | None:
+    """The commit of the source tree, or None for an installed package."""
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=pathlib.Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

@@ -1,0 +1,315 @@
+"""The training loop, read from top to bottom.
+
+Order within a step, not to be changed: take a batch, dispatch the update, read
+the metrics of the step before (so the device never waits), evaluate, save. The
+data iterator moves only after the save, so a checkpoint continues with exactly
+the next batch.
+"""
+
+import dataclasses
+import json
+import pathlib
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+
+from tlm_jax import config_io, costs
+from tlm_jax.config import RunConfig, UserError
+from tlm_jax.data import open_dataset
+from tlm_jax.distributed import mesh as mesh_lib
+from tlm_jax.distributed.sharding import to_devices
+from tlm_jax.evaluation import perplexity
+from tlm_jax.models import sampling, skeleton
+from tlm_jax.training import checkpoint, metrics, step
+from tlm_jax.training.optimizer import make_optimizer
+
+CHECKPOINTS = "checkpoints"
+SAMPLES_FILE = "samples.txt"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a call of `train` ended."""
+
+    step: int
+    """Steps of the run so far."""
+    stopped_by: str | None
+    """Name of the signal that asked it to stop, or None when it is complete."""
+    already_complete: bool = False
+    """True when there was nothing left to do."""
+
+
+class Trainer:
+    """A run folder and all that is compiled for it; `run` is the loop."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        workdir: pathlib.Path,
+        console: Console,
+        *,
+        allow_config_change: bool = False,
+    ) -> None:
+        self.config, self.workdir, self.console = config, workdir, console
+        self.allow_config_change = allow_config_change
+        self.is_main = jax.process_index() == 0
+        costs.assert_matched(config.model)
+        self.mesh = mesh_lib.make_mesh(config)
+        make_writable(workdir)
+        self.dataset = open_dataset(config.data, config.model.vocab_size)
+        self.skeleton = skeleton(config.model)
+        self.tx = make_optimizer(config.optimizer, config.training.num_steps)
+        self.shardings = step.state_shardings(self.skeleton, self.tx, self.mesh)
+        self.iterator = self.dataset.train_iterator(
+            process_index=jax.process_index(), process_count=jax.process_count()
+        )
+        self.metadata = checkpoint.metadata(
+            config, self.skeleton.shapes, self.dataset.layout(process_count=jax.process_count())
+        )
+
+    def run(self) -> Outcome:
+        """Trains from the newest checkpoint, or from the start, to `num_steps`."""
+        training = self.config.training
+        with (
+            jax.set_mesh(self.mesh),
+            stop_signals(self.console) as stop,
+            checkpoint.Checkpoints(
+                self.workdir / CHECKPOINTS,
+                keep_last=training.keep_last,
+                keep_every=training.keep_every,
+            ) as checkpoints,
+        ):
+            state, start = self._restore_or_init(checkpoints)
+            if start >= training.num_steps:
+                return Outcome(step=start, stopped_by=None, already_complete=True)
+            return self._loop(state, start, checkpoints, stop)
+
+    def _loop(
+        self, state: Any, start: int, checkpoints: checkpoint.Checkpoints, stop: list[str]
+    ) -> Outcome:
+        training = self.config.training
+        self._write_config()
+        train_step = self._compile_train_step(state)
+        self._prepare_evaluation()
+        writer = metrics.MetricsWriter(self.workdir, self.console, enabled=self.is_main)
+        log = metrics.TrainLog(
+            self.config, self.workdir, writer, self.console, start, enabled=self.is_main
+        )
+        if start == 0:
+            self._evaluate(state, 0, writer, stop)
+        log.meter.restart()
+        done = start
+        try:
+            while done < training.num_steps and not stop:
+                batch = to_devices(next(self.iterator), self.mesh)
+                state, new_metrics = train_step(state, batch)
+                done += 1
+                log.push(done, new_metrics)
+                checkpoints.check()
+
+                last = done == training.num_steps
+                evaluate = last or metrics.due(done, training.eval_every)
+                save = last or bool(stop) or metrics.due(done, training.checkpoint_every)
+                if evaluate or save:
+                    log.flush()
+                if evaluate:
+                    self._evaluate(state, done, writer, stop, complete=last)
+                if save:
+                    checkpoints.save(done, state, self.iterator, self.metadata)
+                if evaluate or save:
+                    log.meter.restart()
+            if stop and done > start and done not in checkpoints.steps:
+                log.flush()
+                checkpoints.save(done, state, self.iterator, self.metadata)
+            checkpoints.wait()
+        finally:
+            log.close()
+            writer.close()
+            self.iterator.close()  # stops reader processes
+        return Outcome(step=done, stopped_by=stop[0] if done < training.num_steps else None)
+
+    def _restore_or_init(self, checkpoints: checkpoint.Checkpoints) -> tuple[Any, int]:
+        def init(key: jax.Array) -> step.TrainState:
+            return step.init_state(self.skeleton, self.tx, key)
+
+        key = jax.random.key(self.config.seed)
+        newest = max(checkpoints.steps, default=None)
+        for unfinished in checkpoints.unfinished:
+            use = "the start" if newest is None else f"step {newest}"
+            self._say(
+                f"[yellow]The save of step {unfinished} was interrupted; "
+                f"using the last whole checkpoint, {use}.[/]"
+            )
+        if newest is None:
+            return jax.jit(init, out_shardings=self.shardings)(key), 0
+        self._compare(checkpoints.metadata(newest))
+        shapes = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            jax.eval_shape(init, key),
+            self.shardings,
+        )
+        state = checkpoints.restore(newest, shapes, self.iterator)
+        if newest < self.config.training.num_steps:
+            self._say(f"Continuing from step {newest} in {self.workdir}.")
+        return state, newest
+
+    def _compare(self, saved: dict[str, Any]) -> None:
+        shapes = checkpoint.shape_differences(saved, self.metadata)
+        lines = checkpoint.differences(saved, self.metadata)
+        if lines and not self.allow_config_change:
+            raise UserError(
+                f"{self.workdir} was trained with another config: {'; '.join(lines)}. "
+                "Use another --workdir, or --allow-config-change to continue it all the same"
+            )
+        if shapes:
+            raise UserError(
+                f"the parameters in {self.workdir} do not fit this config: {'; '.join(shapes[:4])}"
+                + (f"; and {len(shapes) - 4} more" if len(shapes) > 4 else "")
+            )
+        for line in lines:
+            self._say(f"[yellow]Config change: {line}[/]")
+        before = config_io.from_dict(saved["config"]).training.num_steps
+        if before != self.config.training.num_steps:
+            self._say(
+                f"num_steps: {before} -> {self.config.training.num_steps}; the learning rate "
+                "follows the new schedule from here."
+            )
+
+    def _compile_train_step(self, state: Any) -> Any:
+        begin = time.perf_counter()
+        length, rows = self.config.data.seq_len, self.config.data.batch_size
+        sharding = jax.sharding.NamedSharding(self.mesh, jax.P(("data", "fsdp")))
+        shape = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=sharding)
+        batch = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), shape)
+        replicated = jax.sharding.NamedSharding(self.mesh, jax.P())
+        compiled = (
+            jax.jit(
+                step.make_train_step(self.config, self.skeleton, self.tx),
+                donate_argnums=0,
+                out_shardings=(self.shardings, replicated),
+            )
+            .lower(state, batch)
+            .compile()
+        )
+        self._say(f"Compiled the train step in {time.perf_counter() - begin:.1f} s.")
+        return compiled
+
+    def _prepare_evaluation(self) -> None:
+        training, tokenizer = self.config.training, self.dataset.tokenizer
+        replicated = jax.sharding.NamedSharding(self.mesh, jax.P())
+        self._score_step = jax.jit(
+            perplexity.make_score_step(self.skeleton, chunk=training.loss_chunk),
+            out_shardings=replicated,
+        )
+        self._sampler = jax.jit(
+            sampling.make_sampler(
+                self.skeleton,
+                num_tokens=training.sample_tokens,
+                temperature=training.sample_temperature,
+                vocab_size=tokenizer.vocab_size,
+            ),
+            out_shardings=replicated,
+        )
+
+    def _evaluate(
+        self,
+        state: Any,
+        done: int,
+        writer: metrics.MetricsWriter,
+        stop: list[str],
+        *,
+        complete: bool = False,
+    ) -> None:
+        limit = None if complete else self.config.training.eval_batches
+        result = perplexity.score_dataset(
+            self._score_step,
+            state.params,
+            self.dataset,
+            self.config,
+            self.mesh,
+            limit=limit,
+            stop=stop,
+        )
+        if stop:  # a preempted machine has no time to finish an evaluation
+            return
+        values = dataclasses.asdict(result)
+        writer.write("eval", done, values | {"complete": int(limit is None)})
+        self._say(
+            f"[bold]step {done}  validation loss {result.loss:.4f}[/]"
+            f"  perplexity {result.perplexity:,.1f}  bits per byte {result.bits_per_byte:.3f}"
+        )
+        if self.config.training.sample_tokens:
+            text = self._sample(state)
+            self._say(f"  [dim]{escape(repr(text))}[/]")
+            self._write(
+                SAMPLES_FILE, f"--- step {done}, validation loss {result.loss:.4f}\n{text}\n\n", "a"
+            )
+
+    def _sample(self, state: Any) -> str:
+        tokenizer = self.dataset.tokenizer
+        prompt = [tokenizer.eot_id, *tokenizer.encode(self.config.training.sample_prompt)]
+        key = jax.random.key(self.config.seed)
+        tokens = self._sampler(state.params, np.asarray([prompt], np.int32), key)
+        return tokenizer.decode([*prompt[1:], *np.asarray(tokens)[0].tolist()])
+
+    def _write_config(self) -> None:
+        self._write("config.json", json.dumps(self.metadata, indent=2) + "\n", "w")
+
+    def _write(self, name: str, text: str, mode: Literal["a", "w"]) -> None:
+        if not self.is_main:
+            return
+        try:
+            with (self.workdir / name).open(mode, encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:  # training goes on without it
+            self._say(f"[yellow]{name} is not being written:[/] {error.strerror}")
+
+    def _say(self, text: str) -> None:
+        if self.is_main:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def make_writable(workdir: pathlib.Path) -> None:
+    """Makes the run folder and proves that it can be written.
+
+    Raises:
+      UserError: it cannot.
+    """
+    probe = workdir / f".probe-{jax.process_index()}"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(b"x" * 4096)
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        reason = "it is a file" if workdir.is_file() else error.strerror
+        raise UserError(f"cannot write to run folder {workdir}: {reason}") from error
+
+
+@contextmanager
+def stop_signals(console: Console) -> Iterator[list[str]]:
+    """Collects SIGINT and SIGTERM in a list; a second one acts at once."""
+    received: list[str] = []
+    previous: dict[int, Any] = {}
+
+    def handle(number: int, _: Any) -> None:
+        name = signal.Signals(number).name
+        received.append(name)
+        signal.signal(number, previous[number])
+        console.print(f"[yellow]{name}: saving after this step; again to stop at once.[/]")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        for signal_number, handler in previous.items():
+            signal.signal(signal_number, handler)

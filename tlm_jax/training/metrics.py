@@ -1,0 +1,272 @@
+"""Where a run's numbers go: a progress bar, JSON lines and TensorBoard.
+
+Only process 0 writes, and a logger that fails never stops a run.
+"""
+
+import json
+import math
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from tlm_jax import costs
+from tlm_jax.config import RunConfig, UserError
+from tlm_jax.models.language_model import compute_dtype
+from tlm_jax.training.optimizer import learning_rate
+
+METRICS_FILE = "metrics.jsonl"
+_FLUSH_SECONDS = 30
+
+
+class MetricsWriter:
+    """Appends records to `metrics.jsonl` and to TensorBoard.
+
+    A record has `kind` (train or eval), `step`, and numbers. A run that was
+    killed and resumed can repeat steps: the later line holds.
+    """
+
+    def __init__(self, workdir: pathlib.Path, console: Console, *, enabled: bool = True) -> None:
+        self._path = workdir / METRICS_FILE
+        self._console = console
+        self._enabled = enabled
+        self._warned = False
+        self._flushed = 0.0
+        self._tensorboard: Any = None
+        if enabled:
+            try:
+                # Not SummaryWriter: its thread dies of a full disk, and then every write hangs.
+                from tensorboardX.event_file_writer import EventsWriter
+
+                folder = workdir / "tensorboard"
+                folder.mkdir(exist_ok=True)
+                self._tensorboard = EventsWriter(str(folder / "events"))
+            except Exception as error:
+                self._warn(error)
+
+    def write(self, kind: str, step: int, values: dict[str, float | int]) -> None:
+        """Logs `values` of one step."""
+        if not self._enabled:
+            return
+        record = {"kind": kind, "step": step} | values
+        try:
+            with self._path.open("a+b") as file:
+                if file.tell() > 0:
+                    file.seek(-1, 2)
+                    if file.read(1) != b"\n":  # a killed run left half a line
+                        file.write(b"\n")
+                file.write(json.dumps(record).encode() + b"\n")
+            self._write_tensorboard(kind, step, values)
+        except Exception as error:
+            self._warn(error)
+
+    def _write_tensorboard(self, kind: str, step: int, values: dict[str, float | int]) -> None:
+        if self._tensorboard is None:
+            return
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        scalars = [Summary.Value(tag=f"{kind}/{k}", simple_value=v) for k, v in values.items()]
+        now = time.time()
+        event = Event(wall_time=now, step=step, summary=Summary(value=scalars))
+        self._tensorboard.write_event(event)
+        if kind == "eval" or now - self._flushed > _FLUSH_SECONDS:
+            self._tensorboard.flush()
+            self._flushed = now
+
+    def close(self) -> None:
+        """Flushes TensorBoard."""
+        try:
+            if self._tensorboard is not None:
+                self._tensorboard.close()
+        except Exception as error:
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
+            text = f"[yellow]metrics are not being written:[/] {escape(str(error))}"
+            self._console.print(text, highlight=False, soft_wrap=True)
+            self._warned = True
+
+
+def last_record(workdir: pathlib.Path, kind: str) -> dict[str, Any] | None:
+    """The newest whole record of a kind in a run folder, or None."""
+    path = workdir / METRICS_FILE
+    if not path.is_file():
+        return None
+    for line in reversed(path.read_text().splitlines()):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record.get("kind") == kind:
+            return record
+    return None
+
+
+class TrainProgress:
+    """A bar with loss, speed and time left on a terminal; plain lines elsewhere."""
+
+    def __init__(self, console: Console, start: int, num_steps: int, *, enabled: bool) -> None:
+        self._console = console
+        self._enabled = enabled
+        self._num_steps = num_steps
+        self._bar = Progress(
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not (enabled and console.is_terminal),
+        )
+        self._task = self._bar.add_task("", total=num_steps, completed=start)
+        self._bar.start()
+
+    def advance(self, step: int) -> None:
+        """Moves the bar to `step`."""
+        self._bar.update(self._task, completed=step)
+
+    def show(self, step: int, values: dict[str, float | int], seconds_left: float) -> None:
+        """Shows the numbers of a logged step."""
+        text = (
+            f"loss {values['loss']:.3f}  {values['tokens_per_second']:,.0f} tok/s"
+            f"  MFU {values['mfu']:.0%}"
+        )
+        self._bar.update(self._task, description=text)
+        if self._enabled and not self._console.is_terminal:
+            minutes, seconds = divmod(int(seconds_left), 60)
+            self._console.print(
+                f"step {step:>6}/{self._num_steps}  {text}  left {minutes}:{seconds:02d}",
+                highlight=False,
+            )
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self._bar.stop()
+
+
+class SpeedMeter:
+    """Tokens a second and MFU over the steps since the last log line."""
+
+    def __init__(self, flops_per_token: float, peak_flops: float) -> None:
+        self._flops_per_token = flops_per_token
+        self._peak_flops = peak_flops
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what came before (compiling, evaluating, saving)."""
+        self._start, self._tokens, self._steps = time.perf_counter(), 0, 0
+
+    def add(self, tokens: int) -> None:
+        """Counts a finished step."""
+        self._tokens += tokens
+        self._steps += 1
+
+    def read(self) -> tuple[dict[str, float], float]:
+        """({tokens_per_second, mfu}, seconds a step) since the last reading, then restarts."""
+        seconds = max(time.perf_counter() - self._start, 1e-9)
+        rate = self._tokens / seconds
+        per_step = seconds / max(self._steps, 1)
+        self.restart()
+        return {
+            "tokens_per_second": rate,
+            "mfu": rate * self._flops_per_token / self._peak_flops,
+        }, per_step
+
+
+def peak_flops(dtype: str) -> tuple[float, str]:
+    """(FLOP/s of all devices, where the figure is from).
+
+    The datasheet's, where the device is known; otherwise (a CPU) the best of a
+    few products of two 2048x2048 matrices, timed here.
+    """
+    devices = jax.devices()
+    known = costs.peak_flops(devices[0].device_kind, dtype)
+    if known is not None:
+        return known * len(devices), f"{devices[0].device_kind} datasheet"
+    n = 2048
+    x = jnp.ones((n, n), dtype)
+    multiply = jax.jit(jnp.matmul)
+    multiply(x, x).block_until_ready()
+    best = math.inf
+    for _ in range(5):
+        start = time.perf_counter()
+        multiply(x, x).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best, f"measured {n}x{n} product"
+
+
+def due(done: int, every: int) -> bool:
+    """Whether something that happens every so many steps (0: never) happens after step `done`."""
+    return every > 0 and done % every == 0
+
+
+class TrainLog:
+    """The train step's metrics, read one step late so that the device never waits."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        workdir: pathlib.Path,
+        writer: MetricsWriter,
+        console: Console,
+        start: int,
+        *,
+        enabled: bool,
+    ) -> None:
+        self._training = config.training
+        self._workdir = workdir
+        self._writer = writer
+        self._schedule = learning_rate(config.optimizer, config.training.num_steps)
+        self._tokens_per_step = config.data.batch_size * config.data.seq_len
+        peak, source = peak_flops(compute_dtype(config.model).name)
+        if enabled:
+            console.print(f"Peak for MFU: {peak / 1e9:,.0f} GFLOP/s ({source}).", highlight=False)
+        flops = costs.model_costs(config.model, seq_len=config.data.seq_len)
+        self.meter = SpeedMeter(flops.training_flops, peak)
+        self._progress = TrainProgress(console, start, config.training.num_steps, enabled=enabled)
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+
+    def push(self, done: int, new: dict[str, jax.Array]) -> None:
+        """Takes the metrics of a dispatched step and reads those of the one before."""
+        self.flush()
+        self._pending = (done, new)
+
+    def flush(self) -> None:
+        """Reads what is pending; waits for the device.
+
+        Raises:
+          UserError: too many updates in a row were skipped.
+        """
+        if self._pending is None:
+            return
+        done, on_device = self._pending
+        self._pending = None
+        values: dict[str, Any] = {k: v.item() for k, v in jax.device_get(on_device).items()}
+        self.meter.add(values["tokens"])
+        self._progress.advance(done)
+        bad = values["skipped_in_a_row"]
+        if due(done, self._training.log_every) or done == self._training.num_steps or bad:
+            speed, seconds = self.meter.read()
+            values |= speed | {
+                "learning_rate": float(self._schedule(done - 1)),
+                "tokens": done * self._tokens_per_step,
+            }
+            self._writer.write("train", done, values)
+            self._progress.show(done, values, seconds * (self._training.num_steps - done))
+        if bad >= self._training.max_bad_steps:
+            raise UserError(
+                f"stopped at step {done}: the loss or its gradient was not finite {bad} times in "
+                f"a row (loss {values['loss']}, gradient norm {values['grad_norm']}); the last "
+                f"checkpoint in {self._workdir} is untouched. Try a lower optimizer.learning_rate"
+            )
+
+    def close(self) -> None:
+        """Ends the progress bar."""
+        self._progress.close()

@@ -1,0 +1,127 @@
+"""Training state and the train step, as pure functions.
+
+Shapes: B batch, L length. A batch has int32 (B, L) arrays `inputs`, `targets`,
+`positions` and `segment_ids` (0 is padding, not scored).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from tlm_jax.config import RunConfig
+from tlm_jax.distributed import sharding
+from tlm_jax.models import Skeleton
+from tlm_jax.models.loss import batch_losses
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What a checkpoint holds of a model in training; or a shape or sharding for each part."""
+
+    step: Any
+    """int32; batches consumed."""
+    params: Any
+    opt_state: Any
+    skipped: Any
+    """int32; updates not made because loss or gradient was not finite."""
+    skipped_in_a_row: Any
+
+
+def init_state(skeleton: Skeleton, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """Fresh parameters and moments at step 0."""
+    params = skeleton.init(key)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        params=params,
+        opt_state=tx.init(params),
+        skipped=zero,
+        skipped_in_a_row=zero,
+    )
+
+
+def state_shardings(skeleton: Skeleton, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A `NamedSharding` for each leaf of the training state."""
+    params = sharding.param_shardings(skeleton.shapes, skeleton.logical_axes, mesh)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return TrainState(
+        step=replicated,
+        params=params,
+        opt_state=sharding.optimizer_shardings(tx, skeleton.shapes, params),
+        skipped=replicated,
+        skipped_in_a_row=replicated,
+    )
+
+
+def make_train_step(
+    config: RunConfig, skeleton: Skeleton, tx: optax.GradientTransformation
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The function (state, batch) -> (state, metrics), not yet compiled.
+
+    Metrics: `loss` (nats a token), `grad_norm` (before clipping), `tokens`
+    (scored in this step), `skipped` and `skipped_in_a_row`.
+    """
+    parts = config.training.grad_accumulation
+    chunk, z_loss = config.training.loss_chunk, config.training.z_loss
+
+    def gradients(params: Any, batch: Batch, tokens: jax.Array) -> tuple[jax.Array, Any]:
+        def objective(params: Any) -> tuple[jax.Array, jax.Array]:
+            nll_BL, log_z_BL, _ = batch_losses(skeleton, params, batch, chunk=chunk)
+            nll = jnp.sum(nll_BL) / tokens
+            return nll + z_loss * jnp.sum(jnp.square(log_z_BL)) / tokens, nll
+
+        (_, nll), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        return nll, grads
+
+    def accumulated(params: Any, batch: Batch, tokens: jax.Array) -> tuple[jax.Array, Any]:
+        if parts == 1:
+            return gradients(params, batch, tokens)
+        # Part i takes rows i, i + parts, ...: each device keeps its own rows.
+        split = jax.tree.map(
+            lambda a: a.reshape(a.shape[0] // parts, parts, *a.shape[1:]).swapaxes(0, 1), batch
+        )
+
+        def add(total: Any, part: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradients(params, part, tokens)), None
+
+        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        return jax.lax.scan(add, zeros, split)[0]
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        tokens = jnp.sum(batch["segment_ids"] > 0)
+        loss, grads = accumulated(state.params, batch, jnp.maximum(tokens, 1))
+        grad_norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        def keep(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        bad = (~finite).astype(jnp.int32)
+        state = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            opt_state=keep(opt_state, state.opt_state),
+            skipped=state.skipped + bad,
+            skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+        )
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "tokens": tokens,
+            "skipped": state.skipped,
+            "skipped_in_a_row": state.skipped_in_a_row,
+        }
+        return state, metrics
+
+    return train_step
