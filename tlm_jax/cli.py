@@ -96,7 +96,9 @@ def train(argv: Sequence[str], prog: str) -> int:
         )
         return 0
     last = metrics.last_record(workdir, "eval")
-    loss = f", validation loss {last['loss']:.4f}" if last else ""
+    loss = ", but its last evaluation was interrupted"
+    if last and last["step"] == outcome.step:
+        loss = f", validation loss {last['loss']:.4f}"
     console.print(
         f"[green]The run in {workdir} is complete[/] at step {outcome.step}{loss}.",
         highlight=False,

@@ -11,7 +11,8 @@ import dataclasses
 from typing import Any, Literal
 
 from tlm_jax import taper as taper_lib
-from tlm_jax.mixers import AttentionConfig, MixerConfig
+from tlm_jax.mixers import AttentionConfig, MixerConfig, MLPConfig
+from tlm_jax.taper_config import TaperConfig
 from tlm_jax.validation import divisors, require, round_up
 
 
@@ -21,43 +22,6 @@ class UserError(Exception):
 
 def _may_change(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"may_change": True})
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TaperConfig:
-    """How MLP width is spread over depth (arXiv 2606.23670, section 3)."""
-
-    schedule: taper_lib.Schedule = "cosine"
-    """Curve from first to last layer; uniform turns tapering off."""
-    start: float = 1.5
-    """Width of the first layer relative to mlp_width (groups: of the heavy third)."""
-    end: float = 0.5
-    """Width of the last layer relative to mlp_width (groups: not used)."""
-    steepness: float = 10.0
-    """Steepness of the sigmoid schedule (our choice; the paper gives none)."""
-    heavy: taper_lib.Third = "early"
-    """Which third of the depth is wide in the groups schedule."""
-    widths: tuple[int, ...] = ()
-    """The widths themselves, one a layer, for schedule=explicit."""
-    multiple_of: int = 16
-    """Widths are multiples of this: 16 as in the paper, 128 for TPU lanes."""
-    num_segments: int | None = None
-    """Approximate the curve by this many stairs, to buy compile time; None is exact."""
-
-    def apply(self, num_layers: int, base_width: int) -> tuple[int, ...]:
-        """The width of each layer; see `taper.layer_widths`."""
-        return taper_lib.layer_widths(
-            num_layers,
-            base_width,
-            self.schedule,
-            self.start,
-            self.end,
-            steepness=self.steepness,
-            heavy=self.heavy,
-            widths=self.widths,
-            multiple_of=self.multiple_of,
-            num_segments=self.num_segments,
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,8 +35,9 @@ class ModelConfig:
     d_model: int = 256
     """Width of the residual stream."""
     mlp_width: int = 704
-    """Mean MLP width (d_ff); the taper moves it between layers."""
+    """Mean MLP width (d_ff), of all levels together; the taper moves it between layers."""
     taper: TaperConfig = dataclasses.field(default_factory=TaperConfig)
+    mlp: MLPConfig = dataclasses.field(default_factory=MLPConfig)
     mixer: MixerConfig = dataclasses.field(default_factory=AttentionConfig)
     tie_embeddings: bool = True
     """Use the embedding table as the output head too."""
@@ -92,19 +57,37 @@ class ModelConfig:
             value = getattr(self, name)
             require(value > 0, f"{name} is {value}; it must be at least 1")
         self.mixer.check(self.d_model)
-        _ = self.mlp_widths  # an impossible taper is an error here, not later
+        for mixer in self.mixers:  # an impossible taper is an error here, not later
+            mixer.check(self.d_model)
+        for layer, width in enumerate(self.mlp_widths):
+            self.mlp.check(width, layer)
+
+    @property
+    def base_mlp_width(self) -> int:
+        """Mean MLP width: `mlp_width` less what the mixer takes of the MLP's budget."""
+        return self.mlp_width - self.mixer.mlp_width_taken(self.d_model)
 
     @property
     def mlp_widths(self) -> tuple[int, ...]:
         """MLP width of each layer, first to last."""
         try:
-            return self.taper.apply(self.num_layers, self.mlp_width)
+            return self.taper.apply(self.num_layers, self.base_mlp_width)
         except taper_lib.TaperError as error:
             raise ValueError(str(error).replace("base_width", "mlp_width")) from None
 
+    @property
+    def mixers(self) -> tuple[MixerConfig, ...]:
+        """Mixer of each layer, first to last."""
+        return self.mixer.layers(self.num_layers, self.d_model)
+
     def uniform_twin(self) -> "ModelConfig":
-        """The same model without a taper: every layer `mlp_width` wide."""
-        return dataclasses.replace(self, taper=TaperConfig(schedule="uniform", multiple_of=1))
+        """The same model with nothing tapered: every layer `base_mlp_width` wide."""
+        return dataclasses.replace(
+            self,
+            taper=TaperConfig(schedule="uniform", multiple_of=1),
+            mixer=self.mixer.uniform_twin(),
+            mlp=self.mlp.uniform_twin(),
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -83,6 +83,7 @@ class LayerCosts:
     layer: int
     """Index from 0."""
     mlp_width: int
+    mlp_levels: int
     d_model: int
     mixer: MixerCosts
 
@@ -93,8 +94,8 @@ class LayerCosts:
 
     @property
     def norm_parameters(self) -> int:
-        """Scales of the two RMSNorms of the block."""
-        return 2 * self.d_model
+        """Scales of the RMSNorms of the block: the mixer's and one a level of the MLP."""
+        return (1 + self.mlp_levels) * self.d_model
 
     @property
     def parameters(self) -> int:
@@ -120,7 +121,7 @@ class LayerCosts:
     def activation_bytes(self, remat: str, value_bytes: int) -> int:
         """Estimate of the bytes kept for the backward pass.
 
-        none: inputs and outputs of both norms (4 D), of the mixer, and gate, up,
+        none: inputs and outputs of all norms (4 D with one MLP), of the mixer, and gate, up,
         silu(gate) and their product (4 F). dots: the layer's input, and each product
         with parameters. full: the layer's input.
         """
@@ -128,8 +129,8 @@ class LayerCosts:
         if remat == "full":
             return d * value_bytes
         if remat == "dots":
-            return (d + self.mixer.dot_values + 2 * f + d) * value_bytes
-        values = 4 * d + self.mixer.saved_values + 4 * f
+            return (d + self.mixer.dot_values + 2 * f + self.mlp_levels * d) * value_bytes
+        values = 2 * d * (1 + self.mlp_levels) + self.mixer.saved_values + 4 * f
         return values * value_bytes + self.mixer.saved_float32 * FLOAT32_BYTES
 
 
@@ -223,10 +224,13 @@ def model_costs(config: ModelConfig, seq_len: int) -> ModelCosts:
             LayerCosts(
                 layer=layer,
                 mlp_width=width,
+                mlp_levels=len(config.mlp.periods),
                 d_model=config.d_model,
-                mixer=mixer_costs(config.mixer, config.d_model, seq_len),
+                mixer=mixer_costs(mixer, config.d_model, seq_len),
             )
-            for layer, width in enumerate(config.mlp_widths)
+            for layer, (width, mixer) in enumerate(
+                zip(config.mlp_widths, config.mixers, strict=True)
+            )
         ),
         embedding_parameters=table,
         head_parameters=0 if config.tie_embeddings else table,

@@ -1,17 +1,79 @@
-"""Configs of sequence mixers: what a layer does across tokens.
+"""Configs of a layer's parts: mixers, which work across tokens, and MLPs.
 
 A mixer is a config here (or in a user's own file), a Flax module registered for
 it in `models.registry`, and its costs in `costs.mixer_costs`.
 """
 
 import dataclasses
+from typing import Self
 
+from tlm_jax import taper as taper_lib
+from tlm_jax.taper_config import TaperConfig
 from tlm_jax.validation import divisors, require, round_up
+
+NO_TAPER = TaperConfig(schedule="uniform", multiple_of=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLPConfig:
+    """A chain of residual pre-norm SwiGLU MLPs in each layer.
+
+    One level is the ordinary MLP. More are a continuum memory system (arXiv
+    2512.24695, eq. 70-71): the layer's width is shared by the levels, so the budget
+    is that of one MLP, and the optimizer updates each level with its own period.
+    """
+
+    periods: tuple[int, ...] = (1,)
+    """Update period of each level in optimizer steps, in the order of the chain."""
+    level_taper: TaperConfig = NO_TAPER
+    """How a layer's width is spread over its levels."""
+
+    def __post_init__(self) -> None:
+        require(
+            len(self.periods) > 0 and all(period >= 1 for period in self.periods),
+            f"mlp.periods is {self.periods}; every level needs a period of at least 1 step",
+        )
+
+    def level_widths(self, width: int) -> tuple[int, ...]:
+        """Widths of the levels of a layer that is `width` wide."""
+        levels = len(self.periods)
+        return self.level_taper.apply(levels, width // levels)
+
+    def check(self, width: int, layer: int) -> None:
+        """Raises `ValueError` if a layer of this width cannot be shared by the levels."""
+        levels = len(self.periods)
+        require(
+            width % levels == 0,
+            f"MLP width {width} of layer {layer} does not divide into {levels} levels; "
+            f"use taper.multiple_of={16 * levels}",
+        )
+        try:
+            self.level_widths(width)
+        except taper_lib.TaperError as error:
+            raise ValueError(f"mlp.level_taper in layer {layer}: {error}") from None
+
+    def uniform_twin(self) -> Self:
+        """The same with levels of equal width."""
+        return dataclasses.replace(self, level_taper=NO_TAPER)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixerConfig:
     """Base of all mixer configs; static, hashable, compared by value."""
+
+    def layers(self, num_layers: int, d_model: int) -> tuple["MixerConfig", ...]:
+        """The mixer of each layer; a mixer that tapers gives configs that differ."""
+        del d_model
+        return (self,) * num_layers
+
+    def uniform_twin(self) -> "MixerConfig":
+        """The same mixer with nothing tapered."""
+        return self
+
+    def mlp_width_taken(self, d_model: int) -> int:
+        """MLP width that this mixer's parameters take off every layer's budget."""
+        del d_model
+        return 0
 
     def check(self, d_model: int) -> None:
         """Raises `ValueError` if the mixer does not fit a stream of this width."""
@@ -35,6 +97,8 @@ class AttentionConfig(MixerConfig):
     """RMS-normalise queries and keys per head."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
+    heads_taper: TaperConfig = NO_TAPER
+    """How query heads, with their key/value heads, are spread over depth."""
 
     def __post_init__(self) -> None:
         require(self.num_heads > 0, f"num_heads is {self.num_heads}; it must be at least 1")
@@ -55,6 +119,31 @@ class AttentionConfig(MixerConfig):
         """(query heads H, key/value heads N, head dim K)."""
         kv_heads = self.num_kv_heads or self.num_heads
         return self.num_heads, kv_heads, self.head_dim or d_model // self.num_heads
+
+    def layers(self, num_layers: int, d_model: int) -> tuple["AttentionConfig", ...]:
+        """Heads of each layer, in whole groups around a key/value head; sum unchanged."""
+        heads, kv_heads, head_dim = self.heads(d_model)
+        taper = dataclasses.replace(self.heads_taper, multiple_of=1)
+        try:
+            groups = taper.apply(num_layers, kv_heads)
+        except taper_lib.TaperError as error:
+            raise ValueError(
+                f"mixer.heads_taper: {str(error).replace('base_width', 'num_kv_heads')}"
+            ) from None
+        return tuple(
+            dataclasses.replace(
+                self,
+                num_heads=n * (heads // kv_heads),
+                num_kv_heads=n,
+                head_dim=head_dim,
+                heads_taper=NO_TAPER,
+            )
+            for n in groups
+        )
+
+    def uniform_twin(self) -> "AttentionConfig":
+        """As many heads in every layer."""
+        return dataclasses.replace(self, heads_taper=NO_TAPER)
 
     def check(self, d_model: int) -> None:
         """Raises `ValueError` unless the heads divide the stream evenly."""

@@ -222,17 +222,17 @@ def test_every_layer_is_initialised_by_one_rule():
     assert [s.length for s in group(layer_specs(config))] == [1, 4, 1]
     for name, width in (("000", 384), ("001", 256), ("002", 128)):
         block = params["segments"][name]
-        for layer in range(block["mlp"]["gate"].shape[0]):
-            assert np.std(block["mlp"]["gate"][layer]) == pytest.approx(128**-0.5, rel=0.05)
+        for layer in range(block["mlp"]["0"]["gate"].shape[0]):
+            assert np.std(block["mlp"]["0"]["gate"][layer]) == pytest.approx(128**-0.5, rel=0.05)
             assert np.std(block["mixer"]["query"][layer]) == pytest.approx(128**-0.5, rel=0.05)
             expected = out_scale * width**-0.5
-            assert np.std(block["mlp"]["down"][layer]) == pytest.approx(expected, rel=0.05)
+            assert np.std(block["mlp"]["0"]["down"][layer]) == pytest.approx(expected, rel=0.05)
             expected = out_scale * 128**-0.5
             assert np.std(block["mixer"]["out"][layer]) == pytest.approx(expected, rel=0.05)
     constant = skeleton(dataclasses.replace(config, init_std=0.02))
     constant = jax.jit(constant.init)(jax.random.key(0))
     for name in ("000", "001", "002"):
-        assert np.std(constant["segments"][name]["mlp"]["up"]) == pytest.approx(0.02, rel=0.05)
+        assert np.std(constant["segments"][name]["mlp"]["0"]["up"]) == pytest.approx(0.02, rel=0.05)
 
 
 def test_tapered_and_uniform_twins_start_from_the_same_attention():

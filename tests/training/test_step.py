@@ -122,10 +122,10 @@ def test_eight_devices_equal_one(reference, mesh: MeshConfig):
     for a, b in zip(history, reference[1], strict=True):
         assert a == pytest.approx(b, rel=1e-4)
     assert_close(state.params, reference[0].params, 1e-4)
-    gate = state.params["segments"]["001"]["mlp"]["gate"]
+    gate = state.params["segments"]["001"]["mlp"]["0"]["gate"]
     shards = {shard.data.shape for shard in gate.addressable_shards}
     assert shards == {(2, 32 // mesh.fsdp, 48 // mesh.tensor)}
-    moments = jax.tree.leaves(state.opt_state[1][0].mu["segments"]["001"]["mlp"]["gate"])[0]
+    moments = jax.tree.leaves(state.opt_state[1][0].mu["segments"]["001"]["mlp"]["0"]["gate"])[0]
     assert moments.sharding == gate.sharding
 
 

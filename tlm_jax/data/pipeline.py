@@ -8,6 +8,10 @@ wherever rows are cut.
 import dataclasses
 import itertools
 import math
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +129,8 @@ class Dataset:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags; we have none
             batches = batches.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=self.config.num_workers)
+                grain.MultiprocessingOptions(num_workers=self.config.num_workers),
+                worker_init_fn=_start_reader,
             )
         return iter(batches)
 
@@ -189,6 +194,19 @@ class ValidationBatches:
             padding = {name: np.zeros_like(array) for name, array in group[0].items()}
             group += [padding] * (self.batch_size - len(group))
             yield {name: np.stack([row[name] for row in group[mine]]) for name in padding}
+
+
+def _start_reader(index: int, count: int) -> None:
+    """In a reader process: leave Ctrl-C to the parent, and end with it even if it is killed."""
+    del index, count
+
+    def end_with_parent() -> None:
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _local_size(batch_size: int, process_count: int) -> int:

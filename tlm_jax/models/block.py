@@ -1,5 +1,7 @@
 """One layer: z = x + mixer(norm(x)), y = z + mlp(norm(z)) (arXiv 2606.23670, section 3).
 
+The MLP may be a chain of several, each with its own norm and residual.
+
 Shapes: B batch, L length, D model.
 """
 
@@ -23,12 +25,16 @@ class LayerSpec:
     """The static shape of one layer; equal neighbours share a scan."""
 
     mixer: MixerConfig
-    mlp_width: int
+    mlp_widths: tuple[int, ...]
+    """One a level of the MLP."""
 
 
 def layer_specs(config: ModelConfig) -> tuple[LayerSpec, ...]:
     """The spec of each layer, first to last."""
-    return tuple(LayerSpec(mixer=config.mixer, mlp_width=width) for width in config.mlp_widths)
+    return tuple(
+        LayerSpec(mixer=mixer, mlp_widths=config.mlp.level_widths(width))
+        for mixer, width in zip(config.mixers, config.mlp_widths, strict=True)
+    )
 
 
 class Block(nnx.Module):
@@ -43,8 +49,12 @@ class Block(nnx.Module):
         )
         self.mixer_norm = RMSNorm(config.d_model, config.norm_eps, "norm")
         self.mixer = registry.make_mixer(spec.mixer, context, rngs=rngs)
-        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps, "norm")
-        self.mlp = MLP(spec.mlp_width, context, rngs=rngs)
+        self.mlp = nnx.Dict(
+            {
+                str(level): MLP(width, context, rngs=rngs)
+                for level, width in enumerate(spec.mlp_widths)
+            }
+        )
 
     @classmethod
     def from_key(cls, config: ModelConfig, spec: LayerSpec, key: jax.Array) -> Self:
@@ -67,4 +77,6 @@ class Block(nnx.Module):
             y_BLD, cache = self.mixer(self.mixer_norm(x_BLD), positions_BL, segment_ids_BL, cache)
             x_BLD = x_BLD + y_BLD
         with jax.named_scope("mlp"):
-            return x_BLD + self.mlp(self.mlp_norm(x_BLD)), cache
+            for level in self.mlp.values():
+                x_BLD = level(x_BLD)
+        return x_BLD, cache

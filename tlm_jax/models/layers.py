@@ -59,11 +59,12 @@ class RMSNorm(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """SwiGLU: (silu(x W_gate) * (x W_up)) W_down, without biases (arXiv 2002.05202)."""
+    """x + SwiGLU(norm(x)), SwiGLU(h) = (silu(h W_gate) * (h W_up)) W_down (arXiv 2002.05202)."""
 
     def __init__(self, width: int, context: LayerContext, *, rngs: nnx.Rngs):
         d_model, std = context.d_model, context.std
         inner, outer = ("embed", "mlp"), ("mlp", "embed")
+        self.norm = RMSNorm(d_model, context.norm_eps, "norm")
         self.gate = weight(rngs, (d_model, width), inner, fan_in=d_model, std=std)
         self.up = weight(rngs, (d_model, width), inner, fan_in=d_model, std=std)
         self.down = weight(
@@ -71,8 +72,9 @@ class MLP(nnx.Module):
         )
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
-        h_BLF = jax.nn.silu(dense(x_BLD, self.gate[...])) * dense(x_BLD, self.up[...])
-        return dense(h_BLF, self.down[...])
+        h_BLD = self.norm(x_BLD)
+        h_BLF = jax.nn.silu(dense(h_BLD, self.gate[...])) * dense(h_BLD, self.up[...])
+        return x_BLD + dense(h_BLF, self.down[...])
 
 
 def rotary(x_BLHK: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Array:

@@ -49,7 +49,7 @@ def metadata(config: RunConfig, params: Any, layout: dict[str, Any]) -> dict[str
 
 
 def param_shapes(params: Any) -> dict[str, list[int]]:
-    """Shape of each parameter by its path, such as `segments/000/mlp/gate`."""
+    """Shape of each parameter by its path, such as `segments/000/mlp/0/gate`."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {"/".join(str(key.key) for key in path): list(leaf.shape) for path, leaf in leaves}
 

@@ -108,8 +108,13 @@ class Trainer:
         done = start
         try:
             while done < training.num_steps and not stop:
-                batch = to_devices(next(self.iterator), self.mesh)
-                state, new_metrics = train_step(state, batch)
+                try:
+                    batch = next(self.iterator)
+                except Exception:
+                    if stop:  # the signal ended the reader processes too
+                        break
+                    raise
+                state, new_metrics = train_step(state, to_devices(batch, self.mesh))
                 done += 1
                 log.push(done, new_metrics)
                 checkpoints.check()

@@ -1,0 +1,1 @@
+"""Speed measurements; each file is one command, `make bench` runs all."""

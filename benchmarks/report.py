@@ -1,0 +1,51 @@
+"""Writing measured tables into docs/speed.md, each between its own marks."""
+
+import pathlib
+import platform
+import re
+
+import jax
+import jaxlib
+
+SPEED = pathlib.Path(__file__).parents[1] / "docs" / "speed.md"
+
+
+def machine() -> str:
+    """One line on what the numbers were measured with."""
+    device = jax.devices()[0]
+    return (
+        f"{device.device_kind if device.platform != 'cpu' else cpu_name()}, "
+        f"{len(jax.devices())} {device.platform} device(s), Python {platform.python_version()}, "
+        f"jax {jax.__version__}, jaxlib {jaxlib.__version__}"
+    )
+
+
+def cpu_name() -> str:
+    """The processor's name and number of cores."""
+    import os
+
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text()
+        found = re.search(r"model name\s*: (.*)", text)
+        name = found[1] if found else platform.machine()
+    except OSError:
+        name = platform.processor() or platform.machine()
+    return f"{name} ({os.cpu_count()} cores)"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def publish(name: str, text: str) -> None:
+    """Prints `text` and puts it between the marks `<!-- name -->` of docs/speed.md."""
+    print(text)
+    start, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+    page = SPEED.read_text()
+    if start not in page:
+        raise SystemExit(f"{SPEED} has no mark {start}")
+    before, rest = page.split(start)
+    _, after = rest.split(end)
+    SPEED.write_text(f"{before}{start}\n{text}\n{end}{after}")

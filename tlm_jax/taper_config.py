@@ -1,0 +1,42 @@
+"""A taper as part of a config."""
+
+import dataclasses
+
+from tlm_jax import taper as taper_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaperConfig:
+    """How a width is spread over depth (arXiv 2606.23670, section 3)."""
+
+    schedule: taper_lib.Schedule = "cosine"
+    """Curve from first to last layer; uniform turns tapering off."""
+    start: float = 1.5
+    """Width of the first layer relative to the mean (groups: of the heavy third)."""
+    end: float = 0.5
+    """Width of the last layer relative to the mean (groups: not used)."""
+    steepness: float = 10.0
+    """Steepness of the sigmoid schedule (our choice; the paper gives none)."""
+    heavy: taper_lib.Third = "early"
+    """Which third of the depth is wide in the groups schedule."""
+    widths: tuple[int, ...] = ()
+    """The widths themselves, one a layer, for schedule=explicit."""
+    multiple_of: int = 16
+    """Widths are multiples of this: 16 as in the paper, 128 for TPU lanes."""
+    num_segments: int | None = None
+    """Approximate the curve by this many stairs, to buy compile time; None is exact."""
+
+    def apply(self, num_layers: int, base_width: int) -> tuple[int, ...]:
+        """The width of each layer; see `taper.layer_widths`."""
+        return taper_lib.layer_widths(
+            num_layers,
+            base_width,
+            self.schedule,
+            self.start,
+            self.end,
+            steepness=self.steepness,
+            heavy=self.heavy,
+            widths=self.widths,
+            multiple_of=self.multiple_of,
+            num_segments=self.num_segments,
+        )
