@@ -48,7 +48,7 @@ def compile_once(config: RunConfig) -> tuple[float, float]:
     """Seconds to (trace and lower, compile) the train step."""
     jax.clear_caches()
     model = skeleton(config.model)
-    tx = make_optimizer(config.optimizer, config.training.num_steps)
+    tx = make_optimizer(config.optimizer, config.training.num_steps, config.model.mlp.periods)
     mesh = mesh_lib.make_mesh(config)
     with jax.set_mesh(mesh):
         shardings = step.state_shardings(model, tx, mesh)

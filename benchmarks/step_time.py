@@ -40,7 +40,7 @@ def arm_config(path: str, arm: str) -> RunConfig:
 def serve(config: RunConfig) -> None:
     """Runs one step for each line on standard input and answers with its seconds."""
     model = skeleton(config.model)
-    tx = make_optimizer(config.optimizer, config.training.num_steps)
+    tx = make_optimizer(config.optimizer, config.training.num_steps, config.model.mlp.periods)
     mesh = mesh_lib.make_mesh(config)
     with jax.set_mesh(mesh):
         shardings = step.state_shardings(model, tx, mesh)

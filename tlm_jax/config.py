@@ -235,3 +235,4 @@ class RunConfig:
             f"training.loss_chunk={chunk} does not divide data.seq_len={length}; "
             f"use one of {divisors(length)}, or 0",
         )
+        self.model.mlp.check_length(length)

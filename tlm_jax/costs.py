@@ -11,7 +11,8 @@ exact; activation bytes are an estimate, for the compiler decides.
 import dataclasses
 import functools
 
-from tlm_jax.config import AttentionConfig, ModelConfig, RunConfig
+from tlm_jax.config import ModelConfig, RunConfig
+from tlm_jax.mixers import AttentionConfig, GatedAttentionConfig
 
 FLOAT32_BYTES = 4
 _BACKWARD = 2  # a backward pass has two products for each forward one
@@ -73,6 +74,22 @@ def _attention_costs(mixer: AttentionConfig, d_model: int, seq_len: int) -> Mixe
         saved_float32=scores,  # softmax
         dot_values=queries + 2 * keys + d_model,
         cache_values=2 * keys,
+    )
+
+
+@mixer_costs.register
+def _gated_attention_costs(mixer: GatedAttentionConfig, d_model: int, seq_len: int) -> MixerCosts:
+    attention = _attention_costs(mixer, d_model, seq_len)
+    gate = mixer.gate_parameters(d_model)
+    values = gate // d_model
+    heads, _, head_dim = mixer.heads(d_model)
+    return dataclasses.replace(
+        attention,
+        parameters=attention.parameters + gate,
+        projection_flops=attention.projection_flops + 2 * gate,
+        saved_values=attention.saved_values + heads * head_dim,  # the ungated output
+        saved_float32=attention.saved_float32 + values,
+        dot_values=attention.dot_values + values,
     )
 
 
@@ -248,7 +265,7 @@ class MemoryCosts:
     parameters: int
     """float32."""
     optimizer: int
-    """AdamW's two moments, float32."""
+    """AdamW's two moments, and the mean gradient of levels updated every few steps; float32."""
     gradients: int
     """float32."""
     activations: int
@@ -263,6 +280,18 @@ class MemoryCosts:
         return sum(dataclasses.astuple(self))
 
 
+def _accumulated_parameters(config: ModelConfig) -> int:
+    """Parameters of the MLP levels whose update period is more than one step."""
+    return sum(
+        3 * config.d_model * width + config.d_model
+        for layer_width in config.mlp_widths
+        for width, period in zip(
+            config.mlp.level_widths(layer_width), config.mlp.periods, strict=True
+        )
+        if period > 1
+    )
+
+
 def memory_costs(config: RunConfig) -> MemoryCosts:
     """Memory of one training step over the whole batch, before any sharding."""
     costs = model_costs(config.model, config.data.seq_len)
@@ -272,7 +301,7 @@ def memory_costs(config: RunConfig) -> MemoryCosts:
     chunk = min(config.training.loss_chunk or config.data.seq_len, config.data.seq_len)
     return MemoryCosts(
         parameters=FLOAT32_BYTES * costs.parameters,
-        optimizer=2 * FLOAT32_BYTES * costs.parameters,
+        optimizer=FLOAT32_BYTES * (2 * costs.parameters + _accumulated_parameters(config.model)),
         gradients=FLOAT32_BYTES * costs.parameters,
         activations=tokens * costs.activation_bytes,
         working_set=0 if costs.remat == "none" else tokens * widest,

@@ -5,7 +5,8 @@ it in `models.registry`, and its costs in `costs.mixer_costs`.
 """
 
 import dataclasses
-from typing import Self
+import math
+from typing import Literal, Self
 
 from tlm_jax import taper as taper_lib
 from tlm_jax.taper_config import TaperConfig
@@ -27,12 +28,60 @@ class MLPConfig:
     """Update period of each level in optimizer steps, in the order of the chain."""
     level_taper: TaperConfig = NO_TAPER
     """How a layer's width is spread over its levels."""
+    online_chunks: tuple[int, ...] = ()
+    """Tokens between updates of each level inside a sequence; 0 is never, () turns them off."""
+    online_learning_rate: float = 1e-3
+    """Step of these updates along the gradient summed over the tokens of a chunk."""
+    online_in_training: bool = False
+    """Make these updates in training too, not only in evaluation and decoding."""
 
     def __post_init__(self) -> None:
         require(
             len(self.periods) > 0 and all(period >= 1 for period in self.periods),
             f"mlp.periods is {self.periods}; every level needs a period of at least 1 step",
         )
+        self._check_online()
+
+    def _check_online(self) -> None:
+        chunks, levels = self.online_chunks, len(self.periods)
+        require(
+            len(chunks) in (0, levels),
+            f"mlp.online_chunks={chunks} has {len(chunks)} entries and mlp.periods has {levels}; "
+            "give one chunk length a level (0 for a level that is not updated), or none at all",
+        )
+        require(
+            not chunks or (min(chunks) >= 0 and max(chunks) > 0),
+            f"mlp.online_chunks={chunks}: lengths must not be negative and at least one must be "
+            "positive; () turns updates inside a sequence off",
+        )
+        uneven = [chunk for chunk in chunks if chunk % self.online_piece]
+        require(
+            not uneven,
+            f"mlp.online_chunks={chunks}: {uneven} must be multiples of the smallest, "
+            f"{self.online_piece}",
+        )
+        require(
+            0 <= self.online_learning_rate < math.inf,
+            f"mlp.online_learning_rate={self.online_learning_rate} must be finite and not negative",
+        )
+        require(
+            bool(chunks) or not self.online_in_training,
+            "mlp.online_in_training needs mlp.online_chunks, one chunk length a level",
+        )
+
+    @property
+    def online_piece(self) -> int:
+        """Tokens that run with the same weights: the smallest chunk; 1 without updates."""
+        return min((chunk for chunk in self.online_chunks if chunk), default=1)
+
+    def check_length(self, seq_len: int) -> None:
+        """Raises `ValueError` unless the chunks divide a sequence of this length."""
+        for chunk in self.online_chunks:
+            require(
+                chunk == 0 or seq_len % chunk == 0,
+                f"mlp.online_chunks={self.online_chunks}: {chunk} does not divide "
+                f"data.seq_len={seq_len}; use divisors of it: {divisors(seq_len)}",
+            )
 
     def level_widths(self, width: int) -> tuple[int, ...]:
         """Widths of the levels of a layer that is `width` wide."""
@@ -159,3 +208,28 @@ class AttentionConfig(MixerConfig):
         heads, kv_heads, head_dim = self.heads(d_model)
         kv = "" if kv_heads == heads else f" ({kv_heads} key/value)"
         return f"attention, {heads} head{'s' * (heads > 1)}{kv} of {head_dim}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GatedAttentionConfig(AttentionConfig):
+    """Attention whose output is gated by the layer's input (arXiv 2505.06708, variant G1)."""
+
+    gate: Literal["elementwise", "headwise"] = "elementwise"
+    """A gate for every value of every head, or one a head."""
+    gate_from_mlp: bool = False
+    """Take the gate's parameters off the MLP width, before it is tapered."""
+
+    def gate_parameters(self, d_model: int) -> int:
+        """Parameters of one layer's gate, with the mean number of heads."""
+        heads, _, head_dim = self.heads(d_model)
+        return d_model * heads * (head_dim if self.gate == "elementwise" else 1)
+
+    def mlp_width_taken(self, d_model: int) -> int:
+        """The gate's parameters in units of MLP width, to the nearest multiple of 16."""
+        if not self.gate_from_mlp:
+            return 0
+        return 16 * round(self.gate_parameters(d_model) / (3 * d_model) / 16)
+
+    def describe(self, d_model: int) -> str:
+        """Heads, their dimension and the kind of gate."""
+        return f"{self.gate} gated {super().describe(d_model)}"

@@ -54,4 +54,14 @@ def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mes
             f"{batch_shards} devices (mesh data={shape[0]} fsdp={shape[1]}); "
             f"use data.batch_size={fits}"
         )
+    return _mesh(shape, devices)
+
+
+def single_device_mesh() -> Mesh:
+    """The first device alone."""
+    return _mesh((1, 1, 1), jax.devices()[:1])
+
+
+def _mesh(shape: tuple[int, int, int], devices: list[jax.Device]) -> Mesh:
+    # make_mesh would give Explicit axes by default.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)

@@ -85,11 +85,17 @@ def optimizer_shardings(tx: optax.GradientTransformation, shapes: Any, params: A
     replicated = NamedSharding(mesh, PartitionSpec())
     return optax.tree_utils.tree_map_params(
         tx,
-        lambda _, sharding: sharding,
+        # A part of an optimizer for some parameters only holds empty nodes for the others.
+        lambda leaf, sharding: leaf if _is_masked(leaf) else sharding,
         jax.eval_shape(tx.init, shapes),
         params,
         transform_non_params=lambda _: replicated,
+        is_leaf=_is_masked,
     )
+
+
+def _is_masked(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)
 
 
 def batch_sharding(mesh: Mesh, rules: ShardingRules = RULES) -> NamedSharding:

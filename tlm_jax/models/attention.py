@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tlm_jax.mixers import AttentionConfig
+from tlm_jax.mixers import AttentionConfig, GatedAttentionConfig
 from tlm_jax.models import registry
 from tlm_jax.models.layers import RMSNorm, dense, rotary, weight
+from tlm_jax.validation import require
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +38,13 @@ class KVCache:
         return cls(k_BSNK=kv, v_BSNK=kv, segment_ids_BS=segment_ids, length=jnp.int32(0))
 
     def append(self, k_BLNK: jax.Array, v_BLNK: jax.Array, segment_ids_BL: jax.Array) -> Self:
-        """Writes L more tokens; the caller keeps `length + L` within the cache."""
+        """Writes L more tokens; the caller keeps `length + L` within the cache.
+
+        Raises:
+          ValueError: L alone is more than the cache holds.
+        """
+        size, new = self.k_BSNK.shape[1], k_BLNK.shape[1]
+        require(new <= size, f"{new} tokens do not fit a cache of {size}; make a longer cache")
         write = jax.lax.dynamic_update_slice_in_dim
         return dataclasses.replace(
             self,
@@ -95,6 +102,11 @@ class Attention(nnx.Module):
         _, N, K = self.key[...].shape[-3:]
         return KVCache.empty(batch, length, N, K, dtype)
 
+    def gate_heads(self, x_BLD: jax.Array, y_BLHK: jax.Array) -> jax.Array:
+        """What happens to the heads' outputs before the output projection: nothing."""
+        del x_BLD
+        return y_BLHK
+
     def __call__(
         self,
         x_BLD: jax.Array,
@@ -125,10 +137,39 @@ class Attention(nnx.Module):
         causal_LS = query_index[:, None] >= jnp.arange(keys.shape[1])[None, :]
         same_BLS = segment_ids_BL[:, :, None] == key_segments[:, None, :]
         y_BLHK = attend(q_BLHK, keys, values, causal_LS & same_BLS)
+        y_BLHK = self.gate_heads(x_BLD, y_BLHK)
 
         out = self.out[...]
         B = x_BLD.shape[0]
         return dense(y_BLHK.reshape(B, L, -1), out.reshape(-1, out.shape[-1])), cache
 
 
+class GatedAttention(Attention):
+    """Attention with sigmoid(x W_gate) on its heads' outputs (arXiv 2505.06708, G1).
+
+    The gate is made from the same normalised input as the queries and depends on
+    the query's token only; queries' norm and rotation do not touch it.
+    """
+
+    def __init__(
+        self, config: GatedAttentionConfig, context: registry.LayerContext, *, rngs: nnx.Rngs
+    ):
+        super().__init__(config, context, rngs=rngs)
+        H, _, K = config.heads(context.d_model)
+        values = K if config.gate == "elementwise" else 1
+        self.gate = weight(
+            rngs,
+            (context.d_model, H, values),
+            ("embed", "heads", None),
+            fan_in=context.d_model,
+            std=context.std,
+        )
+
+    def gate_heads(self, x_BLD: jax.Array, y_BLHK: jax.Array) -> jax.Array:
+        """y * sigmoid(x W_gate), the sigmoid in float32."""
+        gate = jax.nn.sigmoid(dense(x_BLD, self.gate[...]).astype(jnp.float32))
+        return (y_BLHK * gate).astype(y_BLHK.dtype)
+
+
 registry.register(AttentionConfig, Attention)
+registry.register(GatedAttentionConfig, GatedAttention)

@@ -1,6 +1,6 @@
-"""Next-token cross-entropy that never holds all float32 logits.
+"""The loss of a batch, in one pass or with updates inside the sequence.
 
-Shapes: B batch, L length, C chunk of positions, D model, V vocab.
+Shapes: B batch, L length.
 """
 
 from typing import Any
@@ -8,64 +8,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tlm_jax.models import online
+from tlm_jax.models.cross_entropy import token_losses
 from tlm_jax.models.language_model import Skeleton
 
 
-def token_losses(
-    hidden_BLD: jax.Array, head_DV: jax.Array, targets_BL: jax.Array, *, chunk: int
-) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihood and log-partition of each target, in nats.
-
-    Logits are float32 and exist for `chunk` positions at a time, in the backward
-    pass too, where they are computed again.
-
-    Args:
-      hidden_BLD: final hidden states, in the compute dtype.
-      head_DV: output matrix.
-      targets_BL: int32 token ids.
-      chunk: positions at a time; divides L. 0 takes all at once.
-
-    Returns:
-      nll_BL and log_z_BL, float32.
-    """
-    head_DV = head_DV.astype(hidden_BLD.dtype)
-
-    def one_chunk(hidden_BCD: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits_BCV = jnp.matmul(hidden_BCD, head_DV, preferred_element_type=jnp.float32)
-        log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-        picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-        return log_z_BC - picked_BC, log_z_BC
-
-    B, L, D = hidden_BLD.shape
-    if chunk == 0 or chunk >= L:
-        return one_chunk(hidden_BLD, targets_BL)
-    chunks = L // chunk
-    _, (nll, log_z) = jax.lax.scan(
-        lambda _, xs: (None, jax.checkpoint(one_chunk, prevent_cse=False)(*xs)),
-        None,
-        (
-            hidden_BLD.reshape(B, chunks, chunk, D).swapaxes(0, 1),
-            targets_BL.reshape(B, chunks, chunk).swapaxes(0, 1),
-        ),
-    )
-    return nll.swapaxes(0, 1).reshape(B, L), log_z.swapaxes(0, 1).reshape(B, L)
-
-
 def batch_losses(
-    skeleton: Skeleton, params: Any, batch: dict[str, jax.Array], *, chunk: int
+    skeleton: Skeleton,
+    params: Any,
+    batch: dict[str, jax.Array],
+    *,
+    chunk: int,
+    training: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Runs the model on a batch and scores its targets.
+
+    A model with `mlp.online_chunks` updates its MLP levels inside the rows (see
+    `models.online`), in training only with `mlp.online_in_training`.
 
     Args:
       skeleton: the model's structure.
       params: its parameters.
       batch: int32 (B, L) arrays `inputs`, `targets`, `positions` and `segment_ids`;
         segment id 0 is padding, which is not scored.
-      chunk: see `token_losses`.
+      chunk: see `cross_entropy.token_losses`.
+      training: whether the losses are there to be differentiated.
 
     Returns:
       nll_BL and log_z_BL, float32, zero at padding, and scored_BL, bool.
     """
+    mlp = skeleton.config.mlp
+    if mlp.online_chunks and (mlp.online_in_training or not training):
+        return online.online_losses(skeleton, params, batch, chunk=chunk)
     model = skeleton.merge(params)
     hidden_BLD, _ = model(
         batch["inputs"], positions_BL=batch["positions"], segment_ids_BL=batch["segment_ids"]

@@ -3,24 +3,65 @@
 Shapes: B batch, P prompt length, T tokens to sample, V vocab.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tlm_jax.models.language_model import Skeleton
+from tlm_jax.validation import require
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is drawn."""
+
+    temperature: float = 0.8
+    """Divides the logits; 0 is greedy."""
+    top_k: int = 0
+    """Draw among this many likeliest tokens; 0 is all."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that hold this share of the probability."""
+
+    def __post_init__(self) -> None:
+        require(self.temperature >= 0, f"temperature is {self.temperature}; 0 is greedy")
+        require(self.top_k >= 0, f"top_k is {self.top_k}; 0 means all tokens")
+        require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie above 0 and up to 1")
+
+
+def draw(logits_BV: jax.Array, key: jax.Array, config: SamplingConfig) -> jax.Array:
+    """Token ids (B,) int32 drawn from logits."""
+    if config.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = logits_BV / config.temperature
+    if config.top_k and config.top_k < logits_BV.shape[-1]:
+        least_B1 = jax.lax.top_k(logits_BV, config.top_k)[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    if config.top_p < 1:
+        sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+        probability_BV = jax.nn.softmax(sorted_BV, axis=-1)
+        before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
+        least_B1 = jnp.min(
+            jnp.where(before_BV < config.top_p, sorted_BV, jnp.inf), axis=-1, keepdims=True
+        )
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
 
 
 def make_sampler(
-    skeleton: Skeleton, *, num_tokens: int, temperature: float, vocab_size: int
+    skeleton: Skeleton, config: SamplingConfig, *, num_tokens: int, vocab_size: int
 ) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
     """The function (params, prompt_BP int32, key) -> tokens_BT int32, not yet compiled.
 
+    One program of one-token steps, prompt included: quick to compile.
+
     Args:
       skeleton: the model's structure.
+      config: how tokens are drawn.
       num_tokens: T, tokens to sample after the prompt.
-      temperature: divides the logits; 0 is greedy.
       vocab_size: ids the tokenizer knows; higher ones are never sampled.
     """
 
@@ -34,15 +75,11 @@ def make_sampler(
                 token_B[:, None], positions_BL=jnp.full((B, 1), index), cache=cache
             )
             logits_BV = model.logits(hidden)[:, 0, :vocab_size]
-            if temperature == 0:
-                drawn_B = jnp.argmax(logits_BV, axis=-1)
-            else:
-                step_key = jax.random.fold_in(key, index)
-                drawn_B = jax.random.categorical(step_key, logits_BV / temperature)
+            drawn_B = draw(logits_BV, jax.random.fold_in(key, index), config)
             prompted_B = jax.lax.dynamic_index_in_dim(
                 prompt_BP, jnp.minimum(index + 1, P - 1), axis=1, keepdims=False
             )
-            next_B = jnp.where(index + 1 < P, prompted_B, drawn_B.astype(jnp.int32))
+            next_B = jnp.where(index + 1 < P, prompted_B, drawn_B)
             return (next_B, cache), next_B
 
         total = P - 1 + num_tokens
@@ -51,3 +88,44 @@ def make_sampler(
         return tokens[P - 1 :].T
 
     return sample
+
+
+def stream(
+    skeleton: Skeleton,
+    params: Any,
+    prompt_BP: np.ndarray,
+    config: SamplingConfig,
+    *,
+    num_tokens: int,
+    vocab_size: int,
+    seed: int = 0,
+) -> Iterator[np.ndarray]:
+    """Yields the next tokens (B,) int32 as they are drawn; the prompt is read in one pass.
+
+    Args:
+      skeleton: the model's structure.
+      params: its parameters.
+      prompt_BP: token ids, at least one a row.
+      config: how tokens are drawn.
+      num_tokens: tokens to draw a row.
+      vocab_size: ids the tokenizer knows; higher ones are never drawn.
+      seed: of the draws.
+    """
+    B, P = prompt_BP.shape
+    key = jax.random.key(seed)
+
+    def advance(params: Any, tokens_BL: jax.Array, start: jax.Array, cache: Any) -> Any:
+        model = skeleton.merge(params)
+        L = tokens_BL.shape[1]
+        positions_BL = jnp.broadcast_to(start + jnp.arange(L), tokens_BL.shape)
+        hidden, cache = model(tokens_BL, positions_BL=positions_BL, cache=cache)
+        logits_BV = model.logits(hidden[:, -1:])[:, 0, :vocab_size]
+        return draw(logits_BV, jax.random.fold_in(key, start + L - 1), config), cache
+
+    step = jax.jit(advance, donate_argnums=3)
+    cache = jax.jit(lambda p: skeleton.merge(p).init_cache(B, P + num_tokens))(params)
+    tokens_B, cache = step(params, jnp.asarray(prompt_BP), jnp.int32(0), cache)
+    for index in range(num_tokens):
+        yield np.asarray(tokens_B)
+        if index + 1 < num_tokens:
+            tokens_B, cache = step(params, tokens_B[:, None], jnp.int32(P + index), cache)

@@ -65,9 +65,14 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return lines
 
 
-def shape_differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Parameters that are missing, extra or of another shape, a line each."""
-    before, after = old["param_shapes"], new["param_shapes"]
+def shape_differences(saved: dict[str, Any], params: Any) -> list[str]:
+    """Parameters that are missing, extra or of another shape than in a checkpoint, a line each.
+
+    Args:
+      saved: the checkpoint's metadata.
+      params: parameters, or their shapes.
+    """
+    before, after = saved["param_shapes"], param_shapes(params)
     return [
         f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
         for name in sorted(before.keys() | after.keys())

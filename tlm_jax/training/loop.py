@@ -65,7 +65,9 @@ class Trainer:
         make_writable(workdir)
         self.dataset = open_dataset(config.data, config.model.vocab_size)
         self.skeleton = skeleton(config.model)
-        self.tx = make_optimizer(config.optimizer, config.training.num_steps)
+        self.tx = make_optimizer(
+            config.optimizer, config.training.num_steps, config.model.mlp.periods
+        )
         self.shardings = step.state_shardings(self.skeleton, self.tx, self.mesh)
         self.iterator = self.dataset.train_iterator(
             process_index=jax.process_index(), process_count=jax.process_count()
@@ -166,7 +168,7 @@ class Trainer:
         return state, newest
 
     def _compare(self, saved: dict[str, Any]) -> None:
-        shapes = checkpoint.shape_differences(saved, self.metadata)
+        shapes = checkpoint.shape_differences(saved, self.skeleton.shapes)
         lines = checkpoint.differences(saved, self.metadata)
         if lines and not self.allow_config_change:
             raise UserError(
@@ -216,8 +218,8 @@ class Trainer:
         self._sampler = jax.jit(
             sampling.make_sampler(
                 self.skeleton,
+                sampling.SamplingConfig(temperature=training.sample_temperature),
                 num_tokens=training.sample_tokens,
-                temperature=training.sample_temperature,
                 vocab_size=tokenizer.vocab_size,
             ),
             out_shardings=replicated,

@@ -1,5 +1,6 @@
 """AdamW with clipping, warm-up and cosine decay (papers' recipe; betas and warm-up are ours)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,16 +35,57 @@ def decay_mask(params: Any) -> Any:
     )
 
 
-def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW (arXiv 1711.05101)."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate(config, num_steps),
-            b1=config.beta1,
-            b2=config.beta2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            mask=decay_mask,
-        ),
-    )
+def update_period(path: Sequence[Any], periods: tuple[int, ...]) -> int:
+    """Steps between updates of the parameter at a path of the parameter tree.
+
+    Level i of an MLP lies at segments/<segment>/mlp/<i>/...; all else is updated each step.
+    """
+    keys = [str(key.key) for key in path]
+    if len(keys) > 4 and keys[0] == "segments" and keys[2] == "mlp":
+        return periods[int(keys[3])]
+    return 1
+
+
+def make_optimizer(
+    config: OptimizerConfig, num_steps: int, periods: tuple[int, ...] = (1,)
+) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW (arXiv 1711.05101), with a period for each MLP level.
+
+    A level of period C is the continuum memory system's eq. 71 (arXiv 2512.24695), read as
+    gradient accumulation: it changes at steps C, 2C, ... only, where theta - lr * AdamW(g)
+    takes the mean g of the C gradients seen since, each clipped with the whole gradient of
+    its step. Our choices where the source is silent: the mean and not the sum, so that eps
+    keeps its meaning (AdamW divides any other factor out); moments, their bias correction
+    and weight decay count updates of the level; the learning rate is the schedule's at the
+    step of the update, whatever the period. Steps that are skipped for a non-finite gradient
+    are not counted.
+
+    Args:
+      config: rates, moments, decay.
+      num_steps: length of the schedule in steps.
+      periods: update period of each MLP level; all 1 is plain AdamW.
+    """
+    rate = learning_rate(config, num_steps)
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    moments = {"b1": config.beta1, "b2": config.beta2, "eps": config.eps}
+    if all(period == 1 for period in periods):
+        decay = {"weight_decay": config.weight_decay, "mask": decay_mask}
+        return optax.chain(clip, optax.adamw(rate, **moments, **decay))
+
+    def every(period: int) -> optax.GradientTransformation:
+        adamw = optax.chain(
+            optax.scale_by_adam(**moments),
+            optax.add_decayed_weights(config.weight_decay, decay_mask),
+        )
+        if period == 1:
+            return adamw
+        return optax.MultiSteps(adamw, period).gradient_transformation()
+
+    def labels(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: f"every_{update_period(path, periods)}", params
+        )
+
+    by_period = {f"every_{period}": every(period) for period in sorted({1, *periods})}
+    # The rate comes last, outside the accumulation, so that it follows the steps of the run.
+    return optax.chain(clip, optax.partition(by_period, labels), optax.scale_by_learning_rate(rate))

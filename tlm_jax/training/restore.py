@@ -1,17 +1,20 @@
-"""A run's checkpoint, read back for evaluation."""
+"""A run's checkpoint, read back to be evaluated or to write text."""
 
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 
 from tlm_jax import config_io
 from tlm_jax.config import RunConfig, UserError
-from tlm_jax.data import open_dataset
+from tlm_jax.data import Tokenizer, load_tokenizer, open_dataset
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed import sharding
 from tlm_jax.evaluation import perplexity
-from tlm_jax.models import skeleton
+from tlm_jax.models import Skeleton, sampling, skeleton
 from tlm_jax.training import checkpoint
 from tlm_jax.training.loop import CHECKPOINTS
 
@@ -34,43 +37,91 @@ def saved_metadata(folder: pathlib.Path, step: int | None) -> tuple[int, dict[st
         return step, found.metadata(step)
 
 
+def load_params(
+    folder: pathlib.Path, step: int, model: Skeleton, tokenizer: Tokenizer, mesh: Mesh
+) -> Any:
+    """The parameters of a checkpoint, on the mesh.
+
+    Raises:
+      UserError: the tokenizer is not the one the model was trained with, or the
+        parameters do not fit the model.
+    """
+    _, saved = saved_metadata(folder, step)
+    trained = saved["data_layout"]["tokenizer"]
+    if trained != tokenizer.fingerprint:
+        raise UserError(
+            f"{folder} was trained with tokenizer {trained}, and {tokenizer.name} is "
+            f"{tokenizer.fingerprint}; use the same --data.tokenizer"
+        )
+    changed = checkpoint.shape_differences(saved, model.shapes)
+    if changed:
+        raise UserError(f"the parameters in {folder} do not fit: {'; '.join(changed[:4])}")
+    shapes = jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        model.shapes,
+        sharding.param_shardings(model.shapes, model.logical_axes, mesh),
+    )
+    with checkpoint.Checkpoints(folder / CHECKPOINTS, read_only=True) as found:
+        return found.restore_params(step, shapes)
+
+
 def evaluate(folder: pathlib.Path, step: int, config: RunConfig) -> perplexity.Score:
     """Scores the checkpoint of a step on the validation split that `config.data` names.
 
     Raises:
-      UserError: the tokenizer is not the one the model was trained with, or the
-        parameters do not fit the config.
+      UserError: see `load_params`.
     """
     mesh = mesh_lib.make_mesh(config)
     dataset = open_dataset(config.data, config.model.vocab_size)
     model = skeleton(config.model)
-    _, saved = saved_metadata(folder, step)
-    now = checkpoint.metadata(config, model.shapes, dataset.layout(process_count=1))
-    trained, given = (m["data_layout"]["tokenizer"] for m in (saved, now))
-    if trained != given:
-        raise UserError(
-            f"{folder} was trained with tokenizer {trained}, and this one is {given}; "
-            "use the same --data.tokenizer"
-        )
-    changed = checkpoint.shape_differences(saved, now)
-    if changed:
-        raise UserError(f"the parameters in {folder} do not fit: {'; '.join(changed[:4])}")
-    with (
-        jax.set_mesh(mesh),
-        checkpoint.Checkpoints(folder / CHECKPOINTS, read_only=True) as found,
-    ):
-        shardings = sharding.param_shardings(model.shapes, model.logical_axes, mesh)
-        shapes = jax.tree.map(
-            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-            model.shapes,
-            shardings,
-        )
-        params = found.restore_params(step, shapes)
+    with jax.set_mesh(mesh):
+        params = load_params(folder, step, model, dataset.tokenizer, mesh)
         score_step = jax.jit(
             perplexity.make_score_step(model, chunk=config.training.loss_chunk),
             out_shardings=jax.sharding.NamedSharding(mesh, jax.P()),
         )
         return perplexity.score_dataset(score_step, params, dataset, config, mesh)
+
+
+def generate(
+    folder: pathlib.Path,
+    step: int,
+    config: RunConfig,
+    prompt: str,
+    sampling_config: sampling.SamplingConfig,
+    *,
+    num_tokens: int,
+    num_samples: int,
+    seed: int,
+) -> Iterator[list[str]]:
+    """Yields the texts of `num_samples` continuations so far, prompt included.
+
+    A row ends at its first end-of-text token; the iterator ends when all rows have.
+    """
+    mesh = mesh_lib.single_device_mesh()
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    model = skeleton(config.model)
+    with jax.set_mesh(mesh):
+        params = load_params(folder, step, model, tokenizer, mesh)
+        ids = tokenizer.encode(prompt)
+        rows = [list(ids) for _ in range(num_samples)]
+        ended = [False] * num_samples
+        for tokens in sampling.stream(
+            model,
+            params,
+            np.asarray([[tokenizer.eot_id, *ids]] * num_samples, np.int32),
+            sampling_config,
+            num_tokens=num_tokens,
+            vocab_size=tokenizer.vocab_size,
+            seed=seed,
+        ):
+            for row, token in enumerate(tokens.tolist()):
+                ended[row] = ended[row] or token == tokenizer.eot_id
+                if not ended[row]:
+                    rows[row].append(token)
+            yield [tokenizer.decode(row) for row in rows]
+            if all(ended):
+                return
 
 
 def saved_config(metadata: dict[str, Any]) -> RunConfig:

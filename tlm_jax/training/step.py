@@ -75,7 +75,7 @@ def make_train_step(
 
     def gradients(params: Any, batch: Batch, tokens: jax.Array) -> tuple[jax.Array, Any]:
         def objective(params: Any) -> tuple[jax.Array, jax.Array]:
-            nll_BL, log_z_BL, _ = batch_losses(skeleton, params, batch, chunk=chunk)
+            nll_BL, log_z_BL, _ = batch_losses(skeleton, params, batch, chunk=chunk, training=True)
             nll = jnp.sum(nll_BL) / tokens
             return nll + z_loss * jnp.sum(jnp.square(log_z_BL)) / tokens, nll
 

@@ -1,0 +1,1 @@
+"""Extensions of tlm-jax, each complete in one file."""

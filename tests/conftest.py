@@ -1,0 +1,115 @@
+"""Eight simulated devices, one cache of prepared text, and one small run for all tests.
+
+Nothing here imports jax: the data and plan tests prove that they do without it.
+"""
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import random
+from collections.abc import Iterator
+
+import pytest
+from helpers import DRIVER, NUM_STEPS, run
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # read when jax is imported
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiles about 3 times as fast
+
+CONFIG = """
+from tlm_jax import config as c
+
+
+def get_config():
+    return c.RunConfig(
+        name="small",
+        model=c.ModelConfig(
+            vocab_size=257,
+            num_layers=4,
+            d_model=32,
+            mlp_width=64,
+            mixer=c.AttentionConfig(num_heads=2),
+            remat="none",
+        ),
+        data=c.DataConfig(path={text!r}, tokenizer="bytes", seq_len=64, batch_size=8),
+        optimizer=c.OptimizerConfig(
+            learning_rate=4e-3, final_learning_rate=4e-4, warmup_steps=5
+        ),
+        training=c.TrainingConfig(
+            num_steps={num_steps},
+            log_every=1,
+            eval_every={half},
+            eval_batches=2,
+            checkpoint_every={half},
+            sample_tokens=0,
+        ),
+    )
+"""
+
+
+@pytest.fixture(scope="session")
+def session_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder that all workers of this test session share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "session"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_cache(session_folder: pathlib.Path) -> Iterator[None]:
+    """Text is prepared once, here and in the processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(session_folder / "cache"))
+        yield
+
+
+@pytest.fixture(scope="session")
+def text_folder(session_folder: pathlib.Path) -> pathlib.Path:
+    """Forty text files of about 900 bytes."""
+    folder = session_folder / "text"
+    with _only_once(folder) as needed:
+        if needed:
+            folder.mkdir()
+            rng = random.Random(0)
+            words = ["early", "late", "layer", "width", "taper", "model", "language"]
+            words += [f"x{i}" for i in range(30)]
+            for i in range(40):
+                content = " ".join(rng.choice(words) for _ in range(180))
+                (folder / f"{i:02d}.txt").write_text(content)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def config_file(session_folder: pathlib.Path, text_folder: pathlib.Path) -> pathlib.Path:
+    """Four tapered layers, byte tokens, 20 steps, checkpoints at 10 and 20."""
+    path = session_folder / "small.py"
+    with _only_once(path) as needed:
+        if needed:
+            text = CONFIG.format(text=str(text_folder), num_steps=NUM_STEPS, half=NUM_STEPS // 2)
+            path.write_text(text)
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished_run(session_folder: pathlib.Path, config_file: pathlib.Path) -> pathlib.Path:
+    """A run of 20 steps, not to be written to; beside it `finished.batches` and `.out`."""
+    folder = session_folder / "finished"
+    with _only_once(folder) as needed:
+        if needed:
+            train = ("train", "--config", config_file, "--workdir", folder)
+            result = run(DRIVER, "--record", folder.with_suffix(".batches"), *train)
+            assert result.returncode == 0, result.stderr
+            folder.with_suffix(".out").write_text(result.stdout)
+    return folder
+
+
+@contextlib.contextmanager
+def _only_once(path: pathlib.Path) -> Iterator[bool]:
+    """Yields whether `path` is still to be made, to one worker at a time."""
+    done = path.with_name(path.name + ".done")
+    with path.with_name(path.name + ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not done.exists()
+        done.touch()

@@ -1,0 +1,346 @@
+"""Updates inside a sequence against a plain oracle, and what they must never do."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tlm_jax.config import (
+    AttentionConfig,
+    DataConfig,
+    MLPConfig,
+    ModelConfig,
+    RunConfig,
+    TaperConfig,
+)
+from tlm_jax.models import online, skeleton
+from tlm_jax.models.loss import batch_losses
+
+VOCAB, LENGTH, RATE = 32, 24, 0.05
+# Three layers in two segments, the first of two layers; level 0 is slow, level 1 is fast.
+CONFIG = ModelConfig(
+    vocab_size=VOCAB,
+    num_layers=3,
+    d_model=16,
+    mlp_width=24,
+    taper=TaperConfig(schedule="explicit", widths=(32, 32, 8), multiple_of=1),
+    mlp=MLPConfig(
+        periods=(1, 1), online_chunks=(8, 4), online_learning_rate=RATE, online_in_training=True
+    ),
+    mixer=AttentionConfig(num_heads=2),
+    remat="none",
+    compute_dtype="float32",
+)
+
+
+def with_mlp(**changes) -> ModelConfig:
+    return dataclasses.replace(CONFIG, mlp=dataclasses.replace(CONFIG.mlp, **changes))
+
+
+def make_batch(*documents: list[int], seed: int = 0) -> dict[str, jax.Array]:
+    """A row for each list of document lengths, padded at the end."""
+    tokens = np.array(jax.random.randint(jax.random.key(seed), (len(documents), 25), 0, VOCAB))
+    ids, positions = np.zeros((2, len(documents), LENGTH), np.int32)
+    for row, lengths in enumerate(documents):
+        ends = np.cumsum([0, *lengths])
+        for document, (start, end) in enumerate(itertools.pairwise(ends)):
+            ids[row, start:end] = document + 1
+            positions[row, start:end] = np.arange(end - start)
+    return {
+        "inputs": jnp.asarray(tokens[:, :-1]),
+        "targets": jnp.asarray(tokens[:, 1:]),
+        "positions": jnp.asarray(positions),
+        "segment_ids": jnp.asarray(ids),
+    }
+
+
+# One document; three, of which two meet in a piece and two at its border; a short one and
+# padding. Document 2 of the middle row begins and ends inside of pieces.
+BATCH = make_batch([LENGTH], [6, 10, 8], [3, 10])
+
+
+@functools.cache
+def parameters():
+    params = jax.jit(skeleton(CONFIG).init)(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [a + 0.1 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+@functools.cache
+def compiled(config: ModelConfig, training: bool = False):
+    model = skeleton(config)
+    return jax.jit(lambda p, b: batch_losses(model, p, b, chunk=2, training=training))
+
+
+@functools.cache
+def gradient(config: ModelConfig):
+    """Of a sum of losses and log-partitions that weighs every token differently."""
+    model = skeleton(config)
+
+    def objective(params, batch):
+        nll, log_z, _ = batch_losses(model, params, batch, chunk=0, training=True)
+        return jnp.sum((nll + 0.1 * log_z) * token_weights(batch))
+
+    return jax.jit(jax.grad(objective))
+
+
+def token_weights(batch):
+    shape = batch["inputs"].shape
+    return 0.5 + jnp.arange(shape[0] * shape[1]).reshape(shape) % 7 * (batch["segment_ids"] > 0)
+
+
+# --- The oracle: one row in one plain pass, every token with weights of its own. ---
+
+
+def oracle_losses(params, versions, version_L, row):
+    """nll and log-partition (L,); `versions` has the MLP levels of each layer, (N, ...)."""
+    model = skeleton(CONFIG).merge(params)
+    ids, positions = row["segment_ids"][None], row["positions"][None]
+    x = model.embedding[...][row["inputs"]]
+    layers = [
+        jax.tree.map(lambda a, i=i: a[i], model.segments[name])
+        for name, count in (("000", 2), ("001", 1))
+        for i in range(count)
+    ]
+    for layer, levels in zip(layers, versions, strict=True):
+        x = x + layer.mixer(layer.mixer_norm(x[None]), positions, ids)[0][0]
+        for level in levels:
+            w = jax.tree.map(lambda a: a[version_L], level)
+            h = x / jnp.sqrt(jnp.mean(x**2, -1, keepdims=True) + CONFIG.norm_eps)
+            h = h * w["norm"]["scale"]
+            gate, up = (jnp.einsum("ld,ldf->lf", h, w[name]) for name in ("gate", "up"))
+            x = x + jnp.einsum("lf,lfd->ld", jax.nn.silu(gate) * up, w["down"])
+    logits = model.logits(model.final_norm(x))
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    return log_z - logits[jnp.arange(LENGTH), row["targets"]], log_z
+
+
+@functools.cache
+def oracle_gradient():
+    def loss(versions, params, version_L, row, learned_L):
+        return jnp.sum(jnp.where(learned_L, oracle_losses(params, versions, version_L, row)[0], 0))
+
+    return jax.jit(jax.grad(loss))
+
+
+def layer_levels(params):
+    """The MLP levels of each layer, first to last."""
+    mlps = [params["segments"][name]["mlp"] for name in ("000", "001")]
+    return [
+        [jax.tree.map(lambda a, i=i: a[i], mlp[level]) for level in ("0", "1")]
+        for mlp, count in zip(mlps, (2, 1), strict=True)
+        for i in range(count)
+    ]
+
+
+def oracle_versions(params, row, chunks, piece=4):
+    """Differences from the trained weights for each (document, piece), and each token's version.
+
+    The tokens of a document in a piece use the sum of that document's gradients of all
+    pieces in chunks that have ended: eq. 71, with nothing kept from version to version.
+    """
+    ids = np.asarray(row["segment_ids"])
+    pieces, documents = LENGTH // piece, max(ids) + 1
+    version_L = ids * pieces + np.arange(LENGTH) // piece
+    total = documents * pieces
+    differences = jax.tree.map(lambda a: np.zeros((total, *a.shape)), layer_levels(params))
+    gradients = jax.tree.map(np.zeros_like, differences)
+    for version in range(pieces, total):
+        document, now = divmod(version, pieces)
+        learned_L = version_L == version
+        if not learned_L.any():
+            continue
+        for layer_difference, layer_gradient in zip(differences, gradients, strict=True):
+            for chunk, difference, g in zip(chunks, layer_difference, layer_gradient, strict=True):
+                ended = (now * piece // chunk) * chunk // piece if chunk else 0
+                rows = slice(document * pieces, document * pieces + ended)
+                for d, g_leaf in zip(jax.tree.leaves(difference), jax.tree.leaves(g), strict=True):
+                    d[version] = -RATE * g_leaf[rows].sum(0)
+        versions = jax.tree.map(lambda a, d: a + d, layer_levels(params), differences)
+        got = oracle_gradient()(versions, params, version_L, row, learned_L)
+        for g, new in zip(jax.tree.leaves(gradients), jax.tree.leaves(got), strict=True):
+            g[version] = new[version]
+    return jax.tree.map(jnp.float32, differences), version_L
+
+
+@pytest.mark.parametrize("chunks", [(8, 4), (0, 4), (4, 4)])
+def test_losses_equal_the_oracle(chunks):
+    """Two levels, documents that meet inside pieces and at their borders, padding."""
+    nll, log_z, scored = compiled(with_mlp(online_chunks=chunks))(parameters(), BATCH)
+    np.testing.assert_array_equal(scored, BATCH["segment_ids"] > 0)
+    plain, _, _ = compiled(with_mlp(online_chunks=(), online_in_training=False))(
+        parameters(), BATCH
+    )
+    assert jnp.abs(nll - plain).max() > 0.05, "the updates do nothing"
+    run = jax.jit(oracle_losses)
+    for index in range(3):
+        row = jax.tree.map(lambda a, i=index: a[i], BATCH)
+        differences, version_L = oracle_versions(parameters(), row, chunks)
+        versions = jax.tree.map(lambda a, d: a + d, layer_levels(parameters()), differences)
+        expected = run(parameters(), versions, version_L, row)
+        for got, wanted in zip((nll[index], log_z[index]), expected, strict=True):
+            wanted = np.where(scored[index], wanted, 0.0)
+            np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5, err_msg=f"row {index}")
+
+
+def test_training_gradients_are_those_with_the_updates_held_constant():
+    """All parameters, through the weights and through the caches of earlier pieces."""
+
+    @jax.jit
+    def row_gradient(params, differences, version_L, row, weights_L):
+        def objective(params):
+            versions = jax.tree.map(lambda a, d: a + d, layer_levels(params), differences)
+            nll, log_z = oracle_losses(params, versions, version_L, row)
+            return jnp.sum(jnp.where(row["segment_ids"] > 0, nll + 0.1 * log_z, 0.0) * weights_L)
+
+        return jax.grad(objective)(params)
+
+    expected = jax.tree.map(jnp.zeros_like, parameters())
+    for index in range(3):
+        row = jax.tree.map(lambda a, i=index: a[i], BATCH)
+        differences, version_L = oracle_versions(parameters(), row, (8, 4))
+        one = row_gradient(parameters(), differences, version_L, row, token_weights(BATCH)[index])
+        expected = jax.tree.map(jnp.add, expected, one)
+    for remat in ("none", "full"):
+        got = gradient(dataclasses.replace(CONFIG, remat=remat))(parameters(), BATCH)
+        assert_close(got, expected)
+
+
+def assert_close(got, expected):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
+    ):
+        scale = float(jnp.abs(b).max())
+        assert scale > 0, f"{path} gets no gradient"
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * scale, err_msg=str(path))
+
+
+def test_a_rate_of_zero_is_the_ordinary_model():
+    """Losses and gradients."""
+    still = with_mlp(online_learning_rate=0.0)
+    ordinary = with_mlp(online_chunks=(), online_in_training=False)
+    for got, expected in zip(
+        compiled(still)(parameters(), BATCH), compiled(ordinary)(parameters(), BATCH), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    assert_close(gradient(still)(parameters(), BATCH), gradient(ordinary)(parameters(), BATCH))
+
+
+@pytest.mark.parametrize("token", [1, 7, 8, 14])
+def test_a_token_changes_nothing_before_it(token: int):
+    """Inside a chunk, at its last token, at the first after it."""
+    tokens = BATCH["inputs"].at[0, token].add(1) % VOCAB
+    targets = BATCH["targets"].at[0, token - 1].set(tokens[0, token])
+    before = compiled(CONFIG)(parameters(), BATCH)
+    after = compiled(CONFIG)(parameters(), BATCH | {"inputs": tokens, "targets": targets})
+    np.testing.assert_array_equal(before[0][0, : token - 1], after[0][0, : token - 1])
+    np.testing.assert_array_equal(before[1][0, :token], after[1][0, :token])
+    assert (before[1][0, token:] != after[1][0, token:]).all()
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a[1:], b[1:])  # and nothing in other rows
+
+
+@pytest.mark.parametrize("document", [1, 2, 3])
+def test_documents_of_a_row_do_not_touch_each_other(document: int):
+    """Exactly, though they share pieces: neither those before nor those after."""
+    inside = BATCH["segment_ids"][1] == document
+    other = make_batch([1], [1], [1], seed=5)
+    changed = BATCH | {
+        name: BATCH[name].at[1].set(jnp.where(inside, other[name][1], BATCH[name][1]))
+        for name in ("inputs", "targets")
+    }
+    before, after = (compiled(CONFIG)(parameters(), b)[1][1] for b in (BATCH, changed))
+    np.testing.assert_array_equal(before[~inside], after[~inside])
+    assert (before != after)[inside].mean() > 0.8
+
+
+def test_a_document_scores_as_it_does_alone():
+    """If it begins at the border of all chunks; also its tail, which shares a piece."""
+    tail = {name: a[1:2] for name, a in make_batch([1], [8, 10, 6]).items()}
+    alone = {name: jnp.roll(a, -8, axis=1) for name, a in tail.items()}
+    ids = jnp.where(jnp.arange(LENGTH) < 10, alone["segment_ids"], 0)
+    packed = compiled(CONFIG)(parameters(), tail)
+    single = compiled(CONFIG)(parameters(), alone | {"segment_ids": ids})
+    for a, b in zip(packed[:2], single[:2], strict=True):
+        np.testing.assert_allclose(a[0, 8:18], b[0, :10], rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_need_not_be_whole_pieces():
+    short = jax.tree.map(lambda a: a[:, :22], BATCH)
+    for a, b in zip(
+        compiled(CONFIG)(parameters(), short), compiled(CONFIG)(parameters(), BATCH), strict=True
+    ):
+        assert a.shape == (3, 22)
+        np.testing.assert_allclose(a, b[:, :22], rtol=1e-5, atol=1e-5)
+
+
+def test_decoding_token_by_token_equals_the_full_pass():
+    """300 tokens, 18 pieces, 9 chunks of the slow level, in calls of unequal length."""
+    config = with_mlp(online_chunks=(32, 16), online_learning_rate=0.02)
+    model, params, length = skeleton(config), parameters(), 300
+    ids = jax.random.randint(jax.random.key(3), (2, length + 1), 0, VOCAB)
+    ones = jnp.ones((2, length), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(length), ones.shape)
+    batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:]}
+    batch |= {"segment_ids": ones, "positions": positions}
+    nll, log_z, _ = compiled(config)(params, batch)
+    plain, _, _ = compiled(with_mlp(online_chunks=(), online_in_training=False))(params, batch)
+    assert jnp.abs(nll - plain)[:, -16:].mean() > 0.1, "the updates do nothing"
+
+    advance = jax.jit(lambda tokens, state: online.advance(model, params, tokens, state))
+    state = jax.jit(lambda: online.init_state(model, params, 2, length))()
+    parts, done = [], 0
+    for size in [1] * 150 + [150]:
+        logits, state = advance(batch["inputs"][:, done : done + size], state)
+        parts.append(logits)
+        done += size
+    logits = jnp.concatenate(parts, axis=1)
+    assert logits.shape == (2, length, VOCAB)
+    got_z = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+    np.testing.assert_allclose(got_z, log_z, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(got_z - picked, nll, rtol=0, atol=1e-4)
+
+
+def test_updates_are_for_evaluation_unless_training_asks_for_them():
+    ordinary = compiled(with_mlp(online_chunks=(), online_in_training=False))
+    config = with_mlp(online_in_training=False)
+    plain = ordinary(parameters(), BATCH)[0]
+    np.testing.assert_array_equal(compiled(config, True)(parameters(), BATCH)[0], plain)
+    assert jnp.abs(compiled(config, False)(parameters(), BATCH)[0] - plain).max() > 0.05
+    assert jnp.abs(compiled(CONFIG, True)(parameters(), BATCH)[0] - plain).max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"online_chunks": (8,)}, r"\(8,\) has 1 entries and mlp.periods has 2"),
+        ({"online_chunks": (12, 8)}, r"\[12\] must be multiples of the smallest, 8"),
+        ({"online_chunks": (0, 0)}, "at least one must be positive"),
+        ({"online_chunks": (-4, 4)}, "must not be negative"),
+        ({"online_learning_rate": -1.0}, "must be finite and not negative"),
+        ({"online_learning_rate": float("nan")}, "must be finite and not negative"),
+        ({"online_chunks": ()}, "online_in_training needs mlp.online_chunks"),
+    ],
+)
+def test_bad_chunks_are_one_clear_message(changes, message: str):
+    with pytest.raises(ValueError, match=message):
+        with_mlp(**changes)
+
+
+def test_chunks_must_divide_the_sequence():
+    RunConfig(model=CONFIG, data=DataConfig(seq_len=128))
+    with pytest.raises(ValueError, match=r"8 does not divide data.seq_len=132; use divisors"):
+        RunConfig(model=CONFIG, data=DataConfig(seq_len=132))
+
+
+def test_a_model_without_chunks_has_no_online_state():
+    plain = with_mlp(online_chunks=(), online_in_training=False)
+    with pytest.raises(ValueError, match="online_chunks is empty"):
+        online.init_state(skeleton(plain), parameters(), 1, 8)
