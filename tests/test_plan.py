@@ -66,7 +66,7 @@ def test_long_plans_leave_out_the_middle() -> None:
     model = ModelConfig(num_layers=96, d_model=4096, mlp_width=16384)
     text = _printed(RunConfig(model=model), max_rows=20)
     assert sum("█" in line for line in text.splitlines()) == 19
-    assert f"{len(set(model.mlp_widths)) - 19} more segments" in text
+    assert f"{len(set(model.mlp_widths)) - 19} more" in text
     assert "…" not in text
 
 

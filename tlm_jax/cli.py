@@ -242,6 +242,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         near = difflib.get_close_matches(verb, VERBS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return _fail(f"unknown verb {verb!r}{hint} (one of {', '.join(VERBS)})", 2)
+    sys.path.insert(0, os.getcwd())  # a mixer of one's own beside the config is found
     try:
         return VERBS[verb][0](argv[1:], prog or f"tlm {verb}")
     except UserError as error:
@@ -329,8 +330,9 @@ def _quiet_libraries() -> None:
     show = sys.unraisablehook
 
     def show_others(unraisable: Any) -> None:
-        # TensorStore's threads report here that nobody is left to hear of a failed read.
-        if "Event loop is closed" not in str(unraisable.exc_value):
+        # Reads that were under way when another one failed have nobody left to report to.
+        text = str(unraisable.exc_value)
+        if "Event loop is closed" not in text and "TensorStore" not in text:
             show(unraisable)
 
     sys.unraisablehook = show_others

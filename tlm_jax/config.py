@@ -8,6 +8,7 @@ them; all others must stay as they were when the run began.
 """
 
 import dataclasses
+import itertools
 from typing import Any, Literal
 
 from tlm_jax import taper as taper_lib
@@ -79,6 +80,17 @@ class ModelConfig:
     def mixers(self) -> tuple[MixerConfig, ...]:
         """Mixer of each layer, first to last."""
         return self.mixer.layers(self.num_layers, self.d_model)
+
+    @property
+    def segments(self) -> tuple[taper_lib.Segment, ...]:
+        """Runs of equal layers (mixer and MLP width), each one scan."""
+        runs, start = [], 0
+        layers = zip(self.mixers, self.mlp_widths, strict=True)
+        for (_, width), run in itertools.groupby(layers):
+            length = len(list(run))
+            runs.append(taper_lib.Segment(start=start, length=length, width=width))
+            start += length
+        return tuple(runs)
 
     def uniform_twin(self) -> "ModelConfig":
         """The same model with nothing tapered: every layer `base_mlp_width` wide."""

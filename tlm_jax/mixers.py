@@ -99,7 +99,8 @@ class MLPConfig:
         try:
             self.level_widths(width)
         except taper_lib.TaperError as error:
-            raise ValueError(f"mlp.level_taper in layer {layer}: {error}") from None
+            text = str(error).replace("num_layers", "levels").replace("base_width", "level_width")
+            raise ValueError(f"mlp.level_taper in layer {layer}: {text}") from None
 
     def uniform_twin(self) -> Self:
         """The same with levels of equal width."""
@@ -126,6 +127,10 @@ class MixerConfig:
 
     def check(self, d_model: int) -> None:
         """Raises `ValueError` if the mixer does not fit a stream of this width."""
+
+    def sizes(self) -> dict[str, int]:
+        """What a taper may change from layer to layer, by name."""
+        return {}
 
     def describe(self, d_model: int) -> str:
         """A few words for tables."""
@@ -189,6 +194,10 @@ class AttentionConfig(MixerConfig):
             )
             for n in groups
         )
+
+    def sizes(self) -> dict[str, int]:
+        """Query heads."""
+        return {"heads": self.num_heads}
 
     def uniform_twin(self) -> "AttentionConfig":
         """As many heads in every layer."""

@@ -16,18 +16,22 @@ from tlm_jax.config import (
     ModelConfig,
     RunConfig,
     TaperConfig,
+    TrainingConfig,
 )
 from tlm_jax.models import online, skeleton
 from tlm_jax.models.loss import batch_losses
 
-VOCAB, LENGTH, RATE = 32, 24, 0.05
-# Three layers in two segments, the first of two layers; level 0 is slow, level 1 is fast.
+VOCAB, RATE = 32, 0.05
+LENGTH = 22  # not a whole number of pieces
+# Little optimised, which halves the time to compile.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+# Two segments of one layer each; level 0 is slow, level 1 is fast.
 CONFIG = ModelConfig(
     vocab_size=VOCAB,
-    num_layers=3,
+    num_layers=2,
     d_model=16,
     mlp_width=24,
-    taper=TaperConfig(schedule="explicit", widths=(32, 32, 8), multiple_of=1),
+    taper=TaperConfig(schedule="explicit", widths=(32, 16)),
     mlp=MLPConfig(
         periods=(1, 1), online_chunks=(8, 4), online_learning_rate=RATE, online_in_training=True
     ),
@@ -43,7 +47,9 @@ def with_mlp(**changes) -> ModelConfig:
 
 def make_batch(*documents: list[int], seed: int = 0) -> dict[str, jax.Array]:
     """A row for each list of document lengths, padded at the end."""
-    tokens = np.array(jax.random.randint(jax.random.key(seed), (len(documents), 25), 0, VOCAB))
+    tokens = np.array(
+        jax.random.randint(jax.random.key(seed), (len(documents), LENGTH + 1), 0, VOCAB)
+    )
     ids, positions = np.zeros((2, len(documents), LENGTH), np.int32)
     for row, lengths in enumerate(documents):
         ends = np.cumsum([0, *lengths])
@@ -58,41 +64,34 @@ def make_batch(*documents: list[int], seed: int = 0) -> dict[str, jax.Array]:
     }
 
 
+ORDINARY = with_mlp(online_chunks=(), online_in_training=False)
 # One document; three, of which two meet in a piece and two at its border; a short one and
 # padding. Document 2 of the middle row begins and ends inside of pieces.
-BATCH = make_batch([LENGTH], [6, 10, 8], [3, 10])
+BATCH = make_batch([LENGTH], [6, 10, 6], [3, 10])
 
 
 @functools.cache
-def parameters():
-    params = jax.jit(skeleton(CONFIG).init)(jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [a + 0.1 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, noisy)
+def parameters(config: ModelConfig = CONFIG):
+    """Drawn without a compiled initialiser; norm scales lie around one."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        noise = 0.3 * rng.standard_normal(leaf.shape, np.float32)
+        return jnp.asarray(noise + (path[-1].key == "scale"))
+
+    return jax.tree_util.tree_map_with_path(draw, skeleton(config).shapes)
 
 
 @functools.cache
-def compiled(config: ModelConfig, training: bool = False):
+def compiled(config: ModelConfig):
     model = skeleton(config)
-    return jax.jit(lambda p, b: batch_losses(model, p, b, chunk=2, training=training))
-
-
-@functools.cache
-def gradient(config: ModelConfig):
-    """Of a sum of losses and log-partitions that weighs every token differently."""
-    model = skeleton(config)
-
-    def objective(params, batch):
-        nll, log_z, _ = batch_losses(model, params, batch, chunk=0, training=True)
-        return jnp.sum((nll + 0.1 * log_z) * token_weights(batch))
-
-    return jax.jit(jax.grad(objective))
+    return jit(lambda p, b: batch_losses(model, p, b, chunk=2))
 
 
 def token_weights(batch):
+    """A weight for each token, all different, for gradients of weighted sums."""
     shape = batch["inputs"].shape
-    return 0.5 + jnp.arange(shape[0] * shape[1]).reshape(shape) % 7 * (batch["segment_ids"] > 0)
+    return (0.5 + jnp.arange(shape[0] * shape[1]).reshape(shape) % 7) * (batch["segment_ids"] > 0)
 
 
 # --- The oracle: one row in one plain pass, every token with weights of its own. ---
@@ -103,11 +102,7 @@ def oracle_losses(params, versions, version_L, row):
     model = skeleton(CONFIG).merge(params)
     ids, positions = row["segment_ids"][None], row["positions"][None]
     x = model.embedding[...][row["inputs"]]
-    layers = [
-        jax.tree.map(lambda a, i=i: a[i], model.segments[name])
-        for name, count in (("000", 2), ("001", 1))
-        for i in range(count)
-    ]
+    layers = [jax.tree.map(lambda a: a[0], model.segments[name]) for name in ("000", "001")]
     for layer, levels in zip(layers, versions, strict=True):
         x = x + layer.mixer(layer.mixer_norm(x[None]), positions, ids)[0][0]
         for level in levels:
@@ -126,16 +121,14 @@ def oracle_gradient():
     def loss(versions, params, version_L, row, learned_L):
         return jnp.sum(jnp.where(learned_L, oracle_losses(params, versions, version_L, row)[0], 0))
 
-    return jax.jit(jax.grad(loss))
+    return jit(jax.grad(loss))
 
 
 def layer_levels(params):
     """The MLP levels of each layer, first to last."""
-    mlps = [params["segments"][name]["mlp"] for name in ("000", "001")]
     return [
-        [jax.tree.map(lambda a, i=i: a[i], mlp[level]) for level in ("0", "1")]
-        for mlp, count in zip(mlps, (2, 1), strict=True)
-        for i in range(count)
+        [jax.tree.map(lambda a: a[0], params["segments"][name]["mlp"][level]) for level in "01"]
+        for name in ("000", "001")
     ]
 
 
@@ -146,7 +139,7 @@ def oracle_versions(params, row, chunks, piece=4):
     pieces in chunks that have ended: eq. 71, with nothing kept from version to version.
     """
     ids = np.asarray(row["segment_ids"])
-    pieces, documents = LENGTH // piece, max(ids) + 1
+    pieces, documents = -(-LENGTH // piece), 4
     version_L = ids * pieces + np.arange(LENGTH) // piece
     total = documents * pieces
     differences = jax.tree.map(lambda a: np.zeros((total, *a.shape)), layer_levels(params))
@@ -169,16 +162,14 @@ def oracle_versions(params, row, chunks, piece=4):
     return jax.tree.map(jnp.float32, differences), version_L
 
 
-@pytest.mark.parametrize("chunks", [(8, 4), (0, 4), (4, 4)])
+@pytest.mark.parametrize("chunks", [(8, 4), (0, 4)])
 def test_losses_equal_the_oracle(chunks):
     """Two levels, documents that meet inside pieces and at their borders, padding."""
     nll, log_z, scored = compiled(with_mlp(online_chunks=chunks))(parameters(), BATCH)
     np.testing.assert_array_equal(scored, BATCH["segment_ids"] > 0)
-    plain, _, _ = compiled(with_mlp(online_chunks=(), online_in_training=False))(
-        parameters(), BATCH
-    )
+    plain, _, _ = compiled(ORDINARY)(parameters(), BATCH)
     assert jnp.abs(nll - plain).max() > 0.05, "the updates do nothing"
-    run = jax.jit(oracle_losses)
+    run = jit(oracle_losses)
     for index in range(3):
         row = jax.tree.map(lambda a, i=index: a[i], BATCH)
         differences, version_L = oracle_versions(parameters(), row, chunks)
@@ -192,14 +183,22 @@ def test_losses_equal_the_oracle(chunks):
 def test_training_gradients_are_those_with_the_updates_held_constant():
     """All parameters, through the weights and through the caches of earlier pieces."""
 
-    @jax.jit
+    @jit
     def row_gradient(params, differences, version_L, row, weights_L):
         def objective(params):
             versions = jax.tree.map(lambda a, d: a + d, layer_levels(params), differences)
             nll, log_z = oracle_losses(params, versions, version_L, row)
-            return jnp.sum(jnp.where(row["segment_ids"] > 0, nll + 0.1 * log_z, 0.0) * weights_L)
+            return jnp.sum((nll + 0.1 * log_z) * weights_L)
 
         return jax.grad(objective)(params)
+
+    model = skeleton(dataclasses.replace(CONFIG, remat="full"))
+
+    @jit
+    @jax.grad
+    def gradient(params):
+        nll, log_z, _ = batch_losses(model, params, BATCH, chunk=0, training=True)
+        return jnp.sum((nll + 0.1 * log_z) * token_weights(BATCH))
 
     expected = jax.tree.map(jnp.zeros_like, parameters())
     for index in range(3):
@@ -207,12 +206,7 @@ def test_training_gradients_are_those_with_the_updates_held_constant():
         differences, version_L = oracle_versions(parameters(), row, (8, 4))
         one = row_gradient(parameters(), differences, version_L, row, token_weights(BATCH)[index])
         expected = jax.tree.map(jnp.add, expected, one)
-    for remat in ("none", "full"):
-        got = gradient(dataclasses.replace(CONFIG, remat=remat))(parameters(), BATCH)
-        assert_close(got, expected)
-
-
-def assert_close(got, expected):
+    got = gradient(parameters())
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True
     ):
@@ -222,14 +216,10 @@ def assert_close(got, expected):
 
 
 def test_a_rate_of_zero_is_the_ordinary_model():
-    """Losses and gradients."""
-    still = with_mlp(online_learning_rate=0.0)
-    ordinary = with_mlp(online_chunks=(), online_in_training=False)
-    for got, expected in zip(
-        compiled(still)(parameters(), BATCH), compiled(ordinary)(parameters(), BATCH), strict=True
-    ):
+    still = compiled(with_mlp(online_learning_rate=0.0))(parameters(), BATCH)
+    ordinary = compiled(ORDINARY)(parameters(), BATCH)
+    for got, expected in zip(still, ordinary, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
-    assert_close(gradient(still)(parameters(), BATCH), gradient(ordinary)(parameters(), BATCH))
 
 
 @pytest.mark.parametrize("token", [1, 7, 8, 14])
@@ -261,45 +251,41 @@ def test_documents_of_a_row_do_not_touch_each_other(document: int):
 
 
 def test_a_document_scores_as_it_does_alone():
-    """If it begins at the border of all chunks; also its tail, which shares a piece."""
-    tail = {name: a[1:2] for name, a in make_batch([1], [8, 10, 6]).items()}
-    alone = {name: jnp.roll(a, -8, axis=1) for name, a in tail.items()}
-    ids = jnp.where(jnp.arange(LENGTH) < 10, alone["segment_ids"], 0)
-    packed = compiled(CONFIG)(parameters(), tail)
-    single = compiled(CONFIG)(parameters(), alone | {"segment_ids": ids})
-    for a, b in zip(packed[:2], single[:2], strict=True):
-        np.testing.assert_allclose(a[0, 8:18], b[0, :10], rtol=1e-5, atol=1e-5)
-
-
-def test_a_row_need_not_be_whole_pieces():
-    short = jax.tree.map(lambda a: a[:, :22], BATCH)
-    for a, b in zip(
-        compiled(CONFIG)(parameters(), short), compiled(CONFIG)(parameters(), BATCH), strict=True
-    ):
-        assert a.shape == (3, 22)
-        np.testing.assert_allclose(a, b[:, :22], rtol=1e-5, atol=1e-5)
+    """If it begins at the border of all chunks; its tail shares a piece with the next one."""
+    packed = make_batch([8, 10, 4], [10], [1])
+    alone = {name: a.at[1].set(jnp.roll(a[0], -8)) for name, a in packed.items()}
+    batch = {
+        name: alone[name] if name in ("inputs", "targets") else packed[name] for name in packed
+    }
+    for a in compiled(CONFIG)(parameters(), batch)[:2]:
+        np.testing.assert_allclose(a[0, 8:18], a[1, :10], rtol=1e-5, atol=1e-5)
 
 
 def test_decoding_token_by_token_equals_the_full_pass():
-    """300 tokens, 18 pieces, 9 chunks of the slow level, in calls of unequal length."""
-    config = with_mlp(online_chunks=(32, 16), online_learning_rate=0.02)
-    model, params, length = skeleton(config), parameters(), 300
+    """300 tokens of two rows, 18 pieces, 9 chunks of the slow level, two scanned layers."""
+    # At high rates any update multiplies the rounding of those before, in one pass as in steps.
+    config = with_mlp(online_chunks=(32, 16), online_learning_rate=2e-3)
+    config = dataclasses.replace(config, taper=TaperConfig(schedule="uniform"))
+    model, length, size = skeleton(config), 300, 60
+    params = parameters(config)
     ids = jax.random.randint(jax.random.key(3), (2, length + 1), 0, VOCAB)
     ones = jnp.ones((2, length), jnp.int32)
-    positions = jnp.broadcast_to(jnp.arange(length), ones.shape)
-    batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:]}
-    batch |= {"segment_ids": ones, "positions": positions}
+    batch = {
+        "inputs": ids[:, :-1],
+        "targets": ids[:, 1:],
+        "segment_ids": ones,
+        "positions": ones * jnp.arange(length),
+    }
     nll, log_z, _ = compiled(config)(params, batch)
-    plain, _, _ = compiled(with_mlp(online_chunks=(), online_in_training=False))(params, batch)
-    assert jnp.abs(nll - plain)[:, -16:].mean() > 0.1, "the updates do nothing"
 
-    advance = jax.jit(lambda tokens, state: online.advance(model, params, tokens, state))
-    state = jax.jit(lambda: online.init_state(model, params, 2, length))()
-    parts, done = [], 0
-    for size in [1] * 150 + [150]:
-        logits, state = advance(batch["inputs"][:, done : done + size], state)
+    advance = jit(lambda params, tokens, state: online.advance(model, params, tokens, state))
+    state = online.init_state(model, params, 2, length)
+    parts = []
+    for done in range(0, length, size):
+        logits, state = advance(params, batch["inputs"][:, done : done + size], state)
         parts.append(logits)
-        done += size
+    for learned in jax.tree.leaves(state.fast.used):
+        assert jnp.sqrt(jnp.mean(jnp.square(learned))) > 1e-3, "the updates do nothing"
     logits = jnp.concatenate(parts, axis=1)
     assert logits.shape == (2, length, VOCAB)
     got_z = jax.nn.logsumexp(logits, axis=-1)
@@ -308,13 +294,31 @@ def test_decoding_token_by_token_equals_the_full_pass():
     np.testing.assert_allclose(got_z - picked, nll, rtol=0, atol=1e-4)
 
 
-def test_updates_are_for_evaluation_unless_training_asks_for_them():
-    ordinary = compiled(with_mlp(online_chunks=(), online_in_training=False))
-    config = with_mlp(online_in_training=False)
-    plain = ordinary(parameters(), BATCH)[0]
-    np.testing.assert_array_equal(compiled(config, True)(parameters(), BATCH)[0], plain)
-    assert jnp.abs(compiled(config, False)(parameters(), BATCH)[0] - plain).max() > 0.05
-    assert jnp.abs(compiled(CONFIG, True)(parameters(), BATCH)[0] - plain).max() > 0.05
+@pytest.mark.parametrize(
+    ("changes", "training", "expected"),
+    [
+        ({}, False, True),
+        ({}, True, True),
+        ({"online_in_training": False}, False, True),
+        ({"online_in_training": False}, True, False),
+        ({"online_in_training": False, "online_chunks": ()}, False, False),
+    ],
+)
+def test_updates_are_for_evaluation_unless_training_asks_for_them(
+    changes, training: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+):
+    calls = []
+
+    def recorded(*args, **kwargs):
+        calls.append(args)
+        return original(*args, **kwargs)
+
+    original = online.online_losses
+    monkeypatch.setattr(online, "online_losses", recorded)
+    model = skeleton(with_mlp(**changes))
+    losses = functools.partial(batch_losses, model, chunk=0, training=training)
+    jax.eval_shape(losses, model.shapes, BATCH)
+    assert bool(calls) == expected
 
 
 @pytest.mark.parametrize(
@@ -337,10 +341,9 @@ def test_bad_chunks_are_one_clear_message(changes, message: str):
 def test_chunks_must_divide_the_sequence():
     RunConfig(model=CONFIG, data=DataConfig(seq_len=128))
     with pytest.raises(ValueError, match=r"8 does not divide data.seq_len=132; use divisors"):
-        RunConfig(model=CONFIG, data=DataConfig(seq_len=132))
+        RunConfig(model=CONFIG, data=DataConfig(seq_len=132), training=TrainingConfig(loss_chunk=0))
 
 
 def test_a_model_without_chunks_has_no_online_state():
-    plain = with_mlp(online_chunks=(), online_in_training=False)
     with pytest.raises(ValueError, match="online_chunks is empty"):
-        online.init_state(skeleton(plain), parameters(), 1, 8)
+        online.init_state(skeleton(ORDINARY), parameters(), 1, 8)

@@ -25,8 +25,8 @@ def main() -> int:
         "--at-batch",
         nargs=2,
         metavar=("N", "HARM"),
-        help="before this process trains on its N-th batch; HARM is a signal to itself, or the "
-        "path of a file that fills up the disk",
+        help="before this process trains on its N-th batch; HARM is a signal to itself, such as "
+        "SIGINT (Ctrl-C: to its reader processes too), or a file that fills up the disk",
     )
     parser.add_argument("--pause-from-batch", type=int, help="the steps from here on are slow")
     parser.add_argument("--when-exists", type=pathlib.Path, help="the harm waits for this")
@@ -41,6 +41,8 @@ def main() -> int:
     parser.add_argument("command", nargs=argparse.REMAINDER)
     options = parser.parse_args()
 
+    if options.at_batch and options.at_batch[1] == "SIGINT":
+        os.setpgid(0, 0)
     if options.file_limit:
         resource.setrlimit(resource.RLIMIT_FSIZE, (options.file_limit, options.file_limit))
 
@@ -94,6 +96,9 @@ def _wait_for(path: pathlib.Path | None) -> None:
 
 
 def _do(harm: str) -> None:
+    if harm == "SIGINT":
+        os.killpg(os.getpgid(0), signal.SIGINT)
+        return
     if harm.startswith("SIG"):
         os.kill(os.getpid(), signal.Signals[harm])
         return

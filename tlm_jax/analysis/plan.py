@@ -14,6 +14,7 @@ from tlm_jax.config import ModelConfig, RunConfig
 
 _MAX_ROWS = 32
 _BAR_CELLS = 14
+_WIDE = 92
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
@@ -30,7 +31,7 @@ def plan(config: RunConfig, console: Console | None = None, *, max_rows: int = _
     console.print(
         Group(
             Text.assemble((config.name, "bold"), "  ", _shape(config.model)),
-            _segment_table(config.model, costs, max_rows),
+            _segment_table(config.model, costs, max_rows, console.width),
             Panel(_twin_table(config.model, costs), title="Against the uniform twin", expand=False),
             Panel(
                 _pairs(_memory_rows(config)),
@@ -47,7 +48,7 @@ def summary_lines(config: RunConfig) -> list[str]:
     model, data = config.model, config.data
     costs = costs_lib.model_costs(model, data.seq_len)
     widths = model.mlp_widths
-    count = len(taper_lib.segments(widths))
+    count = len(model.segments)
     tokens = data.batch_size * data.seq_len
     difference = costs_lib.twin_difference(model, data.seq_len)
     if model.taper.schedule == "uniform":
@@ -90,10 +91,15 @@ def _schedule(model: ModelConfig) -> str:
     return f"{taper.schedule} {taper.start:g} -> {taper.end:g}"
 
 
-def _segment_table(model: ModelConfig, costs: costs_lib.ModelCosts, max_rows: int) -> Table:
-    """One row per segment, with the totals below."""
+def _segment_table(
+    model: ModelConfig, costs: costs_lib.ModelCosts, max_rows: int, width: int
+) -> Table:
+    """One row per segment, with the totals below; bars only where `width` columns allow."""
     widths = model.mlp_widths
-    stairs = taper_lib.segments(widths)
+    stairs = model.segments
+    sizes = [mixer.sizes() for mixer in model.mixers]
+    tapered = [name for name in sizes[0] if len({size[name] for size in sizes}) > 1]
+    bars = width >= _WIDE
     table = Table(
         box=box.SIMPLE_HEAD,
         show_footer=True,
@@ -111,13 +117,16 @@ def _segment_table(model: ModelConfig, costs: costs_lib.ModelCosts, max_rows: in
     table.add_column("layers", "all layers", justify="right", no_wrap=True)
     table.add_column("width", f"{sum(widths):,}", justify="right", no_wrap=True)
     table.add_column("ratio", "1.000", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True, min_width=_BAR_CELLS)
+    if bars:
+        table.add_column("", no_wrap=True, min_width=_BAR_CELLS)
+    for name in tapered:
+        table.add_column(name, str(sum(s[name] for s in sizes)), justify="right", no_wrap=True)
     table.add_column("parameters", f"{layer_parameters:,}", justify="right", no_wrap=True)
     table.add_column("FLOPs/token", f"{layer_flops:,}", justify="right", no_wrap=True)
     table.add_column("kept/token", byte_size(activations), justify="right", no_wrap=True)
     for segment in _abridge(stairs, max_rows):
         if isinstance(segment, int):
-            table.add_row("⋮", "⋮", "⋮", f"{segment} more segments", "⋮", "⋮", "⋮", style="dim")
+            table.add_row(f"{segment} more", style="dim")
             continue
         layers = costs.layers[segment.start : segment.stop]
         last = segment.stop - 1
@@ -125,7 +134,8 @@ def _segment_table(model: ModelConfig, costs: costs_lib.ModelCosts, max_rows: in
             f"{segment.start}" if segment.length == 1 else f"{segment.start}-{last}",
             f"{segment.width:,}",
             f"{segment.width / model.mlp_width:.3f}",
-            Text(_bar(segment.width / max(widths)), style="cyan"),
+            *([Text(_bar(segment.width / max(widths)), style="cyan")] if bars else []),
+            *(f"{sizes[segment.start][name]:,}" for name in tapered),
             f"{sum(layer.parameters for layer in layers):,}",
             f"{sum(layer.forward_flops for layer in layers):,}",
             byte_size(_activations(costs, segment)),

@@ -21,8 +21,9 @@ This is exact, not an approximation of the recurrence.
 """
 
 import dataclasses
-import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,29 +77,6 @@ class MemoryState:
         )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Coefficients:
-    """The gates of a chunk, multiplied out; all float32, a leading N before the scan."""
-
-    mix_BHCC: jax.Array
-    """What token t's weights hold of minus the gradient of token i, [t, i]."""
-    keep_BHC: jax.Array | None
-    """What they hold of the base: the chunk's first weights, or the initial ones."""
-    carry_BHC: jax.Array | None
-    """What they hold of the chunk's first step S."""
-    step_mix_BHC: jax.Array | None
-    """What the last step holds of minus the gradient of token i."""
-    step_carry_BH: jax.Array | None
-    """What the last step holds of the first."""
-    restart_B: jax.Array | None
-    """The chunk's first token begins a document: start from the initial weights."""
-    late_BC: jax.Array | None
-    """The token's document began inside the chunk: its base is the initial weights."""
-    complete: jax.Array | None
-    """The chunk is full, so that the next begins at its last weights (with a state only)."""
-
-
 @jax.custom_jvp
 def gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Exact GELU x Phi(x) and its derivative Phi(x) + x phi(x), elementwise."""
@@ -107,7 +85,7 @@ def gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 @gelu_and_slope.defjvp
-def _gelu_and_slope_jvp(primals: tuple, tangents: tuple) -> tuple:
+def _gelu_and_slope_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[Any, Any]:
     (x,), (dx,) = primals, tangents
     value, slope = gelu_and_slope(x)
     curvature = _normal_density(x) * (2.0 - x * x)
@@ -143,232 +121,329 @@ def documents(
     return run_BNC.reshape(B, L), restart_BN, ids[:, -1]
 
 
-def _coefficients(
-    gates: Gates,
-    dtype: jnp.dtype,
-    chunk: int,
-    real_BL: jax.Array | None,
-    run_BL: jax.Array | None,
-    restart_BN: jax.Array | None,
-    complete_N: jax.Array | None,
-) -> _Coefficients:
-    """Multiplies the gates of all chunks out, from cumulative sums of logs."""
-    real_BNC = None if real_BL is None else real_BL.reshape(real_BL.shape[0], -1, chunk)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Tokens:
+    """The tokens of one chunk (in a scan's input a leading dim counts chunks)."""
 
-    def chunked(gate_BLH: jax.Array, floor: float | None = None) -> jax.Array:
-        gate_BLH = gate_BLH.astype(dtype)
-        if floor is not None:
-            gate_BLH = jnp.maximum(gate_BLH, floor)
-        B, _, H = gate_BLH.shape
-        gate = gate_BLH.reshape(B, -1, chunk, H).transpose(1, 0, 3, 2)
-        if real_BNC is not None:  # padding keeps all and learns nothing
-            gate = jnp.where(real_BNC.transpose(1, 0, 2)[:, :, None], gate, 0.0)
-        return gate
+    q_BHCK: jax.Array
+    k_BHCK: jax.Array
+    v_BHCK: jax.Array
+    log_keep_BHC: jax.Array | None
+    log_momentum_BHC: jax.Array | None
+    rate_BHC: jax.Array
+    real_BC: jax.Array | None = None
+    """False at padding."""
+    run_BC: jax.Array | None = None
+    """Number of the token's document within the chunk; 0 is that of the chunk's first token."""
+    restart_B: jax.Array | None = None
+    """The chunk's first token begins a document."""
+    complete: jax.Array | None = None
+    """The chunk ends with these tokens, so that the next takes gradients after them."""
 
-    order_CC = jnp.arange(chunk)[:, None] >= jnp.arange(chunk)
-    seen = order_CC
-    counted = None
-    first = None
-    if run_BL is not None and real_BNC is not None:
-        run_NBC = run_BL.reshape(real_BNC.shape).transpose(1, 0, 2)
-        seen = order_CC & (run_NBC[..., :, None] == run_NBC[..., None, :])[:, :, None]
-        counted = real_BNC.transpose(1, 0, 2)[:, :, None]
-        first = (run_NBC == 0)[:, :, None]
 
-    def products(log_NBHC: jax.Array) -> jax.Array:
-        """prod_{i < m <= t} gate_m at [t, i], 0 where i > t or in another document."""
-        total = jnp.cumsum(log_NBHC, axis=-1)
-        return jnp.exp(jnp.where(seen, total[..., :, None] - total[..., None, :], -jnp.inf))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Coefficients:
+    """The gates of a chunk multiplied out; columns (..., C, 1) scale rows of tokens."""
 
-    rate = chunked(gates.rate_BLH)
+    mix_BHCC: jax.Array
+    """What token t's weights hold of minus the gradient of token i, [t, i]."""
+    keep_BHC1: jax.Array | None
+    """What they hold of the chunk's first weights (or of the initial ones)."""
+    carry_BHC1: jax.Array | None
+    """What they hold of the chunk's first step S."""
+    step_mix_BHC1: jax.Array | None
+    """What the last step holds of minus the gradient of token i."""
+    step_carry_BH11: jax.Array | None
+    """What the last step holds of the first."""
+
+
+def _coefficients(tokens: _Tokens) -> _Coefficients:
+    """Products of gates from cumulative sums of logs: the matrices D, E and D E diag(rate)."""
+    rate_BHC = tokens.rate_BHC
+    C = rate_BHC.shape[-1]
+    seen = jnp.arange(C)[:, None] >= jnp.arange(C)
+    if tokens.run_BC is not None:
+        seen = seen & (tokens.run_BC[:, None, :, None] == tokens.run_BC[:, None, None, :])
+
+    def products(log_BHC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """prod of gates (i, t] at [t, i], and of all gates of the document up to t."""
+        log_BHC = jnp.maximum(log_BHC, LOG_FLOOR)
+        if tokens.real_BC is not None:  # padding keeps everything as it is
+            log_BHC = jnp.where(tokens.real_BC[:, None], log_BHC, 0.0)
+        total = jnp.cumsum(log_BHC, axis=-1)
+        between = jnp.exp(jnp.where(seen, total[..., :, None] - total[..., None, :], -jnp.inf))
+        if tokens.run_BC is None:
+            return between, jnp.exp(total)
+        first = jnp.argmax(seen, axis=-1)  # where the token's document begins in the chunk
+        before = jnp.take_along_axis(total - log_BHC, jnp.broadcast_to(first, total.shape), axis=-1)
+        return between, jnp.exp(total - before)
+
     keep = carry = step_mix = step_carry = None
-    if gates.log_keep_BLH is not None:
-        log_keep = chunked(gates.log_keep_BLH, LOG_FLOOR)
-        decay = products(log_keep)  # [t, j]: what is left at t of the step of token j
-        keep = jnp.exp(jnp.sum(jnp.where(seen, log_keep[..., None, :], 0.0), axis=-1))
+    if tokens.real_BC is not None:
+        rate_BHC = jnp.where(tokens.real_BC[:, None], rate_BHC, 0.0)
+    if tokens.log_keep_BHC is None:
+        decay = jnp.broadcast_to(seen, (*rate_BHC.shape, C)).astype(rate_BHC.dtype)
     else:
-        decay = seen.astype(dtype)
-    if gates.log_momentum_BLH is not None:
-        log_momentum = chunked(gates.log_momentum_BLH, LOG_FLOOR)
-        repeat = products(log_momentum)  # [j, i]: what the step of token j holds of gradient i
-        repeat_first = jnp.exp(jnp.cumsum(log_momentum, axis=-1))
-        if first is not None:
-            repeat_first = jnp.where(first, repeat_first, 0.0)
-        if counted is not None:  # padding takes no step
-            decay = jnp.where(counted[..., None, :], decay, 0.0)
+        decay, keep = products(tokens.log_keep_BHC)
+    if tokens.log_momentum_BHC is None:
+        mix = decay * rate_BHC[..., None, :]
+    else:
+        if tokens.real_BC is not None:  # padding takes no step
+            decay = jnp.where(tokens.real_BC[:, None, None, :], decay, 0.0)
+        repeat, repeat_first = products(tokens.log_momentum_BHC)
+        if tokens.run_BC is not None:
+            repeat_first = jnp.where(tokens.run_BC[:, None] == 0, repeat_first, 0.0)
         highest = jax.lax.Precision.HIGHEST
-        mix = jnp.matmul(decay, repeat, precision=highest) * rate[..., None, :]
-        carry = jnp.matmul(decay, repeat_first[..., None], precision=highest)[..., 0]
-        step_mix = repeat[..., -1, :] * rate
-        step_carry = repeat_first[..., -1]
-    else:
-        mix = decay * rate[..., None, :]
+        mix = jnp.matmul(decay, repeat, precision=highest) * rate_BHC[..., None, :]
+        carry = jnp.matmul(decay, repeat_first[..., None], precision=highest)
+        step_mix = (repeat[..., -1, :] * rate_BHC)[..., None]
+        step_carry = repeat_first[..., -1, None, None]
     return _Coefficients(
         mix_BHCC=mix,
-        keep_BHC=keep,
-        carry_BHC=carry,
-        step_mix_BHC=step_mix,
-        step_carry_BH=step_carry,
-        restart_B=None if restart_BN is None else restart_BN.T,
-        late_BC=None if run_BL is None else run_NBC > 0,
-        complete=complete_N,
+        keep_BHC1=None if keep is None else keep[..., None],
+        carry_BHC1=carry,
+        step_mix_BHC1=step_mix,
+        step_carry_BH11=step_carry,
     )
+
+
+_State = tuple[Weights, Weights, Weights]
+"""chunk_start (empty where it equals now: at the start of a chunk), now, step."""
+
+
+def _where(condition: jax.Array, a: Weights, b: Weights) -> Weights:
+    return tuple(jnp.where(condition, x, y) for x, y in zip(a, b, strict=True))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Chunk:
-    """The arithmetic of one chunk."""
+    """The arithmetic of one chunk, called as the body of a scan."""
 
     initial: Weights
     clip: float | None
     precision: jax.lax.Precision
 
+    def __call__(self, state: _State, tokens: _Tokens) -> tuple[_State, jax.Array]:
+        """Reads and learns; returns the new state and the reads (B, H, C, K)."""
+        if tokens.run_BC is None:
+            return self.run(state, tokens, None)
+        if tokens.restart_B is not None:
+            start, now, step = state
+            restart = tokens.restart_B[:, None, None, None]
+            start = _where(restart, self.initial, start) if start else ()
+            zeros = tuple(jnp.zeros_like(s) for s in step)
+            state = start, _where(restart, self.initial, now), _where(restart, zeros, step)
+        if tokens.run_BC.shape[-1] == 1:
+            return self.run(state, tokens, None)
+        # Only documents that begin inside the chunk need products with the initial weights.
+        late_BC = tokens.run_BC > 0
+        return jax.lax.cond(
+            jnp.any(late_BC),
+            lambda: self.run(state, tokens, late_BC),
+            lambda: self.run(state, tokens, None),
+        )
+
     def matmul(self, a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.matmul(a, b, precision=self.precision)
 
-    def base(self, x_BHCI: jax.Array, weights: jax.Array, layer: int, late_BC: jax.Array | None):
-        """x @ weights; at the initial weights where the token's document is not that of weights."""
-        y_BHCO = self.matmul(x_BHCI, weights)
+    def base(
+        self, a: jax.Array, w: jax.Array, layer: int, late_BC: jax.Array | None, flip: bool = False
+    ) -> jax.Array:
+        """a @ w (flip: its transpose), with the initial w for tokens of late documents."""
+        w0 = self.initial[layer]
+        out = self.matmul(a, w.swapaxes(-1, -2) if flip else w)
         if late_BC is None:
-            return y_BHCO
-        fresh_BHCO = self.matmul(x_BHCI, self.initial[layer])
-        return jnp.where(late_BC[:, None, :, None], fresh_BHCO, y_BHCO)
+            return out
+        other = self.matmul(a, w0.swapaxes(-1, -2) if flip else w0)
+        return jnp.where(late_BC[:, None, :, None], other, out)
 
-    def gradients(
+    def descent(
         self, start: Weights, k: jax.Array, v: jax.Array, late_BC: jax.Array | None
     ) -> tuple[list[jax.Array], list[jax.Array]]:
-        """Factors a_BHCI and g_BHCO of each layer's gradient of |M(k) - v|^2 at `start`."""
+        """Factors a (.., C, I) and g (.., C, O) of minus each layer's gradient, a_i g_i^T."""
         a, slopes, last = [k], [], len(start) - 1
         for layer in range(last):
             value, slope = gelu_and_slope(self.base(a[-1], start[layer], layer, late_BC))
             a.append(value)
             slopes.append(slope)
-        error = self.base(a[-1], start[last], last, late_BC) - v
-        g = [2.0 * (error + k if last else error)]
+        error = v - self.base(a[-1], start[last], last, late_BC)
+        g = [2.0 * (error - k if last else error)]
         for layer in range(last, 0, -1):
-            transposed = start[layer].swapaxes(-1, -2)
-            back = self.matmul(g[0], transposed)
-            if late_BC is not None:
-                fresh = self.matmul(g[0], self.initial[layer].swapaxes(-1, -2))
-                back = jnp.where(late_BC[:, None, :, None], fresh, back)
-            g.insert(0, back * slopes[layer - 1])
+            g.insert(
+                0, self.base(g[0], start[layer], layer, late_BC, flip=True) * slopes[layer - 1]
+            )
         return a, g
 
-    def __call__(
-        self,
-        state: tuple[Weights, Weights, Weights],
-        qkv: tuple[jax.Array, jax.Array, jax.Array],
-        c: _Coefficients,
-    ) -> tuple[tuple[Weights, Weights, Weights], jax.Array]:
-        """(chunk_start, now, step), q k v (B, H, C, K) -> new state, reads (B, H, C, K)."""
-        if c.late_BC is None:
-            return self.run(state, qkv, c)
-        single = dataclasses.replace(c, late_BC=None)
-        return jax.lax.cond(
-            jnp.any(c.late_BC),
-            lambda: self.run(state, qkv, c),
-            lambda: self.run(state, qkv, single),
-        )
-
-    def run(self, state, qkv, c: _Coefficients):
+    def run(
+        self, state: _State, tokens: _Tokens, late_BC: jax.Array | None
+    ) -> tuple[_State, jax.Array]:
         start, now, step = state
-        q, k, v = qkv
-        initial = tuple(jnp.broadcast_to(w0, w.shape) for w0, w in zip(self.initial, now))
-        if c.restart_B is not None:
-            restart = c.restart_B[:, None, None, None]
-            start = _where(restart, initial, start)
-            now = _where(restart, initial, now)
-            step = tuple(jnp.where(restart, 0.0, s) for s in step)
-        a, g = self.gradients(start or now, k, v, c.late_BC)
-        mix, step_mix = c.mix_BHCC, c.step_mix_BHC
+        a, g = self.descent(start or now, tokens.k_BHCK, tokens.v_BHCK, late_BC)
+        c = _coefficients(tokens)
+        mix, step_mix = c.mix_BHCC, c.step_mix_BHC1
         if self.clip is not None:
-            squares = sum(
-                jnp.sum(x * x, axis=-1) * jnp.sum(y * y, axis=-1) for x, y in zip(a, g, strict=True)
-            )
-            shrink = jax.lax.rsqrt(1.0 + squares / self.clip**2)
-            mix = mix * shrink[..., None, :]
-            step_mix = None if step_mix is None else step_mix * shrink
-        # The reads.
-        keep = None if c.keep_BHC is None else c.keep_BHC[..., None]
-        carry = None if c.carry_BHC is None else c.carry_BHC[..., None]
-        x, last = q, len(now) - 1
+            norms = [jnp.sum(x * x, -1) * jnp.sum(y * y, -1) for x, y in zip(a, g, strict=True)]
+            shrink_BHC = jax.lax.rsqrt(1.0 + sum(norms) / self.clip**2)
+            mix = mix * shrink_BHC[..., None, :]
+            step_mix = None if step_mix is None else step_mix * shrink_BHC[..., None]
+
+        x, last = tokens.q_BHCK, len(now) - 1
         for layer in range(last + 1):
-            y = self.base(x, now[layer], layer, c.late_BC)
-            y = y if keep is None else keep * y
-            if carry is not None:
-                y = y + carry * self.matmul(x, step[layer])
-            scores = self.matmul(x, a[layer].swapaxes(-1, -2)) * mix
-            y = y - self.matmul(scores, g[layer])
+            kept = x if c.keep_BHC1 is None else c.keep_BHC1 * x
+            y = self.base(kept, now[layer], layer, late_BC)
+            if c.carry_BHC1 is not None:
+                y = y + self.matmul(c.carry_BHC1 * x, step[layer])
+            y = y + self.matmul(self.matmul(x, a[layer].swapaxes(-1, -2)) * mix, g[layer])
             x = y if layer == last else gelu_and_slope(y)[0]
-        out = x + q if last else x
-        # The weights and the step after the last token.
-        if c.late_BC is not None:
-            in_last = c.late_BC[:, -1, None, None, None]
-            now = _where(in_last, initial, now)
-        new_now, new_step = [], []
+        out_BHCK = x + tokens.q_BHCK if last else x
+
+        begun = None if late_BC is None else late_BC[:, -1, None, None, None]
+        if begun is not None:
+            now = _where(begun, self.initial, now)
+        learned = [self.outer(mix[..., -1, :, None], *ag) for ag in zip(a, g, strict=True)]
+        new_now = []
         for layer in range(last + 1):
-            a_t = a[layer].swapaxes(-1, -2)
-            w = now[layer] if keep is None else keep[..., -1:, :] * now[layer]
-            if carry is not None:
-                w = w + carry[..., -1:, :] * step[layer]
-            new_now.append(w - self.matmul(a_t, mix[..., -1, :, None] * g[layer]))
-            if step_mix is not None:
-                s = c.step_carry_BH[..., None, None] * step[layer]
-                new_step.append(s - self.matmul(a_t, step_mix[..., None] * g[layer]))
-        if start:
-            if c.late_BC is not None:
-                start = _where(in_last, initial, start)
-            start = _where(c.complete, tuple(new_now), start)
-        return (start, tuple(new_now), tuple(new_step)), out
+            w = now[layer] if c.keep_BHC1 is None else c.keep_BHC1[..., -1:, :] * now[layer]
+            if c.carry_BHC1 is not None:
+                w = w + c.carry_BHC1[..., -1:, :] * step[layer]
+            new_now.append(w + learned[layer])
+        if step_mix is not None:
+            learned = [self.outer(step_mix, *ag) for ag in zip(a, g, strict=True)]
+            step = tuple(c.step_carry_BH11 * s + x for s, x in zip(step, learned, strict=True))
+        if start and tokens.complete is not None:
+            start = start if begun is None else _where(begun, self.initial, start)
+            start = _where(tokens.complete, tuple(new_now), start)
+        return (start, tuple(new_now), step), out_BHCK
 
-
-def _where(condition, a: Weights, b: Weights) -> Weights:
-    return tuple(jnp.where(condition, x, y) for x, y in zip(a, b, strict=True))
+    def outer(self, scale_BHC1: jax.Array, a: jax.Array, g: jax.Array) -> jax.Array:
+        """sum_i scale_i a_i g_i^T; the narrower factor is scaled."""
+        if a.shape[-1] <= g.shape[-1]:
+            return self.matmul((scale_BHC1 * a).swapaxes(-1, -2), g)
+        return self.matmul(a.swapaxes(-1, -2), scale_BHC1 * g)
 
 
 def neural_memory(
-    initial,
-    q_BLHK,
-    k_BLHK,
-    v_BLHK,
-    gates,
+    initial: Weights,
+    q_BLHK: jax.Array,
+    k_BLHK: jax.Array,
+    v_BLHK: jax.Array,
+    gates: Gates,
     *,
-    chunk,
-    segment_ids_BL=None,
-    clip=None,
-    group=1,
-    remat=True,
-    precision="highest",
-):
+    chunk: int,
+    segment_ids_BL: jax.Array | None = None,
+    state: MemoryState | None = None,
+    clip: float | None = None,
+    checkpoint_every: int = 1,
+    precision: str = "highest",
+) -> tuple[jax.Array, MemoryState | None]:
+    """Writes and reads every token; token t reads after its own write.
+
+    Args:
+      initial: M_0, float32 (H, I, O) for each layer; learned by the outer training.
+      q_BLHK: where to read.
+      k_BLHK: what is written under which ...
+      v_BLHK: ... value. Any float dtype; all arithmetic is float32 (float64 for float64).
+      gates: of each token and head.
+      chunk: tokens whose gradients are taken at the same weights. Chunks are counted from
+        the first token of a row; the last one may be shorter.
+      segment_ids_BL: int32 document of each token, 0 for padding; None is one document a
+        row. A document is a run of equal ids (padding inside it is skipped); it starts
+        from `initial` and sees nothing of others. Padding writes nothing, and its reads
+        mean nothing.
+      state: continue from here (for decoding); None starts anew and returns None.
+      clip: soft bound c on the norm n of a token's gradient over all layers, which is
+        multiplied by 1/sqrt(1 + (n/c)^2); None leaves it alone.
+      checkpoint_every: chunks between the weights kept for the backward pass, which computes
+        all else again. About sqrt(L / chunk) takes the least memory and costs one more
+        forward pass than 1.
+      precision: of float32 products: "highest", or "high" or "default" to let an
+        accelerator use fewer passes.
+
+    Returns:
+      y_BLHK in the dtype of q, and the state after these tokens.
+    """
     B, L, H, K = q_BLHK.shape
     dtype = jnp.promote_types(q_BLHK.dtype, jnp.float32)
+    initial = tuple(w.astype(dtype) for w in initial)
+    body = _Chunk(initial=initial, clip=clip, precision=jax.lax.Precision(precision))
+    momentum = gates.log_momentum_BLH is not None
 
-    def split(x):
-        return x.astype(dtype).reshape(B, L // chunk, chunk, H, K).transpose(1, 0, 3, 2, 4)
-
-    qkv = tuple(map(split, (q_BLHK, k_BLHK, v_BLHK)))
-    coefs = _coefficients(gates, dtype, chunk, None, None, None, None)
-    body = _Chunk(initial=initial, clip=clip, precision=jax.lax.Precision.HIGHEST)
-    weights = tuple(jnp.broadcast_to(w, (B, *w.shape)) for w in initial)
-    state = (
-        (),
-        weights,
-        tuple(jnp.zeros_like(w) for w in weights) if gates.log_momentum_BLH is not None else (),
-    )
-
-    def f(state, xs):
-        return body(state, *xs)
-
-    if remat:
-        f = jax.checkpoint(f, prevent_cse=False, policy=None if remat is True else remat)
-    if group:
-
-        def g(state, xs):
-            return jax.lax.scan(f, state, xs)
-
-        xs = jax.tree.map(lambda x: x.reshape(-1, group, *x.shape[1:]), (qkv, coefs))
-        _, out = jax.lax.scan(jax.checkpoint(g, prevent_cse=False), state, xs)
-        out = out.reshape(-1, *out.shape[2:])
+    offset: int | jax.Array = 0
+    if state is None:
+        slots, num_chunks = chunk, -(-L // chunk)
+        fresh = MemoryState.start(initial, B, momentum=momentum)
+        carry: _State = ((), fresh.now, fresh.step)
+        complete_N, last_B = None, fresh.segment_ids_B
     else:
-        _, out = jax.lax.scan(f, state, (qkv, coefs))
-    return out.transpose(1, 0, 3, 2, 4).reshape(B, L, H, K)
+        # The tokens take their places in the present chunk and those after it.
+        slots, num_chunks = (1, 1) if L == 1 else (chunk, -(-(L + chunk - 1) // chunk))
+        offset = 0 if L == 1 else state.offset
+        carry = (state.chunk_start, state.now, state.step)
+        reached = state.offset + L - slots * jnp.arange(num_chunks)
+        complete_N, last_B = reached >= chunk, state.segment_ids_B
+        if segment_ids_BL is None:
+            segment_ids_BL = jnp.ones((B, L), jnp.int32)
+
+    def placed(x_BL: jax.Array) -> jax.Array:
+        """(B, L, ...) -> (N, B, C, ...), zero where there is no token."""
+        if num_chunks * slots != L:
+            empty = jnp.zeros((B, num_chunks * slots, *x_BL.shape[2:]), x_BL.dtype)
+            x_BL = jax.lax.dynamic_update_slice_in_dim(empty, x_BL, offset, axis=1)
+        return x_BL.reshape(B, num_chunks, slots, *x_BL.shape[2:]).swapaxes(0, 1)
+
+    def per_head(x_BLH: jax.Array | None) -> jax.Array | None:
+        return None if x_BLH is None else placed(x_BLH.astype(dtype)).swapaxes(2, 3)
+
+    tokens = _Tokens(
+        q_BHCK=per_head(q_BLHK),
+        k_BHCK=per_head(k_BLHK),
+        v_BHCK=per_head(v_BLHK),
+        log_keep_BHC=per_head(gates.log_keep_BLH),
+        log_momentum_BHC=per_head(gates.log_momentum_BLH),
+        rate_BHC=per_head(gates.rate_BLH),
+    )
+    if segment_ids_BL is not None:
+        ids_NBC = placed(segment_ids_BL)
+        run_BL, restart_BN, last_B = documents(ids_NBC.swapaxes(0, 1).reshape(B, -1), slots, last_B)
+        tokens = dataclasses.replace(
+            tokens,
+            real_BC=ids_NBC > 0,
+            run_BC=run_BL.reshape(B, num_chunks, slots).swapaxes(0, 1),
+            restart_B=restart_BN.T,
+            complete=complete_N,
+        )
+    (start, now, step), out = _checkpointed_scan(body, carry, tokens, checkpoint_every)
+    out = out.transpose(1, 0, 3, 2, 4).reshape(B, num_chunks * slots, H, K)
+    if num_chunks * slots != L:
+        out = jax.lax.dynamic_slice_in_dim(out, offset, L, axis=1)
+    if state is not None:
+        state = MemoryState(
+            chunk_start=start,
+            now=now,
+            step=step,
+            offset=(state.offset + L) % chunk,
+            segment_ids_B=last_B,
+        )
+    return out.astype(q_BLHK.dtype), state
+
+
+def _checkpointed_scan(
+    body: Callable[[_State, _Tokens], tuple[_State, jax.Array]],
+    carry: _State,
+    tokens: _Tokens,
+    every: int,
+) -> tuple[_State, jax.Array]:
+    """A scan whose backward pass keeps the carry of each `every`-th chunk only."""
+    num_chunks = tokens.q_BHCK.shape[0]
+    if num_chunks == 1:
+        carry, out = body(carry, jax.tree.map(lambda x: x[0], tokens))
+        return carry, out[None]
+    one_chunk = jax.checkpoint(lambda c, t: body(c, t), prevent_cse=False)
+    every = max(d for d in range(1, every + 1) if num_chunks % d == 0)
+    if every in (1, num_chunks):
+        return jax.lax.scan(one_chunk, carry, tokens)
+    groups = jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:]), tokens)
+    inner = jax.checkpoint(lambda c, t: jax.lax.scan(one_chunk, c, t), prevent_cse=False)
+    carry, out = jax.lax.scan(inner, carry, groups)
+    return carry, out.reshape(num_chunks, *out.shape[2:])
