@@ -37,5 +37,5 @@ def get_config() -> RunConfig:
         optimizer=OptimizerConfig(
             learning_rate=2.5e-3, final_learning_rate=2.5e-4, warmup_steps=50
         ),
-        training=TrainingConfig(num_steps=600, eval_every=100, checkpoint_every=100),
+        training=TrainingConfig(num_steps=300, eval_every=75, checkpoint_every=75),
     )

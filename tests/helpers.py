@@ -5,7 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 ROOT = pathlib.Path(__file__).parents[1]
 DRIVER = ROOT / "tests" / "training" / "driver.py"
@@ -34,17 +34,21 @@ def environment(devices: int = 1, *, cache: bool = True) -> dict[str, str]:
 
 
 def run(
-    script: pathlib.Path | str, *words: object, devices: int = 1, cache: bool = True
+    script: pathlib.Path | str,
+    *words: object,
+    devices: int = 1,
+    cache: bool = True,
+    variables: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Runs a script of the repository to its end; one that hangs is ended and fails the test."""
     return subprocess.run(
         command(script, *words),
         cwd=ROOT,
-        env=environment(devices, cache=cache),
+        env=environment(devices, cache=cache) | dict(variables or {}),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 

@@ -77,7 +77,27 @@ def test_options(
     message = fails(*train, *words.split(" "))
     assert named in message
     assert helpful in message
+    assert len(message) < 200
+    assert "--- " not in message  # no frame of a box
     assert not (pathlib.Path(train[-1]) / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_unknown_option_as_a_user_sees_it(encoding: str, train: tuple[str, ...]) -> None:
+    """The same line on a terminal that can draw boxes and on one that cannot."""
+    variables = {"PYTHONIOENCODING": encoding}
+    for words, message in (
+        (
+            ("--model.taper.strt", "1.2"),
+            "Unrecognized options: --model.taper.strt, 1.2; did you mean --model.taper.start?",
+        ),
+        (("--model.d_model", "big"), "--model.d-model: 'big' is no whole number"),
+        (("--optimizer.eps", "tiny"), "--optimizer.eps: 'tiny' is no number"),
+    ):
+        result = run("train.py", *train[1:], *words, variables=variables)
+        assert result.returncode == 1
+        assert result.stderr == f"error: {message}\n"
+        assert result.stdout == ""
 
 
 def test_suggested_options_work(train: tuple[str, ...], fails: Fails) -> None:
@@ -264,7 +284,7 @@ def _mounted(folder: pathlib.Path, size: str) -> Iterator[None]:
         subprocess.run(mount, check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
-        pytest.skip(f"a file system cannot be mounted here: {str(reason).strip()}")
+        pytest.skip(f"a file system cannot be mounted here: {str(reason).splitlines()[0]}")
     try:
         yield
     finally:

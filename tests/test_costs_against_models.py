@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from tlm_jax import config_io, costs
 from tlm_jax.config import AttentionConfig, ModelConfig, TaperConfig
@@ -71,9 +72,7 @@ def test_forward_flops_equal_the_products_in_the_program(tie: bool):
     forward, inputs = _forward(config)
 
     def products(jaxpr) -> int:
-        total = sum(
-            products(sub) for eqn in jaxpr.eqns for sub in jax.core.jaxprs_in_params(eqn.params)
-        )
+        total = sum(products(sub) for eqn in jaxpr.eqns for sub in jaxprs_in_params(eqn.params))
         for eqn in jaxpr.eqns:
             if eqn.primitive.name == "dot_general":
                 (contracted, _), _ = eqn.params["dimension_numbers"]

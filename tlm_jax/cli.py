@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import functools
 import io
+import itertools
 import json
 import logging
 import os
@@ -247,6 +248,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         return VERBS[verb][0](argv[1:], prog or f"tlm {verb}")
     except UserError as error:
         return _fail(str(error), 1)
+    except BrokenPipeError:  # what reads our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         if error.filename is None:
             raise
@@ -290,7 +294,9 @@ def _parse(command: type, argv: Sequence[str], prog: str, **defaults: Any) -> An
     default = command(**defaults)
     try:
         with contextlib.redirect_stderr(complaint):
-            return tyro.cli(command, prog=prog, args=list(argv), default=default)
+            return tyro.cli(
+                command, prog=prog, args=list(argv), default=default, use_underscores=True
+            )
     except SystemExit as error:
         if error.code in (0, None):
             raise
@@ -300,18 +306,19 @@ def _parse(command: type, argv: Sequence[str], prog: str, **defaults: Any) -> An
 
 
 def _one_line(box: str) -> str:
-    """The message inside tyro's box, and the first option it suggests."""
-    lines = [line.strip("│╭╮╰╯ ") for line in box.splitlines()]
-    message: list[str] = []
-    for line in lines[1:]:
-        if set(line) <= {"─"}:
-            break
-        message.append(line)
-    text = re.sub(r"Error parsing (run\.?)?", "", " ".join(message))
-    if "Perhaps you meant:" in box:
-        suggestion = re.search(r"Perhaps you meant:.*?(--[^\s,]+)", box, re.DOTALL)
-        if suggestion:
-            text += f"; did you mean {suggestion[1]}?"
+    """The message inside tyro's box (drawn in ASCII or not), and the first option it suggests."""
+
+    def is_rule(line: str) -> bool:
+        return set(line) <= {"─", "-"}
+
+    lines = [line.strip("│╭╮╰╯|+ ") for line in box.splitlines()]
+    body = itertools.dropwhile(is_rule, lines[1:])
+    text = " ".join(itertools.takewhile(lambda line: not is_rule(line), body))
+    text = re.sub(r"Error parsing (run\.?)?", "", text)
+    text = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is no whole number", text)
+    text = re.sub(r"could not convert string to float: (.*)", r"\1 is no number", text)
+    if suggestion := re.search(r"Perhaps you meant:.*?(--[^\s,]+)", box, re.DOTALL):
+        text += f"; did you mean {suggestion[1]}?"
     return text
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from tlm_jax import costs
 from tlm_jax.config import (
@@ -73,7 +74,9 @@ def _forward(config: ModelConfig):
 
 
 def logits(ids: jax.Array) -> jax.Array:
-    return _forward(CONFIG)(parameters(CONFIG), ids)
+    out = _forward(CONFIG)(parameters(CONFIG), ids)
+    assert jnp.isfinite(out).all()
+    return out
 
 
 def test_a_layer_is_attention_and_then_each_level_with_its_own_residual():
@@ -149,9 +152,7 @@ def _products(config: ModelConfig, length: int) -> int:
         return model.logits(model(ids)[0])
 
     def count(jaxpr) -> int:
-        total = sum(
-            count(sub) for eqn in jaxpr.eqns for sub in jax.core.jaxprs_in_params(eqn.params)
-        )
+        total = sum(count(sub) for eqn in jaxpr.eqns for sub in jaxprs_in_params(eqn.params))
         for eqn in jaxpr.eqns:
             if eqn.primitive.name == "dot_general":
                 (contracted, _), _ = eqn.params["dimension_numbers"]

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from tlm_jax.config import AttentionConfig, ModelConfig
 from tlm_jax.models import skeleton
@@ -52,9 +53,7 @@ def test_full_float32_logits_never_exist():
 
     def largest(jaxpr) -> int:
         sizes = [v.aval.size for eqn in jaxpr.eqns for v in eqn.outvars]
-        inner = (
-            largest(sub) for eqn in jaxpr.eqns for sub in jax.core.jaxprs_in_params(eqn.params)
-        )
+        inner = (largest(sub) for eqn in jaxpr.eqns for sub in jaxprs_in_params(eqn.params))
         return max([*sizes, *inner], default=0)
 
     jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(hidden, head).jaxpr

@@ -12,12 +12,15 @@ import pytest
 from tlm_jax.config import (
     AttentionConfig,
     DataConfig,
+    MeshConfig,
     MLPConfig,
     ModelConfig,
     RunConfig,
     TaperConfig,
     TrainingConfig,
 )
+from tlm_jax.distributed import mesh as mesh_lib
+from tlm_jax.distributed import sharding
 from tlm_jax.models import online, skeleton
 from tlm_jax.models.loss import batch_losses
 
@@ -292,6 +295,29 @@ def test_decoding_token_by_token_equals_the_full_pass():
     picked = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(got_z, log_z, rtol=0, atol=1e-4)
     np.testing.assert_allclose(got_z - picked, nll, rtol=0, atol=1e-4)
+
+
+def test_eight_devices_equal_one():
+    """And each holds the fast weights of its own rows only, split as the weights are."""
+    batch = {name: np.concatenate([a] * 3)[:8] for name, a in BATCH.items()}
+    config = RunConfig(
+        model=CONFIG,
+        data=DataConfig(seq_len=24, batch_size=8),
+        training=TrainingConfig(loss_chunk=0),
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+    )
+    model, mesh = skeleton(CONFIG), mesh_lib.make_mesh(config)
+    with jax.set_mesh(mesh):
+        shardings = sharding.param_shardings(model.shapes, model.logical_axes, mesh)
+        placed = jax.device_put(parameters(), shardings), sharding.to_devices(batch, mesh)
+        run = jit(lambda p, b: batch_losses(model, p, b, chunk=0)).lower(*placed).compile()
+        got = run(*placed)
+    for a, b in zip(got, compiled(CONFIG)(parameters(), BATCH), strict=True):
+        np.testing.assert_allclose(a, np.concatenate([b] * 3)[:8], rtol=1e-4, atol=1e-4)
+    loops = [line for line in run.as_text().splitlines() if " while(" in line]
+    # The `up` matrix of a level of the first layer: rows, layers, embed, mlp.
+    assert any("f32[2,1,16,8]" in line for line in loops)
+    assert not any("f32[8,1,16," in line for line in loops)
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def _with_levels(params: Any, levels: Levels) -> Any:
 
 
 def _plus(levels: Levels, difference: Levels) -> Levels:
-    return jax.tree.map(lambda a, d: a + jax.lax.stop_gradient(d), levels, difference)
+    return jax.tree.map(jnp.add, levels, difference)
 
 
 def _per_row(tree: Any, rows: int) -> Any:
