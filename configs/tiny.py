@@ -33,9 +33,9 @@ def get_config() -> RunConfig:
             mixer=AttentionConfig(num_heads=4),
             remat="none",
         ),
-        data=DataConfig(seq_len=256, batch_size=16),
+        data=DataConfig(seq_len=256, batch_size=8),
         optimizer=OptimizerConfig(
-            learning_rate=2.5e-3, final_learning_rate=2.5e-4, warmup_steps=50
+            learning_rate=2.5e-3, final_learning_rate=2.5e-4, warmup_steps=30
         ),
-        training=TrainingConfig(num_steps=300, eval_every=75, checkpoint_every=75),
+        training=TrainingConfig(num_steps=240, eval_every=60, eval_batches=16, checkpoint_every=60),
     )

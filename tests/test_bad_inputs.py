@@ -91,7 +91,7 @@ def test_unknown_option_as_a_user_sees_it(encoding: str, train: tuple[str, ...])
             ("--model.taper.strt", "1.2"),
             "Unrecognized options: --model.taper.strt, 1.2; did you mean --model.taper.start?",
         ),
-        (("--model.d_model", "big"), "--model.d-model: 'big' is no whole number"),
+        (("--model.d_model", "big"), "--model.d_model: 'big' is no whole number"),
         (("--optimizer.eps", "tiny"), "--optimizer.eps: 'tiny' is no number"),
     ):
         result = run("train.py", *train[1:], *words, variables=variables)

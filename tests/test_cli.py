@@ -37,7 +37,7 @@ def test_help_of_train_with_a_config_explains_every_field() -> None:
     assert [option for option in options if option not in text] == []
     for expected in (
         "--workdir",
-        "--allow-config-change",
+        "--allow_config_change",
         "Width of the first layer",
         "(default: 1.5)",
         "Reader processes; batches depend on it",

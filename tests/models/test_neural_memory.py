@@ -22,55 +22,47 @@ def oracle_forward(weights, x):
     return hidden if len(weights) == 1 else x + hidden
 
 
-def oracle_head(initial, q, k, v, keep, momentum, rate, chunk, ids):
-    """One token after the other; q, k, v (L, K), gates (L,), ids a list of ints."""
+def oracle_head(initial, q, k, v, keep, momentum, rate, ids, *, chunk):
+    """One token after the other; q, k, v (L, K), gates (L,), ids (L,)."""
 
     def inner_loss(weights, key, value):
         return jnp.sum((oracle_forward(weights, key) - value) ** 2)
 
-    now, step = initial, jax.tree.map(jnp.zeros_like, initial)
-    at_chunk, document, reads = now, 0, []
-    for t in range(q.shape[0]):
-        if t % chunk == 0:
-            at_chunk = now
-        if ids[t] == 0:
-            reads.append(jnp.zeros_like(q[t]))
-            continue
-        if document not in (0, ids[t]):
-            now = at_chunk = initial
-            step = jax.tree.map(jnp.zeros_like, initial)
-        document = ids[t]
-        gradient = jax.grad(inner_loss)(at_chunk, k[t], v[t])
-        step = jax.tree.map(lambda s, g, t=t: momentum[t] * s - rate[t] * g, step, gradient)
-        now = jax.tree.map(lambda w, s, t=t: keep[t] * w + s, now, step)
-        reads.append(oracle_forward(now, q[t]))
-    return jnp.stack(reads)
+    def choose(condition, a, b):
+        return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
+
+    zeros = jax.tree.map(jnp.zeros_like, initial)
+
+    def one_token(carry, token):
+        now, step, at_chunk, document = carry
+        t, q, k, v, keep, momentum, rate, id_ = token
+        at_chunk = choose(t % chunk == 0, now, at_chunk)
+        real = id_ > 0
+        new = real & (document > 0) & (id_ != document)
+        now, at_chunk = choose(new, (initial, initial), (now, at_chunk))
+        step = choose(new, zeros, step)
+        gradient = jax.grad(inner_loss)(at_chunk, k, v)
+        next_step = jax.tree.map(lambda s, g: momentum * s - rate * g, step, gradient)
+        next_now = jax.tree.map(lambda w, s: keep * w + s, now, next_step)
+        now, step = choose(real, (next_now, next_step), (now, step))
+        return (now, step, at_chunk, jnp.where(real, id_, document)), oracle_forward(now, q)
+
+    tokens = (jnp.arange(q.shape[0]), q, k, v, keep, momentum, rate, ids)
+    return jax.lax.scan(one_token, (initial, zeros, initial, jnp.int32(0)), tokens)[1]
 
 
 def oracle(inputs, *, chunk, ids=None):
-    rows = []
-    for row in range(inputs["q"].shape[0]):
-        heads = []
-        for head in range(inputs["q"].shape[2]):
-            gate = {
-                name: jnp.exp(inputs[name][row, :, head])
-                if name in inputs
-                else jnp.full(inputs["q"].shape[1], float(name == "keep"))
-                for name in ("keep", "momentum")
-            }
-            heads.append(
-                oracle_head(
-                    [w[head] for w in inputs["initial"]],
-                    *(inputs[name][row, :, head] for name in "qkv"),
-                    gate["keep"],
-                    gate["momentum"],
-                    inputs["rate"][row, :, head],
-                    chunk,
-                    [1] * inputs["q"].shape[1] if ids is None else ids[row].tolist(),
-                )
-            )
-        rows.append(jnp.stack(heads, axis=1))
-    return jnp.stack(rows)
+    """Every head of every row for itself."""
+    ones = jnp.ones_like(inputs["rate"])
+    keep = jnp.exp(inputs["keep"]) if "keep" in inputs else ones
+    momentum = jnp.exp(inputs["momentum"]) if "momentum" in inputs else 0 * ones
+    ids = jnp.ones(ones.shape[:2], jnp.int32) if ids is None else ids
+    heads = jax.vmap(
+        functools.partial(oracle_head, chunk=chunk), (0, 1, 1, 1, 1, 1, 1, None), out_axes=1
+    )
+    rows = jax.vmap(heads, (None, 0, 0, 0, 0, 0, 0, 0))
+    q, k, v = (inputs[name] for name in "qkv")
+    return rows(inputs["initial"], q, k, v, keep, momentum, inputs["rate"], ids)
 
 
 def memory(inputs, *, chunk, ids=None, **options):
@@ -171,7 +163,7 @@ def test_documents_start_anew(depth, chunk, forget, momentum):
         inputs = make_inputs(depth, forget=forget, momentum=momentum, dtype="float64")
         ids = jnp.asarray(IDS, "int32")
         expected = values_and_gradients(
-            functools.partial(oracle, chunk=chunk, ids=IDS), inputs, ids
+            functools.partial(oracle, chunk=chunk, ids=ids), inputs, ids
         )
         actual = values_and_gradients(lambda i: memory(i, chunk=chunk, ids=ids)[0], inputs, ids)
         assert_equal(actual, expected, 1e-10)

@@ -276,7 +276,7 @@ def test_another_config_is_refused_by_name(
     message = only_error(capsys.readouterr().err)
     assert named in message
     assert str(finished) in message
-    assert "--allow-config-change" in message
+    assert "--allow_config_change" in message
     assert contents(finished) == before
 
 
@@ -285,7 +285,7 @@ def test_allow_config_change_continues_with_the_new_config(
 ) -> None:
     """The same change is accepted when it is asked for, said aloud, and saved."""
     train = ("train.py", "--config", config_file, "--workdir", finished)
-    change = ("--optimizer.learning_rate", "0.002", "--allow-config-change")
+    change = ("--optimizer.learning_rate", "0.002", "--allow_config_change")
     result = run(*train, "--training.num_steps", NUM_STEPS + 1, *change)
     assert result.returncode == 0, result.stderr
     out = result.stdout.splitlines()
@@ -315,7 +315,7 @@ def test_other_shapes_are_refused_even_when_changes_are_allowed(
     """A checkpoint cannot fill a wider MLP: parameters and both shapes are named."""
     before = contents(finished)
     train = ["train", "--config", str(config_file), "--workdir", str(finished)]
-    assert cli.main([*train, "--model.mlp_width", "128", "--allow-config-change"]) == 1
+    assert cli.main([*train, "--model.mlp_width", "128", "--allow_config_change"]) == 1
     message = only_error(capsys.readouterr().err)
     assert "do not fit this config" in message
     assert "mlp" in message

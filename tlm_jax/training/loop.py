@@ -173,7 +173,7 @@ class Trainer:
         if lines and not self.allow_config_change:
             raise UserError(
                 f"{self.workdir} was trained with another config: {'; '.join(lines)}. "
-                "Use another --workdir, or --allow-config-change to continue it all the same"
+                "Use another --workdir, or --allow_config_change to continue it all the same"
             )
         if shapes:
             raise UserError(
