@@ -1,4 +1,4 @@
-"""Step time of a tapered model against its uniform twin.
+"""Step time of a tapered model against its uniform twin, scanned and unrolled.
 
     python -m benchmarks.step_time [--config configs/tiny.py] [--steps 40]
 
@@ -26,14 +26,18 @@ from tlm_jax.models import skeleton
 from tlm_jax.training import step
 from tlm_jax.training.optimizer import make_optimizer
 
-ARMS = ("tapered", "uniform")
+ARMS = ("tapered", "uniform", "uniform_unrolled")
 
 
 def arm_config(path: str, arm: str) -> RunConfig:
     """The config of an arm."""
     config = config_io.load_config(path)
-    if arm == "uniform":
+    if arm != "tapered":
         config = dataclasses.replace(config, model=config.model.uniform_twin())
+    if arm == "uniform_unrolled":
+        config = dataclasses.replace(
+            config, model=dataclasses.replace(config.model, scan_layers=False)
+        )
     return config
 
 
@@ -101,8 +105,6 @@ def main() -> None:
     config = arm_config(options.config, "tapered")
     flops = costs.model_costs(config.model, config.data.seq_len).training_flops_full
     per_step = flops * config.data.batch_size * config.data.seq_len
-    pairs = zip(times["tapered"], times["uniform"], strict=True)
-    ratio = statistics.median(a / b for a, b in pairs)
     rows = []
     for arm in ARMS:
         median = statistics.median(times[arm])
@@ -113,14 +115,19 @@ def main() -> None:
                 f"{median * 1e3:.1f}",
                 f"{low * 1e3:.1f} to {high * 1e3:.1f}",
                 f"{per_step / median / 1e9:.0f}",
+                f"{_ratio(times['tapered'], times[arm]):.3f}",
             ]
         )
-    text = report.table(["model", "ms a step", "middle half", "GFLOP/s"], rows)
+    header = ["model", "ms a step", "middle half", "GFLOP/s", "tapered over it"]
     report.publish(
         "step-time",
-        f"{text}\n\nTapered over uniform, median of {options.steps} pairs: **{ratio:.3f}**. "
-        f"{options.config}; {report.machine()}.",
+        f"{report.table(header, rows)}\n\nMedians of {options.steps} alternating steps; ratios are "
+        f"medians over pairs. {options.config}; {report.machine()}.",
     )
+
+
+def _ratio(ours: list[float], theirs: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 if __name__ == "__main__":

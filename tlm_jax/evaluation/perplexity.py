@@ -91,7 +91,7 @@ def score_dataset(
     limit: int | None = None,
     stop: Sequence[Any] = (),
 ) -> Score:
-    """Scores `params` on the validation split, or on the first `limit` batches of it.
+    """Scores `params` on the validation split, or on `limit` batches spread evenly over it.
 
     Args:
       step: the compiled score step, with replicated outputs.
@@ -108,8 +108,10 @@ def score_dataset(
         process_count=jax.process_count(),
     )
 
+    stride = max(1, len(batches) // limit) if limit else 1
+
     def placed() -> Iterator[dict[str, jax.Array]]:
-        for batch in itertools.islice(batches, limit):
+        for batch in itertools.islice(batches, 0, stride * limit if limit else None, stride):
             yield to_devices(batch, mesh)
             if stop:
                 return
