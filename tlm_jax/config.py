@@ -175,7 +175,7 @@ class TrainingConfig:
     eval_every: int = _may_change(200)
     """Steps between evaluations (also at the end); 0 is only at the end."""
     eval_batches: int | None = _may_change(None)
-    """Validation batches while training, spread evenly; None is all, and the last always uses all."""
+    """Validation batches while training, spread evenly; None is all, as at the end."""
     checkpoint_every: int = _may_change(200)
     """Steps between checkpoints (also at the end); 0 is only at the end."""
     keep_last: int = _may_change(2)

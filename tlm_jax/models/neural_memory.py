@@ -1,0 +1,451 @@
+"""Neural memory: an MLP per head that learns while it reads (Titans, arXiv 2501.00663, section 3).
+
+Shapes: B batch, L length, N chunks, C tokens of a chunk, H heads, K head dim, I and O
+inputs and outputs of a memory layer (the first reads K, the last writes K, between
+them lies the hidden width). Weights multiply from the right: a layer is a_I @ W_IO.
+
+The memory of a sequence is M(x) = x W (depth 1) or M(x) = x + s(..s(x W_1)..) W_n
+with s = GELU (depth n > 1). Token t takes a step on |M(k_t) - v_t|^2 and reads:
+
+    S_t = momentum_t S_{t-1} - rate_t grad,   W_t = keep_t W_{t-1} + S_t,   y_t = M_t(q_t)
+
+with grad taken at the weights that the token's chunk began with (equations 9, 13
+and 14; keep = 1 - alpha, momentum = eta, rate = theta). Within a chunk W_t is
+linear in the gradients, and a token's gradient of a layer is an outer product
+a_i g_i^T, so that
+
+    x_t W_t = keep_(1..t) x_t W_0 + carry_t x_t S_0 - sum_{i<=t} mix[t, i] (x_t . a_i) g_i
+
+needs no weights per token: products of (C, C) matrices with (C, I) and (C, O).
+This is exact, not an approximation of the recurrence.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Weights = tuple[jax.Array, ...]
+"""One array a layer: (H, I, O) at the start, (B, H, I, O) for each sequence."""
+
+LOG_FLOOR = -40.0
+"""Gates below exp(LOG_FLOOR) are that; keeps differences of cumulative logs exact enough."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gates:
+    """What each token does to the memory of each head; None turns a term off."""
+
+    log_keep_BLH: jax.Array | None
+    """log(1 - alpha) <= 0: the share of the weights that stays."""
+    log_momentum_BLH: jax.Array | None
+    """log(eta) <= 0: the share of the last step that is repeated."""
+    rate_BLH: jax.Array
+    """theta >= 0: the learning rate."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryState:
+    """A memory in mid-sequence, float32."""
+
+    chunk_start: Weights
+    """(B, H, I, O): the weights at which gradients are taken."""
+    now: Weights
+    """(B, H, I, O): the weights after the last token."""
+    step: Weights
+    """(B, H, I, O): S, the last step; empty without momentum."""
+    offset: jax.Array
+    """int32 scalar: tokens so far in the present chunk, padding included."""
+    segment_ids_B: jax.Array
+    """int32: document of the last token that was not padding; 0 before the first."""
+
+    @classmethod
+    def start(cls, initial: Weights, batch: int, *, momentum: bool) -> "MemoryState":
+        """The state before the first token."""
+        weights = tuple(jnp.broadcast_to(w, (batch, *w.shape)) for w in initial)
+        return cls(
+            chunk_start=weights,
+            now=weights,
+            step=tuple(jnp.zeros_like(w) for w in weights) if momentum else (),
+            offset=jnp.int32(0),
+            segment_ids_B=jnp.zeros((batch,), jnp.int32),
+        )
+
+
+@jax.custom_jvp
+def gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Exact GELU x Phi(x) and its derivative Phi(x) + x phi(x), elementwise."""
+    cdf = 0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
+    return x * cdf, cdf + x * _normal_density(x)
+
+
+@gelu_and_slope.defjvp
+def _gelu_and_slope_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[Any, Any]:
+    (x,), (dx,) = primals, tangents
+    value, slope = gelu_and_slope(x)
+    curvature = _normal_density(x) * (2.0 - x * x)
+    return (value, slope), (slope * dx, curvature * dx)
+
+
+def _normal_density(x: jax.Array) -> jax.Array:
+    return jnp.exp(-0.5 * x * x) * (1.0 / math.sqrt(2.0 * math.pi))
+
+
+def documents(
+    segment_ids_BL: jax.Array, chunk: int, last_B: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Numbers the documents of each chunk; padding belongs to the document before it.
+
+    Args:
+      segment_ids_BL: int32, 0 is padding; L is a multiple of `chunk`.
+      chunk: tokens of a chunk.
+      last_B: int32, document of the last token before these, 0 if there is none.
+
+    Returns:
+      run_BL: int32, 0 in the first document of a chunk, one more at each further one.
+      restart_BN: bool, the chunk's first token begins a new document.
+      last_B: as given, after these tokens.
+    """
+    B, L = segment_ids_BL.shape
+    ids = jnp.concatenate([last_B[:, None], segment_ids_BL], axis=1)
+    index = jnp.where(ids > 0, jnp.arange(L + 1), 0)
+    ids = jnp.take_along_axis(ids, jax.lax.cummax(index, axis=1), axis=1)
+    begins_BNC = ((ids[:, 1:] != ids[:, :-1]) & (ids[:, :-1] > 0)).reshape(B, -1, chunk)
+    restart_BN = begins_BNC[:, :, 0]
+    run_BNC = jnp.cumsum(begins_BNC.at[:, :, 0].set(False).astype(jnp.int32), axis=-1)
+    return run_BNC.reshape(B, L), restart_BN, ids[:, -1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Tokens:
+    """The tokens of one chunk (in a scan's input a leading dim counts chunks)."""
+
+    q_BHCK: jax.Array
+    k_BHCK: jax.Array
+    v_BHCK: jax.Array
+    log_keep_BHC: jax.Array | None
+    log_momentum_BHC: jax.Array | None
+    rate_BHC: jax.Array
+    real_BC: jax.Array | None = None
+    """False at padding."""
+    run_BC: jax.Array | None = None
+    """Number of the token's document within the chunk; 0 is that of the chunk's first token."""
+    restart_B: jax.Array | None = None
+    """The chunk's first token begins a document."""
+    complete: jax.Array | None = None
+    """The chunk ends with these tokens, so that the next takes gradients after them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Coefficients:
+    """The gates of a chunk multiplied out; columns (..., C, 1) scale rows of tokens."""
+
+    mix_BHCC: jax.Array
+    """What token t's weights hold of minus the gradient of token i, [t, i]."""
+    keep_BHC1: jax.Array | None
+    """What they hold of the chunk's first weights (or of the initial ones)."""
+    carry_BHC1: jax.Array | None
+    """What they hold of the chunk's first step S."""
+    step_mix_BHC1: jax.Array | None
+    """What the last step holds of minus the gradient of token i."""
+    step_carry_BH11: jax.Array | None
+    """What the last step holds of the first."""
+
+
+def _coefficients(tokens: _Tokens) -> _Coefficients:
+    """Products of gates from cumulative sums of logs: the matrices D, E and D E diag(rate)."""
+    rate_BHC = tokens.rate_BHC
+    C = rate_BHC.shape[-1]
+    seen = jnp.arange(C)[:, None] >= jnp.arange(C)
+    if tokens.run_BC is not None:
+        seen = seen & (tokens.run_BC[:, None, :, None] == tokens.run_BC[:, None, None, :])
+
+    def products(log_BHC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """prod of gates (i, t] at [t, i], and of all gates of the document up to t."""
+        log_BHC = jnp.maximum(log_BHC, LOG_FLOOR)
+        if tokens.real_BC is not None:  # padding keeps everything as it is
+            log_BHC = jnp.where(tokens.real_BC[:, None], log_BHC, 0.0)
+        total = jnp.cumsum(log_BHC, axis=-1)
+        between = jnp.exp(jnp.where(seen, total[..., :, None] - total[..., None, :], -jnp.inf))
+        if tokens.run_BC is None:
+            return between, jnp.exp(total)
+        first = jnp.argmax(seen, axis=-1)  # where the token's document begins in the chunk
+        before = jnp.take_along_axis(total - log_BHC, jnp.broadcast_to(first, total.shape), axis=-1)
+        return between, jnp.exp(total - before)
+
+    keep = carry = step_mix = step_carry = None
+    if tokens.real_BC is not None:
+        rate_BHC = jnp.where(tokens.real_BC[:, None], rate_BHC, 0.0)
+    if tokens.log_keep_BHC is None:
+        decay = jnp.broadcast_to(seen, (*rate_BHC.shape, C)).astype(rate_BHC.dtype)
+    else:
+        decay, keep = products(tokens.log_keep_BHC)
+    if tokens.log_momentum_BHC is None:
+        mix = decay * rate_BHC[..., None, :]
+    else:
+        if tokens.real_BC is not None:  # padding takes no step
+            decay = jnp.where(tokens.real_BC[:, None, None, :], decay, 0.0)
+        repeat, repeat_first = products(tokens.log_momentum_BHC)
+        if tokens.run_BC is not None:
+            repeat_first = jnp.where(tokens.run_BC[:, None] == 0, repeat_first, 0.0)
+        highest = jax.lax.Precision.HIGHEST
+        mix = jnp.matmul(decay, repeat, precision=highest) * rate_BHC[..., None, :]
+        carry = jnp.matmul(decay, repeat_first[..., None], precision=highest)
+        step_mix = (repeat[..., -1, :] * rate_BHC)[..., None]
+        step_carry = repeat_first[..., -1, None, None]
+    return _Coefficients(
+        mix_BHCC=mix,
+        keep_BHC1=None if keep is None else keep[..., None],
+        carry_BHC1=carry,
+        step_mix_BHC1=step_mix,
+        step_carry_BH11=step_carry,
+    )
+
+
+_State = tuple[Weights, Weights, Weights]
+"""chunk_start (empty where it equals now: at the start of a chunk), now, step."""
+
+
+def _where(condition: jax.Array, a: Weights, b: Weights) -> Weights:
+    return tuple(jnp.where(condition, x, y) for x, y in zip(a, b, strict=True))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Chunk:
+    """The arithmetic of one chunk, called as the body of a scan."""
+
+    initial: Weights
+    clip: float | None
+    precision: jax.lax.Precision
+
+    def __call__(self, state: _State, tokens: _Tokens) -> tuple[_State, jax.Array]:
+        """Reads and learns; returns the new state and the reads (B, H, C, K)."""
+        if tokens.run_BC is None:
+            return self.run(state, tokens, None)
+        if tokens.restart_B is not None:
+            start, now, step = state
+            restart = tokens.restart_B[:, None, None, None]
+            start = _where(restart, self.initial, start) if start else ()
+            zeros = tuple(jnp.zeros_like(s) for s in step)
+            state = start, _where(restart, self.initial, now), _where(restart, zeros, step)
+        if tokens.run_BC.shape[-1] == 1:
+            return self.run(state, tokens, None)
+        # Only documents that begin inside the chunk need products with the initial weights.
+        late_BC = tokens.run_BC > 0
+        return jax.lax.cond(
+            jnp.any(late_BC),
+            lambda: self.run(state, tokens, late_BC),
+            lambda: self.run(state, tokens, None),
+        )
+
+    def matmul(self, a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.matmul(a, b, precision=self.precision)
+
+    def base(
+        self, a: jax.Array, w: jax.Array, layer: int, late_BC: jax.Array | None, flip: bool = False
+    ) -> jax.Array:
+        """a @ w (flip: its transpose), with the initial w for tokens of late documents."""
+        w0 = self.initial[layer]
+        out = self.matmul(a, w.swapaxes(-1, -2) if flip else w)
+        if late_BC is None:
+            return out
+        other = self.matmul(a, w0.swapaxes(-1, -2) if flip else w0)
+        return jnp.where(late_BC[:, None, :, None], other, out)
+
+    def descent(
+        self, start: Weights, k: jax.Array, v: jax.Array, late_BC: jax.Array | None
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+        """Factors a (.., C, I) and g (.., C, O) of minus each layer's gradient, a_i g_i^T."""
+        a, slopes, last = [k], [], len(start) - 1
+        for layer in range(last):
+            value, slope = gelu_and_slope(self.base(a[-1], start[layer], layer, late_BC))
+            a.append(value)
+            slopes.append(slope)
+        error = v - self.base(a[-1], start[last], last, late_BC)
+        g = [2.0 * (error - k if last else error)]
+        for layer in range(last, 0, -1):
+            g.insert(
+                0, self.base(g[0], start[layer], layer, late_BC, flip=True) * slopes[layer - 1]
+            )
+        return a, g
+
+    def run(
+        self, state: _State, tokens: _Tokens, late_BC: jax.Array | None
+    ) -> tuple[_State, jax.Array]:
+        start, now, step = state
+        a, g = self.descent(start or now, tokens.k_BHCK, tokens.v_BHCK, late_BC)
+        c = _coefficients(tokens)
+        mix, step_mix = c.mix_BHCC, c.step_mix_BHC1
+        if self.clip is not None:
+            norms = [jnp.sum(x * x, -1) * jnp.sum(y * y, -1) for x, y in zip(a, g, strict=True)]
+            shrink_BHC = jax.lax.rsqrt(1.0 + sum(norms) / self.clip**2)
+            mix = mix * shrink_BHC[..., None, :]
+            step_mix = None if step_mix is None else step_mix * shrink_BHC[..., None]
+
+        x, last = tokens.q_BHCK, len(now) - 1
+        for layer in range(last + 1):
+            kept = x if c.keep_BHC1 is None else c.keep_BHC1 * x
+            y = self.base(kept, now[layer], layer, late_BC)
+            if c.carry_BHC1 is not None:
+                y = y + self.matmul(c.carry_BHC1 * x, step[layer])
+            y = y + self.matmul(self.matmul(x, a[layer].swapaxes(-1, -2)) * mix, g[layer])
+            x = y if layer == last else gelu_and_slope(y)[0]
+        out_BHCK = x + tokens.q_BHCK if last else x
+
+        begun = None if late_BC is None else late_BC[:, -1, None, None, None]
+        if begun is not None:
+            now = _where(begun, self.initial, now)
+        learned = [self.outer(mix[..., -1, :, None], *ag) for ag in zip(a, g, strict=True)]
+        new_now = []
+        for layer in range(last + 1):
+            w = now[layer] if c.keep_BHC1 is None else c.keep_BHC1[..., -1:, :] * now[layer]
+            if c.carry_BHC1 is not None:
+                w = w + c.carry_BHC1[..., -1:, :] * step[layer]
+            new_now.append(w + learned[layer])
+        if step_mix is not None and c.step_carry_BH11 is not None:
+            learned = [self.outer(step_mix, *ag) for ag in zip(a, g, strict=True)]
+            step = tuple(c.step_carry_BH11 * s + x for s, x in zip(step, learned, strict=True))
+        if start and tokens.complete is not None:
+            start = start if begun is None else _where(begun, self.initial, start)
+            start = _where(tokens.complete, tuple(new_now), start)
+        return (start, tuple(new_now), step), out_BHCK
+
+    def outer(self, scale_BHC1: jax.Array, a: jax.Array, g: jax.Array) -> jax.Array:
+        """sum_i scale_i a_i g_i^T; the narrower factor is scaled."""
+        if a.shape[-1] <= g.shape[-1]:
+            return self.matmul((scale_BHC1 * a).swapaxes(-1, -2), g)
+        return self.matmul(a.swapaxes(-1, -2), scale_BHC1 * g)
+
+
+def neural_memory(
+    initial: Weights,
+    q_BLHK: jax.Array,
+    k_BLHK: jax.Array,
+    v_BLHK: jax.Array,
+    gates: Gates,
+    *,
+    chunk: int,
+    segment_ids_BL: jax.Array | None = None,
+    state: MemoryState | None = None,
+    clip: float | None = None,
+    checkpoint_every: int = 1,
+    precision: str = "highest",
+) -> tuple[jax.Array, MemoryState | None]:
+    """Writes and reads every token; token t reads after its own write.
+
+    Args:
+      initial: M_0, float32 (H, I, O) for each layer; learned by the outer training.
+      q_BLHK: where to read.
+      k_BLHK: what is written under which ...
+      v_BLHK: ... value. Any float dtype; all arithmetic is float32 (float64 for float64).
+      gates: of each token and head.
+      chunk: tokens whose gradients are taken at the same weights. Chunks are counted from
+        the first token of a row; the last one may be shorter.
+      segment_ids_BL: int32 document of each token, 0 for padding; None is one document a
+        row. A document is a run of equal ids (padding inside it is skipped); it starts
+        from `initial` and sees nothing of others. Padding writes nothing, and its reads
+        mean nothing.
+      state: continue from here (for decoding); None starts anew and returns None.
+      clip: soft bound c on the norm n of a token's gradient over all layers, which is
+        multiplied by 1/sqrt(1 + (n/c)^2); None leaves it alone.
+      checkpoint_every: chunks between the weights kept for the backward pass, which computes
+        all else again. About sqrt(L / chunk) takes the least memory and costs one more
+        forward pass than 1.
+      precision: of float32 products: "highest", or "high" or "default" to let an
+        accelerator use fewer passes.
+
+    Returns:
+      y_BLHK in the dtype of q, and the state after these tokens.
+    """
+    B, L, H, K = q_BLHK.shape
+    dtype = jnp.promote_types(q_BLHK.dtype, jnp.float32)
+    initial = tuple(w.astype(dtype) for w in initial)
+    body = _Chunk(initial=initial, clip=clip, precision=jax.lax.Precision(precision))
+    momentum = gates.log_momentum_BLH is not None
+
+    offset: int | jax.Array = 0
+    if state is None:
+        slots, num_chunks = chunk, -(-L // chunk)
+        fresh = MemoryState.start(initial, B, momentum=momentum)
+        carry: _State = ((), fresh.now, fresh.step)
+        complete_N, last_B = None, fresh.segment_ids_B
+    else:
+        # The tokens take their places in the present chunk and those after it.
+        slots, num_chunks = (1, 1) if L == 1 else (chunk, -(-(L + chunk - 1) // chunk))
+        offset = 0 if L == 1 else state.offset
+        carry = (state.chunk_start, state.now, state.step)
+        reached = state.offset + L - slots * jnp.arange(num_chunks)
+        complete_N, last_B = reached >= chunk, state.segment_ids_B
+        if segment_ids_BL is None:
+            segment_ids_BL = jnp.ones((B, L), jnp.int32)
+
+    def placed(x_BL: jax.Array) -> jax.Array:
+        """(B, L, ...) -> (N, B, C, ...), zero where there is no token."""
+        if num_chunks * slots != L:
+            empty = jnp.zeros((B, num_chunks * slots, *x_BL.shape[2:]), x_BL.dtype)
+            x_BL = jax.lax.dynamic_update_slice_in_dim(empty, x_BL, offset, axis=1)
+        return x_BL.reshape(B, num_chunks, slots, *x_BL.shape[2:]).swapaxes(0, 1)
+
+    def per_head(x_BLH: jax.Array) -> jax.Array:
+        return placed(x_BLH.astype(dtype)).swapaxes(2, 3)
+
+    log_keep, log_momentum = gates.log_keep_BLH, gates.log_momentum_BLH
+
+    tokens = _Tokens(
+        q_BHCK=per_head(q_BLHK),
+        k_BHCK=per_head(k_BLHK),
+        v_BHCK=per_head(v_BLHK),
+        log_keep_BHC=None if log_keep is None else per_head(log_keep),
+        log_momentum_BHC=None if log_momentum is None else per_head(log_momentum),
+        rate_BHC=per_head(gates.rate_BLH),
+    )
+    if segment_ids_BL is not None:
+        ids_NBC = placed(segment_ids_BL)
+        run_BL, restart_BN, last_B = documents(ids_NBC.swapaxes(0, 1).reshape(B, -1), slots, last_B)
+        tokens = dataclasses.replace(
+            tokens,
+            real_BC=ids_NBC > 0,
+            run_BC=run_BL.reshape(B, num_chunks, slots).swapaxes(0, 1),
+            restart_B=restart_BN.T,
+            complete=complete_N,
+        )
+    (start, now, step), out = _checkpointed_scan(body, carry, tokens, checkpoint_every)
+    out = out.transpose(1, 0, 3, 2, 4).reshape(B, num_chunks * slots, H, K)
+    if num_chunks * slots != L:
+        out = jax.lax.dynamic_slice_in_dim(out, offset, L, axis=1)
+    if state is not None:
+        state = MemoryState(
+            chunk_start=start,
+            now=now,
+            step=step,
+            offset=(state.offset + L) % chunk,
+            segment_ids_B=last_B,
+        )
+    return out.astype(q_BLHK.dtype), state
+
+
+def _checkpointed_scan(
+    body: Callable[[_State, _Tokens], tuple[_State, jax.Array]],
+    carry: _State,
+    tokens: _Tokens,
+    every: int,
+) -> tuple[_State, jax.Array]:
+    """A scan whose backward pass keeps the carry of each `every`-th chunk only."""
+    num_chunks = tokens.q_BHCK.shape[0]
+    if num_chunks == 1:
+        carry, out = body(carry, jax.tree.map(lambda x: x[0], tokens))
+        return carry, out[None]
+    one_chunk = jax.checkpoint(lambda c, t: body(c, t), prevent_cse=False)
+    every = max(d for d in range(1, every + 1) if num_chunks % d == 0)
+    if every in (1, num_chunks):
+        return jax.lax.scan(one_chunk, carry, tokens)
+    groups = jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:]), tokens)
+    inner = jax.checkpoint(lambda c, t: jax.lax.scan(one_chunk, c, t), prevent_cse=False)
+    carry, out = jax.lax.scan(inner, carry, groups)
+    return carry, out.reshape(num_chunks, *out.shape[2:])
