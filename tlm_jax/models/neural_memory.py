@@ -9,8 +9,9 @@ with s = GELU (depth n > 1). Token t takes a step on |M(k_t) - v_t|^2 and reads:
 
     S_t = momentum_t S_{t-1} - rate_t grad,   W_t = keep_t W_{t-1} + S_t,   y_t = M_t(q_t)
 
-with grad taken at the weights that the token's chunk began with (equations 9, 13
-and 14; keep = 1 - alpha, momentum = eta, rate = theta). Within a chunk W_t is
+with grad taken at the weights that the token's chunk began with (section 3.1 of the
+paper, whose parallel form covers decay alone; keep = 1 - alpha, momentum = eta, rate =
+theta). Within a chunk W_t is
 linear in the gradients, and a token's gradient of a layer is an outer product
 a_i g_i^T, so that
 
@@ -28,24 +29,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tlm_jax.models.memory_gates import Gates, Tokens, coefficients, documents
+
 Weights = tuple[jax.Array, ...]
 """One array a layer: (H, I, O) at the start, (B, H, I, O) for each sequence."""
-
-LOG_FLOOR = -40.0
-"""Gates below exp(LOG_FLOOR) are that; keeps differences of cumulative logs exact enough."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Gates:
-    """What each token does to the memory of each head; None turns a term off."""
-
-    log_keep_BLH: jax.Array | None
-    """log(1 - alpha) <= 0: the share of the weights that stays."""
-    log_momentum_BLH: jax.Array | None
-    """log(eta) <= 0: the share of the last step that is repeated."""
-    rate_BLH: jax.Array
-    """theta >= 0: the learning rate."""
 
 
 @jax.tree_util.register_dataclass
@@ -66,15 +53,19 @@ class MemoryState:
 
     @classmethod
     def start(cls, initial: Weights, batch: int, *, momentum: bool) -> "MemoryState":
-        """The state before the first token."""
-        weights = tuple(jnp.broadcast_to(w, (batch, *w.shape)) for w in initial)
+        """The state before the first token; of `initial` (H, I, O) only the shapes matter."""
+        zeros = tuple(jnp.zeros((batch, *w.shape), jnp.float32) for w in initial)
         return cls(
-            chunk_start=weights,
-            now=weights,
-            step=tuple(jnp.zeros_like(w) for w in weights) if momentum else (),
+            chunk_start=zeros,
+            now=zeros,
+            step=zeros if momentum else (),
             offset=jnp.int32(0),
             segment_ids_B=jnp.zeros((batch,), jnp.int32),
         )
+
+
+def _per_sequence(initial: Weights, batch: int) -> Weights:
+    return tuple(jnp.broadcast_to(w, (batch, *w.shape)) for w in initial)
 
 
 @jax.custom_jvp
@@ -96,118 +87,6 @@ def _normal_density(x: jax.Array) -> jax.Array:
     return jnp.exp(-0.5 * x * x) * (1.0 / math.sqrt(2.0 * math.pi))
 
 
-def documents(
-    segment_ids_BL: jax.Array, chunk: int, last_B: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Numbers the documents of each chunk; padding belongs to the document before it.
-
-    Args:
-      segment_ids_BL: int32, 0 is padding; L is a multiple of `chunk`.
-      chunk: tokens of a chunk.
-      last_B: int32, document of the last token before these, 0 if there is none.
-
-    Returns:
-      run_BL: int32, 0 in the first document of a chunk, one more at each further one.
-      restart_BN: bool, the chunk's first token begins a new document.
-      last_B: as given, after these tokens.
-    """
-    B, L = segment_ids_BL.shape
-    ids = jnp.concatenate([last_B[:, None], segment_ids_BL], axis=1)
-    index = jnp.where(ids > 0, jnp.arange(L + 1), 0)
-    ids = jnp.take_along_axis(ids, jax.lax.cummax(index, axis=1), axis=1)
-    begins_BNC = ((ids[:, 1:] != ids[:, :-1]) & (ids[:, :-1] > 0)).reshape(B, -1, chunk)
-    restart_BN = begins_BNC[:, :, 0]
-    run_BNC = jnp.cumsum(begins_BNC.at[:, :, 0].set(False).astype(jnp.int32), axis=-1)
-    return run_BNC.reshape(B, L), restart_BN, ids[:, -1]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Tokens:
-    """The tokens of one chunk (in a scan's input a leading dim counts chunks)."""
-
-    q_BHCK: jax.Array
-    k_BHCK: jax.Array
-    v_BHCK: jax.Array
-    log_keep_BHC: jax.Array | None
-    log_momentum_BHC: jax.Array | None
-    rate_BHC: jax.Array
-    real_BC: jax.Array | None = None
-    """False at padding."""
-    run_BC: jax.Array | None = None
-    """Number of the token's document within the chunk; 0 is that of the chunk's first token."""
-    restart_B: jax.Array | None = None
-    """The chunk's first token begins a document."""
-    complete: jax.Array | None = None
-    """The chunk ends with these tokens, so that the next takes gradients after them."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Coefficients:
-    """The gates of a chunk multiplied out; columns (..., C, 1) scale rows of tokens."""
-
-    mix_BHCC: jax.Array
-    """What token t's weights hold of minus the gradient of token i, [t, i]."""
-    keep_BHC1: jax.Array | None
-    """What they hold of the chunk's first weights (or of the initial ones)."""
-    carry_BHC1: jax.Array | None
-    """What they hold of the chunk's first step S."""
-    step_mix_BHC1: jax.Array | None
-    """What the last step holds of minus the gradient of token i."""
-    step_carry_BH11: jax.Array | None
-    """What the last step holds of the first."""
-
-
-def _coefficients(tokens: _Tokens) -> _Coefficients:
-    """Products of gates from cumulative sums of logs: the matrices D, E and D E diag(rate)."""
-    rate_BHC = tokens.rate_BHC
-    C = rate_BHC.shape[-1]
-    seen = jnp.arange(C)[:, None] >= jnp.arange(C)
-    if tokens.run_BC is not None:
-        seen = seen & (tokens.run_BC[:, None, :, None] == tokens.run_BC[:, None, None, :])
-
-    def products(log_BHC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """prod of gates (i, t] at [t, i], and of all gates of the document up to t."""
-        log_BHC = jnp.maximum(log_BHC, LOG_FLOOR)
-        if tokens.real_BC is not None:  # padding keeps everything as it is
-            log_BHC = jnp.where(tokens.real_BC[:, None], log_BHC, 0.0)
-        total = jnp.cumsum(log_BHC, axis=-1)
-        between = jnp.exp(jnp.where(seen, total[..., :, None] - total[..., None, :], -jnp.inf))
-        if tokens.run_BC is None:
-            return between, jnp.exp(total)
-        first = jnp.argmax(seen, axis=-1)  # where the token's document begins in the chunk
-        before = jnp.take_along_axis(total - log_BHC, jnp.broadcast_to(first, total.shape), axis=-1)
-        return between, jnp.exp(total - before)
-
-    keep = carry = step_mix = step_carry = None
-    if tokens.real_BC is not None:
-        rate_BHC = jnp.where(tokens.real_BC[:, None], rate_BHC, 0.0)
-    if tokens.log_keep_BHC is None:
-        decay = jnp.broadcast_to(seen, (*rate_BHC.shape, C)).astype(rate_BHC.dtype)
-    else:
-        decay, keep = products(tokens.log_keep_BHC)
-    if tokens.log_momentum_BHC is None:
-        mix = decay * rate_BHC[..., None, :]
-    else:
-        if tokens.real_BC is not None:  # padding takes no step
-            decay = jnp.where(tokens.real_BC[:, None, None, :], decay, 0.0)
-        repeat, repeat_first = products(tokens.log_momentum_BHC)
-        if tokens.run_BC is not None:
-            repeat_first = jnp.where(tokens.run_BC[:, None] == 0, repeat_first, 0.0)
-        highest = jax.lax.Precision.HIGHEST
-        mix = jnp.matmul(decay, repeat, precision=highest) * rate_BHC[..., None, :]
-        carry = jnp.matmul(decay, repeat_first[..., None], precision=highest)
-        step_mix = (repeat[..., -1, :] * rate_BHC)[..., None]
-        step_carry = repeat_first[..., -1, None, None]
-    return _Coefficients(
-        mix_BHCC=mix,
-        keep_BHC1=None if keep is None else keep[..., None],
-        carry_BHC1=carry,
-        step_mix_BHC1=step_mix,
-        step_carry_BH11=step_carry,
-    )
-
-
 _State = tuple[Weights, Weights, Weights]
 """chunk_start (empty where it equals now: at the start of a chunk), now, step."""
 
@@ -224,7 +103,7 @@ class _Chunk:
     clip: float | None
     precision: jax.lax.Precision
 
-    def __call__(self, state: _State, tokens: _Tokens) -> tuple[_State, jax.Array]:
+    def __call__(self, state: _State, tokens: Tokens) -> tuple[_State, jax.Array]:
         """Reads and learns; returns the new state and the reads (B, H, C, K)."""
         if tokens.run_BC is None:
             return self.run(state, tokens, None)
@@ -276,11 +155,11 @@ class _Chunk:
         return a, g
 
     def run(
-        self, state: _State, tokens: _Tokens, late_BC: jax.Array | None
+        self, state: _State, tokens: Tokens, late_BC: jax.Array | None
     ) -> tuple[_State, jax.Array]:
         start, now, step = state
         a, g = self.descent(start or now, tokens.k_BHCK, tokens.v_BHCK, late_BC)
-        c = _coefficients(tokens)
+        c = coefficients(tokens)
         mix, step_mix = c.mix_BHCC, c.step_mix_BHC1
         if self.clip is not None:
             norms = [jnp.sum(x * x, -1) * jnp.sum(y * y, -1) for x, y in zip(a, g, strict=True)]
@@ -333,6 +212,7 @@ def neural_memory(
     chunk: int,
     segment_ids_BL: jax.Array | None = None,
     state: MemoryState | None = None,
+    aligned: bool = False,
     clip: float | None = None,
     checkpoint_every: int = 1,
     precision: str = "highest",
@@ -352,6 +232,8 @@ def neural_memory(
         from `initial` and sees nothing of others. Padding writes nothing, and its reads
         mean nothing.
       state: continue from here (for decoding); None starts anew and returns None.
+      aligned: promises that the state stands at the start of a chunk and that `chunk`
+        divides L, which saves work.
       clip: soft bound c on the norm n of a token's gradient over all layers, which is
         multiplied by 1/sqrt(1 + (n/c)^2); None leaves it alone.
       checkpoint_every: chunks between the weights kept for the backward pass, which computes
@@ -372,18 +254,23 @@ def neural_memory(
     offset: int | jax.Array = 0
     if state is None:
         slots, num_chunks = chunk, -(-L // chunk)
-        fresh = MemoryState.start(initial, B, momentum=momentum)
-        carry: _State = ((), fresh.now, fresh.step)
-        complete_N, last_B = None, fresh.segment_ids_B
+        now = _per_sequence(initial, B)
+        carry: _State = ((), now, tuple(jnp.zeros_like(w) for w in now) if momentum else ())
+        complete_N, last_B = None, jnp.zeros((B,), jnp.int32)
+    elif aligned:
+        slots, num_chunks = chunk, L // chunk
+        carry = ((), _unless_new(initial, state, state.now), state.step)
+        complete_N, last_B = None, state.segment_ids_B
     else:
         # The tokens take their places in the present chunk and those after it.
         slots, num_chunks = (1, 1) if L == 1 else (chunk, -(-(L + chunk - 1) // chunk))
         offset = 0 if L == 1 else state.offset
-        carry = (state.chunk_start, state.now, state.step)
+        start = _unless_new(initial, state, state.chunk_start)
+        carry = (start, _unless_new(initial, state, state.now), state.step)
         reached = state.offset + L - slots * jnp.arange(num_chunks)
         complete_N, last_B = reached >= chunk, state.segment_ids_B
-        if segment_ids_BL is None:
-            segment_ids_BL = jnp.ones((B, L), jnp.int32)
+    if state is not None and segment_ids_BL is None:
+        segment_ids_BL = jnp.ones((B, L), jnp.int32)
 
     def placed(x_BL: jax.Array) -> jax.Array:
         """(B, L, ...) -> (N, B, C, ...), zero where there is no token."""
@@ -397,7 +284,7 @@ def neural_memory(
 
     log_keep, log_momentum = gates.log_keep_BLH, gates.log_momentum_BLH
 
-    tokens = _Tokens(
+    tokens = Tokens(
         q_BHCK=per_head(q_BLHK),
         k_BHCK=per_head(k_BLHK),
         v_BHCK=per_head(v_BLHK),
@@ -421,7 +308,7 @@ def neural_memory(
         out = jax.lax.dynamic_slice_in_dim(out, offset, L, axis=1)
     if state is not None:
         state = MemoryState(
-            chunk_start=start,
+            chunk_start=start or now,
             now=now,
             step=step,
             offset=(state.offset + L) % chunk,
@@ -430,10 +317,55 @@ def neural_memory(
     return out.astype(q_BLHK.dtype), state
 
 
+def recall(
+    initial: Weights,
+    state: MemoryState,
+    q_BLHK: jax.Array,
+    segment_ids_BL: jax.Array,
+    precision: str = "highest",
+) -> jax.Array:
+    """Reads every token at the state's present weights, and learns nothing.
+
+    Args:
+      initial: M_0 (H, I, O); what tokens of documents read that begin after the state.
+      state: where to read.
+      q_BLHK: the queries.
+      segment_ids_BL: int32 documents of the tokens.
+      precision: see `neural_memory`.
+
+    Returns:
+      y_BLHK in the dtype of q.
+    """
+    dtype = jnp.promote_types(q_BLHK.dtype, jnp.float32)
+    initial = tuple(w.astype(dtype) for w in initial)
+    now = _unless_new(initial, state, state.now)
+    body = _Chunk(initial=initial, clip=None, precision=jax.lax.Precision(precision))
+    seen_BL = (segment_ids_BL == state.segment_ids_B[:, None]) | (segment_ids_BL == 0)
+    new_BL = ~seen_BL & (state.segment_ids_B > 0)[:, None]
+
+    def read(late_BL: jax.Array | None) -> jax.Array:
+        q_BHLK = x = q_BLHK.astype(dtype).swapaxes(1, 2)
+        for layer in range(len(now) - 1):
+            x = gelu_and_slope(body.base(x, now[layer], layer, late_BL))[0]
+        x = body.base(x, now[-1], len(now) - 1, late_BL)
+        return (x + q_BHLK if len(now) > 1 else x).swapaxes(1, 2).astype(q_BLHK.dtype)
+
+    return jax.lax.cond(jnp.any(new_BL), lambda: read(new_BL), lambda: read(None))
+
+
+def _unless_new(initial: Weights, state: MemoryState, weights: Weights) -> Weights:
+    """The weights of a state, or the initial ones of a sequence that has not begun.
+
+    So an empty state need not know the initial weights of its layer.
+    """
+    begun = (state.segment_ids_B > 0)[:, None, None, None]
+    return _where(begun, weights, initial)
+
+
 def _checkpointed_scan(
-    body: Callable[[_State, _Tokens], tuple[_State, jax.Array]],
+    body: Callable[[_State, Tokens], tuple[_State, jax.Array]],
     carry: _State,
-    tokens: _Tokens,
+    tokens: Tokens,
     every: int,
 ) -> tuple[_State, jax.Array]:
     """A scan whose backward pass keeps the carry of each `every`-th chunk only."""

@@ -1,0 +1,137 @@
+"""What the gates of a neural memory do over a chunk: which token's write reaches which read.
+
+Shapes: B batch, L length, N chunks, C tokens of a chunk, H heads, K head dim.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+LOG_FLOOR = -40.0
+"""Gates below exp(LOG_FLOOR) are that; keeps differences of cumulative logs exact enough."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gates:
+    """What each token does to the memory of each head; None turns a term off."""
+
+    log_keep_BLH: jax.Array | None
+    """log(1 - alpha) <= 0: the share of the weights that stays."""
+    log_momentum_BLH: jax.Array | None
+    """log(eta) <= 0: the share of the last step that is repeated."""
+    rate_BLH: jax.Array
+    """theta >= 0: the learning rate."""
+
+
+def documents(
+    segment_ids_BL: jax.Array, chunk: int, last_B: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Numbers the documents of each chunk; padding belongs to the document before it.
+
+    Args:
+      segment_ids_BL: int32, 0 is padding; L is a multiple of `chunk`.
+      chunk: tokens of a chunk.
+      last_B: int32, document of the last token before these, 0 if there is none.
+
+    Returns:
+      run_BL: int32, 0 in the first document of a chunk, one more at each further one.
+      restart_BN: bool, the chunk's first token begins a new document.
+      last_B: as given, after these tokens.
+    """
+    B, L = segment_ids_BL.shape
+    ids = jnp.concatenate([last_B[:, None], segment_ids_BL], axis=1)
+    index = jnp.where(ids > 0, jnp.arange(L + 1), 0)
+    ids = jnp.take_along_axis(ids, jax.lax.cummax(index, axis=1), axis=1)
+    begins_BNC = ((ids[:, 1:] != ids[:, :-1]) & (ids[:, :-1] > 0)).reshape(B, -1, chunk)
+    restart_BN = begins_BNC[:, :, 0]
+    run_BNC = jnp.cumsum(begins_BNC.at[:, :, 0].set(False).astype(jnp.int32), axis=-1)
+    return run_BNC.reshape(B, L), restart_BN, ids[:, -1]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """The tokens of one chunk (in a scan's input a leading dim counts chunks)."""
+
+    q_BHCK: jax.Array
+    k_BHCK: jax.Array
+    v_BHCK: jax.Array
+    log_keep_BHC: jax.Array | None
+    log_momentum_BHC: jax.Array | None
+    rate_BHC: jax.Array
+    real_BC: jax.Array | None = None
+    """False at padding."""
+    run_BC: jax.Array | None = None
+    """Number of the token's document within the chunk; 0 is that of the chunk's first token."""
+    restart_B: jax.Array | None = None
+    """The chunk's first token begins a document."""
+    complete: jax.Array | None = None
+    """The chunk ends with these tokens, so that the next takes gradients after them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Coefficients:
+    """The gates of a chunk multiplied out; columns (..., C, 1) scale rows of tokens."""
+
+    mix_BHCC: jax.Array
+    """What token t's weights hold of minus the gradient of token i, [t, i]."""
+    keep_BHC1: jax.Array | None
+    """What they hold of the chunk's first weights (or of the initial ones)."""
+    carry_BHC1: jax.Array | None
+    """What they hold of the chunk's first step S."""
+    step_mix_BHC1: jax.Array | None
+    """What the last step holds of minus the gradient of token i."""
+    step_carry_BH11: jax.Array | None
+    """What the last step holds of the first."""
+
+
+def coefficients(tokens: Tokens) -> Coefficients:
+    """Products of gates from cumulative sums of logs: the matrices D, E and D E diag(rate)."""
+    rate_BHC = tokens.rate_BHC
+    C = rate_BHC.shape[-1]
+    seen = jnp.arange(C)[:, None] >= jnp.arange(C)
+    if tokens.run_BC is not None:
+        seen = seen & (tokens.run_BC[:, None, :, None] == tokens.run_BC[:, None, None, :])
+
+    def products(log_BHC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """prod of gates (i, t] at [t, i], and of all gates of the document up to t."""
+        log_BHC = jnp.maximum(log_BHC, LOG_FLOOR)
+        if tokens.real_BC is not None:  # padding keeps everything as it is
+            log_BHC = jnp.where(tokens.real_BC[:, None], log_BHC, 0.0)
+        total = jnp.cumsum(log_BHC, axis=-1)
+        between = jnp.exp(jnp.where(seen, total[..., :, None] - total[..., None, :], -jnp.inf))
+        if tokens.run_BC is None:
+            return between, jnp.exp(total)
+        first = jnp.argmax(seen, axis=-1)  # where the token's document begins in the chunk
+        before = jnp.take_along_axis(total - log_BHC, jnp.broadcast_to(first, total.shape), axis=-1)
+        return between, jnp.exp(total - before)
+
+    keep = carry = step_mix = step_carry = None
+    if tokens.real_BC is not None:
+        rate_BHC = jnp.where(tokens.real_BC[:, None], rate_BHC, 0.0)
+    if tokens.log_keep_BHC is None:
+        decay = jnp.broadcast_to(seen, (*rate_BHC.shape, C)).astype(rate_BHC.dtype)
+    else:
+        decay, keep = products(tokens.log_keep_BHC)
+    if tokens.log_momentum_BHC is None:
+        mix = decay * rate_BHC[..., None, :]
+    else:
+        if tokens.real_BC is not None:  # padding takes no step
+            decay = jnp.where(tokens.real_BC[:, None, None, :], decay, 0.0)
+        repeat, repeat_first = products(tokens.log_momentum_BHC)
+        if tokens.run_BC is not None:
+            repeat_first = jnp.where(tokens.run_BC[:, None] == 0, repeat_first, 0.0)
+        highest = jax.lax.Precision.HIGHEST
+        mix = jnp.matmul(decay, repeat, precision=highest) * rate_BHC[..., None, :]
+        carry = jnp.matmul(decay, repeat_first[..., None], precision=highest)
+        step_mix = (repeat[..., -1, :] * rate_BHC)[..., None]
+        step_carry = repeat_first[..., -1, None, None]
+    return Coefficients(
+        mix_BHCC=mix,
+        keep_BHC1=None if keep is None else keep[..., None],
+        carry_BHC1=carry,
+        step_mix_BHC1=step_mix,
+        step_carry_BH11=step_carry,
+    )
