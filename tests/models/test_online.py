@@ -24,6 +24,9 @@ from tlm_jax.distributed import sharding
 from tlm_jax.models import online, skeleton
 from tlm_jax.models.loss import batch_losses
 
+# One worker runs them all, for they share compiled programs.
+pytestmark = pytest.mark.xdist_group("online")
+
 VOCAB, RATE = 32, 0.05
 LENGTH = 22  # not a whole number of pieces
 # Little optimised, which halves the time to compile.

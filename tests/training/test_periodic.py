@@ -28,6 +28,9 @@ from tlm_jax.models import skeleton
 from tlm_jax.training import checkpoint, step
 from tlm_jax.training.optimizer import decay_mask, learning_rate, make_optimizer, update_period
 
+# One worker runs them all, for they share compiled programs.
+pytestmark = pytest.mark.xdist_group("periodic")
+
 PERIODS = (4, 1, 2)
 OPTIMIZER = OptimizerConfig(
     learning_rate=1e-2, final_learning_rate=1e-3, warmup_steps=3, eps=1e-3, clip_norm=0.5
