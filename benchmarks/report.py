@@ -1,4 +1,4 @@
-"""Writing measured tables into docs/speed.md, each between its own marks."""
+"""Writing measured tables into pages of docs/, each between its own marks."""
 
 import pathlib
 import platform
@@ -39,13 +39,13 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def publish(name: str, text: str) -> None:
-    """Prints `text` and puts it between the marks `<!-- name -->` of docs/speed.md."""
+def publish(name: str, text: str, page: pathlib.Path = SPEED) -> None:
+    """Prints `text` and puts it between the marks `<!-- name -->` of a page."""
     print(text)
     start, end = f"<!-- {name} -->", f"<!-- end {name} -->"
-    page = SPEED.read_text()
-    if start not in page:
-        raise SystemExit(f"{SPEED} has no mark {start}")
-    before, rest = page.split(start)
+    content = page.read_text()
+    if start not in content:
+        raise SystemExit(f"{page} has no mark {start}")
+    before, rest = content.split(start)
     _, after = rest.split(end)
-    SPEED.write_text(f"{before}{start}\n{text}\n{end}{after}")
+    page.write_text(f"{before}{start}\n{text}\n{end}{after}")

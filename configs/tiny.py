@@ -2,6 +2,7 @@
 
 Command:   python train.py --config configs/tiny.py --workdir runs/tiny
 Uniform:   the same with --model.taper.schedule uniform (equal parameters and FLOPs)
+Others:    --config configs/tiny.py:gated_attention, :hope_attention or :titans
 Hardware:  a CPU; no accelerator needed
 Data:      the text and the 4,096-token BPE that the package carries
 Expected:  validation loss 8.81 at the start, 5.46 after 240 steps; 4 to 5 minutes on two cores
@@ -10,6 +11,7 @@ Shape, learning rate and length are our choice; cosine 1.5 to 0.5 in multiples o
 16 is the paper's taper (arXiv 2606.23670).
 """
 
+from tlm_jax.architectures import with_architecture
 from tlm_jax.config import (
     AttentionConfig,
     DataConfig,
@@ -21,8 +23,8 @@ from tlm_jax.config import (
 )
 
 
-def get_config() -> RunConfig:
-    return RunConfig(
+def get_config(architecture: str = "transformer") -> RunConfig:
+    config = RunConfig(
         name="tiny",
         model=ModelConfig(
             vocab_size=4096,
@@ -39,3 +41,4 @@ def get_config() -> RunConfig:
         ),
         training=TrainingConfig(num_steps=240, eval_every=60, eval_batches=16, checkpoint_every=60),
     )
+    return with_architecture(config, architecture)

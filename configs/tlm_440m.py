@@ -5,6 +5,7 @@ Command:   python train.py --config configs/tlm_440m.py --workdir runs/tlm_440m 
            TEXT is your corpus (the sister papers use FineWeb-Edu), TOKENIZER a
            32,000-token tokenizer.json or SentencePiece .model (the paper: 32K)
 Uniform:   the same with --model.taper.schedule uniform (equal parameters and FLOPs)
+Others:    --config configs/tlm_440m.py:gated_attention, :hope_attention or :titans
 Hardware:  a TPU or GPU slice; parameters and batch are split over all devices.
            Widths in multiples of 128 suit TPU lanes: --model.taper.multiple_of 128
 Expected:  not measured yet
@@ -18,6 +19,7 @@ clipping at 1, 2,000 warm-up steps, final learning rate 4e-5. Perplexity depends
 tokenizer, so compare only runs that share it.
 """
 
+from tlm_jax.architectures import with_architecture
 from tlm_jax.config import (
     AttentionConfig,
     DataConfig,
@@ -34,8 +36,8 @@ SEQ_LEN = 4096
 BATCH_SIZE = 128
 
 
-def get_config() -> RunConfig:
-    return RunConfig(
+def get_config(architecture: str = "transformer") -> RunConfig:
+    config = RunConfig(
         name="tlm_440m",
         model=ModelConfig(
             vocab_size=32_000,
@@ -67,3 +69,4 @@ def get_config() -> RunConfig:
         ),
         mesh=MeshConfig(data=1, fsdp=-1),
     )
+    return with_architecture(config, architecture)

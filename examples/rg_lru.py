@@ -71,7 +71,7 @@ def _costs(mixer: RGLRUConfig, d_model: int, seq_len: int) -> costs.MixerCosts:
     return costs.MixerCosts(
         parameters=matrices + mixer.width, projection_flops=2 * matrices, mixing_flops=0,
         mixing_flops_full=0, saved_values=5 * mixer.width, saved_float32=5 * mixer.width,
-        dot_values=3 * mixer.width + d_model, cache_values=0,
+        dot_values=3 * mixer.width + d_model, cache_values=0, state_values=mixer.width,
     )  # fmt: skip
 
 

@@ -100,6 +100,52 @@ def test_unknown_option_as_a_user_sees_it(encoding: str, train: tuple[str, ...])
         assert result.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("architecture", "words", "message"),
+    [
+        (
+            "titans",
+            "--model.mixer.variant mac --model.mixer.chunk 48",
+            "chunk=48 does not divide window=128, the segment of variant mac; use one of "
+            "[1, 2, 4, 8, 16, 32, 64, 128], or window=144",
+        ),
+        (
+            "titans",
+            "--model.mixer.num_heads 5",
+            "d_model=192 does not divide into num_heads=5 heads of even dimension; use "
+            "d_model=200 or set mixer.head_dim",
+        ),
+        ("titans", "--model.mixer.chunk 0", "chunk is 0; it must be at least 1"),
+        ("titans", "--model.mixer.memory_depth 5", "memory_depth is 5; a memory has 1 to 4 layers"),
+        (
+            "titans",
+            "--model.mixer.memory_depth 3 --model.mixer.memory_taper.schedule linear",
+            "memory_taper needs memory_depth=2, not 3",
+        ),
+        (
+            "titans",
+            "--model.mixer.memory_taper.schedule linear --model.mixer.memory_taper.end 0.7",
+            "mixer.memory_taper: a linear curve from start=1.5 to end=0.7 has mean 1.1",
+        ),
+        ("hope_attention", "--model.mlp.periods 1 0", "every level needs a period of at least 1"),
+        (
+            "hope_attention",
+            "--model.mlp.online_chunks 0 48",
+            "48 does not divide data.seq_len=256; use divisors of it",
+        ),
+        ("titan", "", "unknown architecture 'titan'; did you mean titans?"),
+    ],
+)
+def test_architectures(
+    architecture: str, words: str, message: str, tmp_path: pathlib.Path, fails: Fails
+) -> None:
+    """Sizes of the architectures' own that cannot be."""
+    config = pathlib.Path(__file__).parents[1] / "configs" / f"tiny.py:{architecture}"
+    train = ("train", "--config", config, "--workdir", tmp_path / "run")
+    assert message in fails(*train, *words.split())
+    assert not (tmp_path / "run").exists()
+
+
 def test_suggested_options_work(train: tuple[str, ...], fails: Fails) -> None:
     """What a message proposes is accepted: the next complaint is about something else."""
     then = ("--data.path", "nowhere")

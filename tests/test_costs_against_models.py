@@ -6,9 +6,10 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.extend.core import jaxprs_in_params
+from helpers import count_products
 
 from tlm_jax import config_io, costs
+from tlm_jax.architectures import ARCHITECTURES
 from tlm_jax.config import AttentionConfig, ModelConfig, TaperConfig
 from tlm_jax.models import skeleton
 
@@ -28,11 +29,31 @@ SMALL = ModelConfig(
 )
 
 
-@pytest.mark.parametrize("schedule", ["uniform", "linear", "cosine", "sigmoid", "groups"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", SIZES)
-def test_parameters_equal_the_real_tree(name: str, schedule: str):
-    """Per part and in all, tapered and uniform, for every size and schedule."""
-    model = config_io.load_config(f"configs/{name}.py").model
+def test_every_architecture_has_the_parameters_of_its_size(name: str, architecture: str):
+    """Within half a multiple of MLP width a layer, and equal to its uniform twin's."""
+    base = config_io.load_config(f"configs/{name}.py")
+    run = config_io.load_config(f"configs/{name}.py:{architecture}")
+    model, seq_len = run.model, run.data.seq_len
+    size = costs.model_costs(base.model, seq_len).parameters
+    step = 3 * 32 * model.d_model * model.num_layers
+    assert abs(costs.model_costs(model, seq_len).parameters - size) <= 0.52 * step
+    costs.assert_matched(model, seq_len)
+    assert (run == base) == (architecture == "transformer")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "schedule"),
+    [
+        *(("transformer", s) for s in ("uniform", "linear", "cosine", "sigmoid", "groups")),
+        *((name, "cosine") for name in ARCHITECTURES if name != "transformer"),
+    ],
+)
+@pytest.mark.parametrize("name", SIZES)
+def test_parameters_equal_the_real_tree(name: str, architecture: str, schedule: str):
+    """Per part and in all, tapered and uniform, for every size, architecture and schedule."""
+    model = config_io.load_config(f"configs/{name}.py:{architecture}").model
     taper = dataclasses.replace(model.taper, schedule=schedule)
     model = dataclasses.replace(model, taper=taper)
     planned = costs.model_costs(model, 128)
@@ -44,7 +65,7 @@ def test_parameters_equal_the_real_tree(name: str, schedule: str):
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
     blocks = real.shapes["segments"].values()
-    norms = real.config.d_model * real.config.num_layers
+    norms = real.config.d_model * real.config.num_layers * len(model.mlp.periods)
     assert planned.mlp_parameters == sum(size(block["mlp"]) for block in blocks) - norms
     assert planned.mixer_parameters == sum(size(block["mixer"]) for block in blocks)
     per_layer = [
@@ -70,17 +91,7 @@ def test_forward_flops_equal_the_products_in_the_program(tie: bool):
     """2*M*N*K over every matrix product that JAX traces: equal to the last one."""
     config = dataclasses.replace(SMALL, tie_embeddings=tie)
     forward, inputs = _forward(config)
-
-    def products(jaxpr) -> int:
-        total = sum(products(sub) for eqn in jaxpr.eqns for sub in jaxprs_in_params(eqn.params))
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "dot_general":
-                (contracted, _), _ = eqn.params["dimension_numbers"]
-                inner = math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
-                total += 2 * inner * eqn.outvars[0].aval.size
-        return total
-
-    counted = products(jax.make_jaxpr(forward)(*inputs).jaxpr)
+    counted = count_products(jax.make_jaxpr(forward)(*inputs).jaxpr)
     assert counted == costs.model_costs(config, SEQ_LEN).forward_flops_full * 2 * SEQ_LEN
 
 

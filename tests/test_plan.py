@@ -53,6 +53,23 @@ def test_plan_shows_every_layer_and_exact_totals() -> None:
     assert "…" not in text  # nothing was cut off at 100 columns
 
 
+def test_a_tapered_memory_has_its_column() -> None:
+    """The memory's width tapers with the MLP's; both sums and the budget stay exact."""
+    run = config_io.load_config(ROOT / "configs" / "tlm_440m.py:titans")
+    mixer = dataclasses.replace(run.model.mixer, memory_taper=TaperConfig())
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, mixer=mixer))
+    text = _printed(run)
+    assert "Titans MAG, 16 heads of 64, memory 2 layers x 256" in text
+    assert "memory" in _row(text, "layers")
+    column = _row(text, "layers").index("memory") + 1  # the bars have no heading
+    assert _row(text, "0 ")[column] == "384"
+    assert _row(text, "23 ")[column] == "128"
+    assert str(24 * 256) in _row(text, "all layers")
+    assert _row(text, "parameters")[-1] == "equal"
+    assert _row(text, "forward FLOPs/token")[-1] == "equal"
+    assert _row(text, "decoder state")[2:4] == ["145", "MiB"]
+
+
 def test_segments_are_rows() -> None:
     text = _printed(_run(num_segments=4))
     assert "4 segments in 24 layers" in text

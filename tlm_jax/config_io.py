@@ -19,10 +19,13 @@ KIND = "kind"
 def load_config(path: str | pathlib.Path) -> RunConfig:
     """Returns what `get_config()` in the Python file at `path` returns.
 
+    `FILE.py:WORD` calls `get_config("WORD")`, as in configs/tiny.py:titans.
+
     Raises:
       UserError: the file is missing, fails, or has no `get_config`.
     """
-    path = pathlib.Path(path)
+    file, _, argument = str(path).partition(".py:")
+    path = pathlib.Path(f"{file}.py" if argument else path)
     if not path.is_file():
         raise UserError(f"config {path} does not exist")
     spec = importlib.util.spec_from_file_location(f"tlm_config_{path.stem}", path)
@@ -31,7 +34,9 @@ def load_config(path: str | pathlib.Path) -> RunConfig:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = getattr(module, CONFIG_FUNCTION)()
+        config = getattr(module, CONFIG_FUNCTION)(*([argument] if argument else []))
+    except UserError as error:
+        raise UserError(f"config {path}: {error}") from None
     except Exception as error:
         raise UserError(f"config {path}: {type(error).__name__}: {error}") from error
     if not isinstance(config, RunConfig):

@@ -9,88 +9,12 @@ exact; activation bytes are an estimate, for the compiler decides.
 """
 
 import dataclasses
-import functools
 
 from tlm_jax.config import ModelConfig, RunConfig
-from tlm_jax.mixers import AttentionConfig, GatedAttentionConfig
+from tlm_jax.mixer_costs import MixerCosts, mixer_costs
 
 FLOAT32_BYTES = 4
 _BACKWARD = 2  # a backward pass has two products for each forward one
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MixerCosts:
-    """Costs of one layer's sequence mixer, per token where not said otherwise."""
-
-    parameters: int
-    """All parameters, with norms inside the mixer."""
-    projection_flops: int
-    """Forward FLOPs of products with parameters."""
-    mixing_flops: int
-    """Forward FLOPs between tokens, each seeing itself and those before."""
-    mixing_flops_full: int
-    """The same with every token seeing all."""
-    saved_values: int
-    """Values in the compute dtype kept for the backward pass, without remat."""
-    saved_float32: int
-    """Float32 values kept besides."""
-    dot_values: int
-    """Outputs of products with parameters, which remat "dots" keeps."""
-    cache_values: int
-    """Values a decoder keeps of each token."""
-
-
-@functools.singledispatch
-def mixer_costs(mixer: object, d_model: int, seq_len: int) -> MixerCosts:
-    """Costs of a mixer, chosen by the type of its config.
-
-    A new mixer adds its own with `@mixer_costs.register`.
-
-    Args:
-      mixer: the mixer's config.
-      d_model: width of the residual stream.
-      seq_len: tokens in a sequence.
-
-    Raises:
-      TypeError: nobody registered costs for this config.
-    """
-    raise TypeError(f"no costs are registered for {type(mixer).__name__}: see mixer_costs.register")
-
-
-@mixer_costs.register
-def _attention_costs(mixer: AttentionConfig, d_model: int, seq_len: int) -> MixerCosts:
-    heads, kv_heads, head_dim = mixer.heads(d_model)
-    queries, keys = heads * head_dim, kv_heads * head_dim
-    matrices = d_model * queries + 2 * d_model * keys + queries * d_model
-    scores = heads * seq_len
-    return MixerCosts(
-        parameters=matrices + (2 * head_dim if mixer.qk_norm else 0),
-        projection_flops=2 * matrices,
-        # Scores and weighted values, 2 * queries FLOPs each for every key seen.
-        mixing_flops=2 * queries * (seq_len + 1),
-        mixing_flops_full=4 * queries * seq_len,
-        # q, k, v, the attention weights and their product with v; q and k before qk-norm.
-        saved_values=2 * queries + 2 * keys + scores + (queries + keys if mixer.qk_norm else 0),
-        saved_float32=scores,  # softmax
-        dot_values=queries + 2 * keys + d_model,
-        cache_values=2 * keys,
-    )
-
-
-@mixer_costs.register
-def _gated_attention_costs(mixer: GatedAttentionConfig, d_model: int, seq_len: int) -> MixerCosts:
-    attention = _attention_costs(mixer, d_model, seq_len)
-    gate = mixer.gate_parameters(d_model)
-    values = gate // d_model
-    heads, _, head_dim = mixer.heads(d_model)
-    return dataclasses.replace(
-        attention,
-        parameters=attention.parameters + gate,
-        projection_flops=attention.projection_flops + 2 * gate,
-        saved_values=attention.saved_values + heads * head_dim,  # the ungated output
-        saved_float32=attention.saved_float32 + values,
-        dot_values=attention.dot_values + values,
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,6 +151,11 @@ class ModelCosts:
     def kv_cache_bytes(self) -> int:
         """What decoding keeps of each token."""
         return sum(layer.mixer.cache_values for layer in self.layers) * self.value_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """What decoding keeps of each sequence, however long (counted as float32)."""
+        return sum(layer.mixer.state_values for layer in self.layers) * FLOAT32_BYTES
 
 
 def model_costs(config: ModelConfig, seq_len: int) -> ModelCosts:

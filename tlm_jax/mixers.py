@@ -5,6 +5,7 @@ it in `models.registry`, and its costs in `costs.mixer_costs`.
 """
 
 import dataclasses
+import itertools
 import math
 from typing import Literal, Self
 
@@ -13,6 +14,7 @@ from tlm_jax.taper_config import TaperConfig
 from tlm_jax.validation import divisors, require, round_up
 
 NO_TAPER = TaperConfig(schedule="uniform", multiple_of=1)
+NO_MEMORY_TAPER = TaperConfig(schedule="uniform", multiple_of=8)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,6 +139,22 @@ class MixerConfig:
         return type(self).__name__.removesuffix("Config")
 
 
+def _check_head_dim(head_dim: int | None) -> None:
+    require(
+        head_dim is None or (head_dim > 0 and head_dim % 2 == 0),
+        f"head_dim={head_dim} must be even and positive (rotary positions pair dims)",
+    )
+
+
+def _check_heads(d_model: int, num_heads: int, head_dim: int | None) -> None:
+    pairs = 2 * num_heads
+    require(
+        head_dim is not None or d_model % pairs == 0,
+        f"d_model={d_model} does not divide into num_heads={num_heads} heads of even "
+        f"dimension; use d_model={round_up(d_model, pairs)} or set mixer.head_dim",
+    )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig(MixerConfig):
     """Multi-head or grouped-query softmax attention with rotary positions."""
@@ -163,11 +181,7 @@ class AttentionConfig(MixerConfig):
                 f"num_kv_heads={kv} does not divide num_heads={self.num_heads}; "
                 f"use one of {divisors(self.num_heads)}",
             )
-        if self.head_dim is not None:
-            require(
-                self.head_dim > 0 and self.head_dim % 2 == 0,
-                f"head_dim={self.head_dim} must be even and positive (rotary positions pair dims)",
-            )
+        _check_head_dim(self.head_dim)
 
     def heads(self, d_model: int) -> tuple[int, int, int]:
         """(query heads H, key/value heads N, head dim K)."""
@@ -205,12 +219,7 @@ class AttentionConfig(MixerConfig):
 
     def check(self, d_model: int) -> None:
         """Raises `ValueError` unless the heads divide the stream evenly."""
-        pairs = 2 * self.num_heads
-        require(
-            self.head_dim is not None or d_model % pairs == 0,
-            f"d_model={d_model} does not divide into num_heads={self.num_heads} heads of even "
-            f"dimension; use d_model={round_up(d_model, pairs)} or set mixer.head_dim",
-        )
+        _check_heads(d_model, self.num_heads, self.head_dim)
 
     def describe(self, d_model: int) -> str:
         """Heads and their dimension."""
@@ -242,3 +251,121 @@ class GatedAttentionConfig(AttentionConfig):
     def describe(self, d_model: int) -> str:
         """Heads, their dimension and the kind of gate."""
         return f"{self.gate} gated {super().describe(d_model)}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TitansConfig(MixerConfig):
+    """A neural memory that learns while it reads, alone or with windowed attention.
+
+    Titans, arXiv 2501.00663. Sizes that the paper does not give are our choice.
+    """
+
+    variant: Literal["lmm", "mac", "mag", "mal"] = "mag"
+    """Memory alone, as context of attention, as its gate, or as the layer before it."""
+    num_heads: int = 4
+    """Heads, each with a memory of its own."""
+    head_dim: int | None = None
+    """Dimension of a head; None means d_model / num_heads."""
+    memory_depth: int = 2
+    """Layers of the memory, 1 to 4; from 2 on it is residual with GELU between them."""
+    memory_width: int | None = None
+    """Mean hidden width of a head's memory; None means 4 head_dim."""
+    memory_taper: TaperConfig = NO_MEMORY_TAPER
+    """How the memory's hidden width is spread over depth; exact at memory_depth=2."""
+    chunk: int = 64
+    """Tokens whose gradients are taken at the same memory."""
+    momentum: bool = True
+    """Steps go on in the direction of those before (eta)."""
+    forgetting: bool = True
+    """The memory decays (alpha)."""
+    max_rate: float | None = None
+    """Bound of a token's learning rate, theta / (1 - eta); None means 0.3 / chunk."""
+    gradient_clip: float | None = 4.0
+    """Soft bound on the norm of a token's gradient; None leaves it alone."""
+    conv_width: int = 4
+    """Tokens that the convolution of q, k and v sees; 1 turns it off."""
+    num_persistent: int = 4
+    """Learned tokens that attention sees in front of every document (not in lmm)."""
+    window: int = 256
+    """Tokens that attention sees; in mac the length of a segment."""
+    rope_theta: float = 10_000.0
+    """Base of attention's rotary frequencies."""
+    chunks_per_checkpoint: int = 1
+    """Chunks between the memories kept for the backward pass; about sqrt(seq_len / chunk)
+    takes the least memory, at one more forward pass."""
+    precision: Literal["default", "high", "highest"] = "highest"
+    """Of the memory's float32 products on an accelerator."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "chunk", "conv_width", "window", "chunks_per_checkpoint"):
+            value = getattr(self, name)
+            require(value > 0, f"{name} is {value}; it must be at least 1")
+        require(
+            1 <= self.memory_depth <= 4,
+            f"memory_depth is {self.memory_depth}; a memory has 1 to 4 layers",
+        )
+        require(self.num_persistent >= 0, f"num_persistent is {self.num_persistent}; 0 is none")
+        for name in ("max_rate", "gradient_clip", "memory_width"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} is {value}; it must be positive")
+        _check_head_dim(self.head_dim)
+        require(
+            self.variant != "mac" or self.window % self.chunk == 0,
+            f"chunk={self.chunk} does not divide window={self.window}, the segment of variant mac; "
+            f"use one of {divisors(self.window)}, or window={round_up(self.window, self.chunk)}",
+        )
+        require(
+            self.memory_depth == 2 or self.memory_taper.schedule == "uniform",
+            f"memory_taper needs memory_depth=2, not {self.memory_depth}: only there are "
+            "parameters and FLOPs linear in the memory's width, so that the budget stays exact",
+        )
+
+    @property
+    def attends(self) -> bool:
+        """Whether attention is a part of it."""
+        return self.variant != "lmm"
+
+    def heads(self, d_model: int) -> tuple[int, int]:
+        """(heads H, head dim K)."""
+        return self.num_heads, self.head_dim or d_model // self.num_heads
+
+    def memory_shapes(self, d_model: int) -> tuple[tuple[int, int], ...]:
+        """(inputs, outputs) of each layer of a head's memory."""
+        _, head_dim = self.heads(d_model)
+        width = self.memory_width or 4 * head_dim
+        sizes = (head_dim, *(width,) * (self.memory_depth - 1), head_dim)
+        return tuple(itertools.pairwise(sizes))
+
+    def layers(self, num_layers: int, d_model: int) -> tuple["TitansConfig", ...]:
+        """Hidden width of each layer's memory; sum unchanged."""
+        _, head_dim = self.heads(d_model)
+        try:
+            widths = self.memory_taper.apply(num_layers, self.memory_width or 4 * head_dim)
+        except taper_lib.TaperError as error:
+            text = str(error).replace("base_width", "mixer.memory_width")
+            raise ValueError(f"mixer.memory_taper: {text}") from None
+        return tuple(
+            dataclasses.replace(self, memory_width=width, memory_taper=NO_TAPER) for width in widths
+        )
+
+    def sizes(self) -> dict[str, int]:
+        """Hidden width of a head's memory."""
+        return {"memory": self.memory_width or 0}
+
+    def uniform_twin(self) -> "TitansConfig":
+        """Memories of equal width in every layer."""
+        return dataclasses.replace(self, memory_taper=NO_TAPER)
+
+    def check(self, d_model: int) -> None:
+        """Raises `ValueError` unless the heads divide the stream evenly."""
+        _check_heads(d_model, self.num_heads, self.head_dim)
+
+    def describe(self, d_model: int) -> str:
+        """Variant, heads and the memory's shape."""
+        heads, head_dim = self.heads(d_model)
+        width = self.memory_width or 4 * head_dim
+        hidden = f" x {width}" if self.memory_depth > 1 else ""
+        return (
+            f"Titans {self.variant.upper()}, {heads} head{'s' * (heads > 1)} of {head_dim}, memory "
+            f"{self.memory_depth} layer{'s' * (self.memory_depth > 1)}{hidden}"
+        )

@@ -171,6 +171,19 @@ def test_decoding_with_a_cache_equals_the_full_pass(chunks: list[int]):
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), full, rtol=1e-4, atol=1e-5)
 
 
+def test_tokens_beyond_the_cache_are_refused_or_nan():
+    """One call that is too long has a message; a step too many is never silently wrong."""
+    config = random_taper(0)
+    params, ids = parameters(config), tokens()
+    model = skeleton(config).merge(params)
+    with pytest.raises(ValueError, match="24 tokens do not fit a cache of 20; make a longer cache"):
+        model(ids, cache=model.init_cache(2, 20))
+    hidden, cache = model(ids[:, :20], cache=model.init_cache(2, 20))
+    assert bool(jnp.isfinite(hidden).all())
+    hidden, _ = model(ids[:, 20:21], positions_BL=jnp.full((2, 1), 20), cache=cache)
+    assert bool(jnp.isnan(hidden).all())
+
+
 def test_grouped_attention_equals_a_loop_over_heads():
     B, L, H, N, K = 2, 9, 6, 2, 8
     q, k, v = (

@@ -1,4 +1,4 @@
-"""What every mixer must hold, whatever it does: twins, causality, isolation, decoding."""
+"""What every architecture must hold: twins, causality, isolation, decoding, bfloat16."""
 
 import dataclasses
 
@@ -7,43 +7,82 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import count_products
 
 from examples.rg_lru import RGLRUConfig
 from tlm_jax import config_io, costs
-from tlm_jax.config import ModelConfig, RunConfig, TaperConfig
-from tlm_jax.mixers import AttentionConfig, GatedAttentionConfig, MixerConfig
+from tlm_jax.config import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TaperConfig,
+    TrainingConfig,
+)
+from tlm_jax.mixers import AttentionConfig, GatedAttentionConfig, MLPConfig, TitansConfig
 from tlm_jax.models import skeleton
 from tlm_jax.models.attention import Attention, GatedAttention
 from tlm_jax.models.registry import LayerContext
+from tlm_jax.training import step
+from tlm_jax.training.optimizer import make_optimizer
 
 HEADS = TaperConfig(schedule="linear", start=1.5, end=0.5)
-MIXERS: dict[str, MixerConfig] = {
-    "attention": AttentionConfig(num_heads=4),
-    "tapered heads": AttentionConfig(num_heads=8, num_kv_heads=4, heads_taper=HEADS, qk_norm=True),
-    "gated": GatedAttentionConfig(num_heads=4, num_kv_heads=2),
-    "gated headwise": GatedAttentionConfig(num_heads=4, gate="headwise"),
-    "rg-lru": RGLRUConfig(width=24),
-}
+WIDER = TaperConfig(schedule="linear", start=1.5, end=0.5, multiple_of=8)
 VOCAB = 64
 
 
-def model_config(mixer: MixerConfig, **changes) -> ModelConfig:
+def titans(variant: str, **changes) -> TitansConfig:
+    """Small enough that 40 tokens are several chunks and windows."""
+    sizes = {"num_heads": 2, "memory_width": 16, "chunk": 8, "window": 16, "num_persistent": 3}
+    return TitansConfig(variant=variant, **(sizes | changes))
+
+
+def model_config(**changes) -> ModelConfig:
     defaults = {
         "vocab_size": VOCAB,
-        "num_layers": 3,
+        "num_layers": 2,
         "d_model": 32,
         "mlp_width": 64,
         "taper": TaperConfig(schedule="linear", multiple_of=16),
-        "mixer": mixer,
         "remat": "full",
         "compute_dtype": "float32",
     }
     return ModelConfig(**(defaults | changes))
 
 
-@pytest.fixture(scope="module", params=list(MIXERS))
-def mixer(request) -> MixerConfig:
-    return MIXERS[request.param]
+MODELS: dict[str, ModelConfig] = {
+    "attention": model_config(mixer=AttentionConfig(num_heads=4)),
+    "tapered heads": model_config(
+        mixer=AttentionConfig(num_heads=8, num_kv_heads=4, heads_taper=HEADS, qk_norm=True)
+    ),
+    "gated": model_config(mixer=GatedAttentionConfig(num_heads=4, num_kv_heads=2)),
+    "gated headwise": model_config(mixer=GatedAttentionConfig(num_heads=4, gate="headwise")),
+    "hope": model_config(
+        mixer=AttentionConfig(num_heads=4),
+        mlp=MLPConfig(periods=(1, 4), level_taper=dataclasses.replace(WIDER, multiple_of=4)),
+    ),
+    "titans lmm": model_config(mixer=titans("lmm")),
+    "titans mac": model_config(mixer=titans("mac")),
+    "titans mag": model_config(mixer=titans("mag", memory_taper=WIDER)),
+    "titans mal": model_config(mixer=titans("mal")),
+    "titans deep": model_config(mixer=titans("mag", memory_depth=4, chunks_per_checkpoint=2)),
+    "titans plain": model_config(
+        mixer=titans(
+            "lmm",
+            memory_depth=1,
+            conv_width=1,
+            momentum=False,
+            forgetting=False,
+            gradient_clip=None,
+        )
+    ),
+    "rg-lru": model_config(mixer=RGLRUConfig(width=24)),
+}
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def config(request) -> ModelConfig:
+    return MODELS[request.param]
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> jax.Array:
@@ -62,16 +101,37 @@ def forward(config: ModelConfig):
     return jax.jit(run), jax.jit(model.init)(jax.random.key(0))
 
 
-def test_twins_have_equal_budgets_and_real_trees_agree(mixer: MixerConfig):
-    config = model_config(mixer)
+def test_twins_have_equal_budgets_and_real_trees_agree(config: ModelConfig):
     assert costs.twin_difference(config, 128) == {}
     for twin in (config, config.uniform_twin()):
         assert costs.model_costs(twin, 128).parameters == skeleton(twin).num_params
 
 
-def test_causal_and_rows_and_documents_apart(mixer: MixerConfig):
+def test_flops_and_decoding_state_are_those_of_the_program(config: ModelConfig):
+    """Every matrix product that JAX traces, and every value of the cache, to the last one."""
+    model, rows, length = skeleton(config), 2, 48
+    inputs = model.shapes, jax.ShapeDtypeStruct((rows, length), jnp.int32)
+
+    def logits(params, ids):
+        built = model.merge(params)
+        return built.logits(built(ids)[0])
+
+    counted = count_products(jax.make_jaxpr(logits)(*inputs).jaxpr)
+    planned = costs.model_costs(config, length)
+    persistent = 0  # made once for all tokens; left out of costs per token
+    if isinstance(config.mixer, TitansConfig) and config.mixer.attends:
+        persistent = 4 * config.mixer.num_persistent * config.d_model**2 * config.num_layers
+    assert counted == planned.forward_flops_full * rows * length + persistent
+    assert planned.forward_flops <= planned.forward_flops_full
+
+    cache = jax.eval_shape(lambda p: model.merge(p).init_cache(1, length), model.shapes)
+    values = [leaf.size for leaf in jax.tree.leaves(cache) if leaf.dtype == jnp.float32]
+    assert 4 * sum(values) == planned.state_bytes + length * planned.kv_cache_bytes
+
+
+def test_causal_and_rows_and_documents_apart(config: ModelConfig):
     """A changed token changes nothing before it, in other rows, or in other documents."""
-    run, params = forward(model_config(mixer))
+    run, params = forward(config)
     ids = tokens(2, 40)
     segments = jnp.array([[1] * 25 + [2] * 15] * 2)
     positions = jnp.array([[*range(25), *range(15)]] * 2)
@@ -83,8 +143,8 @@ def test_causal_and_rows_and_documents_apart(mixer: MixerConfig):
     np.testing.assert_array_equal(base[0, 25:], late[0, 25:])
 
 
-def test_scanned_equals_unrolled(mixer: MixerConfig):
-    config = model_config(mixer, taper=TaperConfig(schedule="explicit", widths=(96, 48, 48)))
+def test_scanned_equals_unrolled(config: ModelConfig):
+    config = config.uniform_twin()
     ids = tokens(2, 24)
 
     def gradients(config):
@@ -107,9 +167,9 @@ def test_scanned_equals_unrolled(mixer: MixerConfig):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * scale, err_msg=str(path))
 
 
-def test_cached_decoding_equals_the_full_pass(mixer: MixerConfig):
+def test_cached_decoding_equals_the_full_pass(config: ModelConfig):
     """310 tokens: a prompt of 37 in one pass, the others one by one."""
-    config, length = model_config(mixer), 310
+    length = 310
     run, params = forward(config)
     model, ids = skeleton(config), tokens(2, length)
 
@@ -129,11 +189,39 @@ def test_cached_decoding_equals_the_full_pass(mixer: MixerConfig):
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), full, rtol=1e-4, atol=1e-4)
 
 
-def test_configs_survive_json(mixer: MixerConfig):
-    run = RunConfig(model=model_config(mixer))
+def test_configs_survive_json(config: ModelConfig):
+    run = RunConfig(model=config)
     again = config_io.from_dict(config_io.to_dict(run))
     assert again == run
-    assert type(again.model.mixer) is type(mixer)
+    assert type(again.model.mixer) is type(config.mixer)
+
+
+def test_bfloat16_training_stays_finite(config: ModelConfig):
+    """200 steps at a high rate; none is skipped, and the loss falls."""
+    config = RunConfig(
+        model=dataclasses.replace(config.uniform_twin(), compute_dtype="bfloat16"),
+        data=DataConfig(seq_len=32, batch_size=4),
+        optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=10),
+        training=TrainingConfig(num_steps=200, loss_chunk=0),
+    )
+    model = skeleton(config.model)
+    tx = make_optimizer(config.optimizer, 200, config.model.mlp.periods)
+    ids = tokens(4, 33)
+    positions = jnp.broadcast_to(jnp.arange(32), (4, 32))
+    batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:], "positions": positions}
+    batch["segment_ids"] = jnp.ones_like(positions)
+    train_step = jax.jit(step.make_train_step(config, model, tx), donate_argnums=0)
+    state = jax.jit(lambda key: step.init_state(model, tx, key))(jax.random.key(0))
+    history = []
+    for _ in range(200):
+        state, metrics = train_step(state, batch)
+        history.append(metrics)
+    losses = np.stack([one["loss"] for one in history])
+    assert int(state.skipped) == 0
+    assert np.isfinite(losses).all()
+    assert np.isfinite([one["grad_norm"] for one in history]).all()
+    assert losses[-1] < 0.3 * losses[0]
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
 
 
 def test_a_gate_scales_what_the_heads_put_out():

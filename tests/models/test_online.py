@@ -21,7 +21,7 @@ from tlm_jax.config import (
 )
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed import sharding
-from tlm_jax.models import online, skeleton
+from tlm_jax.models import online, sampling, skeleton
 from tlm_jax.models.loss import batch_losses
 
 # One worker runs them all, for they share compiled programs.
@@ -298,6 +298,42 @@ def test_decoding_token_by_token_equals_the_full_pass():
     picked = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
     np.testing.assert_allclose(got_z, log_z, rtol=0, atol=1e-4)
     np.testing.assert_allclose(got_z - picked, nll, rtol=0, atol=1e-4)
+
+
+def sampled(config: ModelConfig, prompt, num_tokens: int, *, streamed: bool):
+    """The prompt and its greedy continuation."""
+    greedy, size = sampling.SamplingConfig(temperature=0), {"vocab_size": VOCAB}
+    if streamed:
+        args = skeleton(config), parameters(config), np.asarray(prompt), greedy
+        tokens = np.stack([*sampling.stream(*args, num_tokens=num_tokens, **size)], axis=1)
+    else:
+        sample = sampling.make_sampler(skeleton(config), greedy, num_tokens=num_tokens, **size)
+        tokens = jit(sample)(parameters(config), prompt, jax.random.key(0))
+    return jnp.concatenate([prompt, tokens], axis=1)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_sampling_makes_the_updates_of_evaluation(streamed: bool):
+    """Greedy tokens are the likeliest ones of the oracle, given those before them."""
+    prompt = BATCH["inputs"][:2, :6]  # a piece and a half
+    tokens = sampled(CONFIG, prompt, LENGTH - 5, streamed=streamed)
+    still = sampled(ORDINARY, prompt, LENGTH - 5, streamed=streamed)
+    assert (tokens != still).mean() > 0.2, "the updates do nothing"
+    row = {name: a[0] for name, a in BATCH.items()}  # one document
+
+    @jit
+    @functools.partial(jax.vmap, in_axes=(None, None, None, 0))
+    def losses(versions, version_L, inputs, targets):
+        one = row | {"inputs": inputs, "targets": targets}
+        return oracle_losses(parameters(), versions, version_L, one)[0]
+
+    for sequence in tokens:
+        true = row | {"inputs": sequence[:-1], "targets": sequence[1:]}
+        differences, version_L = oracle_versions(parameters(), true, (8, 4))
+        versions = jax.tree.map(lambda a, d: a + d, layer_levels(parameters()), differences)
+        every = jnp.broadcast_to(jnp.arange(VOCAB)[:, None], (VOCAB, LENGTH))
+        nll_VL = losses(versions, version_L, sequence[:-1], every)
+        np.testing.assert_array_equal(nll_VL.argmin(0)[5:], sequence[6:])
 
 
 def test_eight_devices_equal_one():

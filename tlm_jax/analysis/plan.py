@@ -222,6 +222,7 @@ def _training_rows(config: RunConfig, costs: costs_lib.ModelCosts) -> list[tuple
             f"all pairs of tokens, and what remat={config.model.remat} computes again",
         ),
         ("KV cache", byte_size(costs.kv_cache_bytes), "per token, when decoding"),
+        ("decoder state", byte_size(costs.state_bytes), "per sequence, however long"),
     ]
 
 

@@ -193,7 +193,7 @@ def plot_curves(metrics: Path, path: Path) -> None:
     Raises:
       ValueError: the file has no finite loss.
     """
-    train, evaluation = (_series(metrics, kind) for kind in ("train", "eval"))
+    train, evaluation = (series(metrics, kind) for kind in ("train", "eval"))
     if not train and not evaluation:
         raise ValueError(f"{metrics} has no losses to draw")
     with _figure(path, figsize=(8.0, 5.2)) as figure:
@@ -250,7 +250,39 @@ def plot_curves(metrics: Path, path: Path) -> None:
         figure.align_ylabels()
 
 
-def _series(metrics: Path, kind: str) -> list[dict[str, Any]]:
+def plot_arms(panels: dict[str, dict[str, list[tuple[int, float]]]], path: Path) -> None:
+    """Draws validation losses of paired runs, a panel each pair, all on one scale.
+
+    Args:
+      panels: for each title the arms, at most two; for each arm its (step, loss) points.
+      path: the PNG to write.
+    """
+    with _figure(path, figsize=(10.0, 3.4)) as figure:
+        all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, (title, arms) in zip(all_axes, panels.items(), strict=True):
+            for (arm, points), color, line in zip(
+                arms.items(), (_EVAL, _WIDE), ("-", "--"), strict=False
+            ):
+                steps, losses = zip(*points, strict=True)
+                axes.plot(
+                    steps,
+                    losses,
+                    marker="o",
+                    markersize=3.5,
+                    linewidth=1.5,
+                    label=f"{arm}  {losses[-1]:.3f}",
+                    color=color,
+                    linestyle=line,
+                )
+            axes.set_title(title)
+            axes.set_xlabel("step")
+            axes.legend(frameon=False)
+            axes.grid(color=_GRID)
+            axes.set_axisbelow(True)
+        all_axes[0].set_ylabel("validation loss (nats per token)")
+
+
+def series(metrics: Path, kind: str) -> list[dict[str, Any]]:
     """The finite rows of one kind, by step; the last line of a step wins."""
     rows: dict[int, dict[str, Any]] = {}
     for line in pathlib.Path(metrics).read_text().splitlines():

@@ -40,18 +40,21 @@ class KVCache:
     def append(self, k_BLNK: jax.Array, v_BLNK: jax.Array, segment_ids_BL: jax.Array) -> Self:
         """Writes L more tokens; the caller keeps `length + L` within the cache.
 
+        Tokens beyond it, which a compiled program cannot refuse, make its values NaN.
+
         Raises:
           ValueError: L alone is more than the cache holds.
         """
         size, new = self.k_BSNK.shape[1], k_BLNK.shape[1]
         require(new <= size, f"{new} tokens do not fit a cache of {size}; make a longer cache")
+        v_BLNK = jnp.where(self.length + new <= size, v_BLNK, jnp.nan)
         write = jax.lax.dynamic_update_slice_in_dim
         return dataclasses.replace(
             self,
             k_BSNK=write(self.k_BSNK, k_BLNK.astype(self.k_BSNK.dtype), self.length, axis=1),
             v_BSNK=write(self.v_BSNK, v_BLNK.astype(self.v_BSNK.dtype), self.length, axis=1),
             segment_ids_BS=write(self.segment_ids_BS, segment_ids_BL, self.length, axis=1),
-            length=self.length + k_BLNK.shape[1],
+            length=self.length + new,
         )
 
 

@@ -17,6 +17,7 @@ from tlm_jax.config import ModelConfig
 from tlm_jax.mixers import MixerConfig
 from tlm_jax.models import attention as _attention  # noqa: F401 (registers itself)
 from tlm_jax.models import registry
+from tlm_jax.models import titans as _titans  # noqa: F401
 from tlm_jax.models.layers import MLP, RMSNorm
 
 

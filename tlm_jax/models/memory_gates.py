@@ -100,13 +100,12 @@ def coefficients(tokens: Tokens) -> Coefficients:
         log_BHC = jnp.maximum(log_BHC, LOG_FLOOR)
         if tokens.real_BC is not None:  # padding keeps everything as it is
             log_BHC = jnp.where(tokens.real_BC[:, None], log_BHC, 0.0)
-        total = jnp.cumsum(log_BHC, axis=-1)
-        between = jnp.exp(jnp.where(seen, total[..., :, None] - total[..., None, :], -jnp.inf))
         if tokens.run_BC is None:
-            return between, jnp.exp(total)
-        first = jnp.argmax(seen, axis=-1)  # where the token's document begins in the chunk
-        before = jnp.take_along_axis(total - log_BHC, jnp.broadcast_to(first, total.shape), axis=-1)
-        return between, jnp.exp(total - before)
+            total = jnp.cumsum(log_BHC, axis=-1)
+        else:  # sums within documents, so that not even rounding tells of the one before
+            total = jnp.sum(jnp.where(seen, log_BHC[..., None, :], 0.0), axis=-1)
+        between = jnp.exp(jnp.where(seen, total[..., :, None] - total[..., None, :], -jnp.inf))
+        return between, jnp.exp(total)
 
     keep = carry = step_mix = step_carry = None
     if tokens.real_BC is not None:

@@ -4,6 +4,7 @@ Shapes: B batch, P prompt length, T tokens to sample, V vocab.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tlm_jax.models import online
 from tlm_jax.models.language_model import Skeleton
 from tlm_jax.validation import require
 
@@ -51,6 +53,35 @@ def draw(logits_BV: jax.Array, key: jax.Array, config: SamplingConfig) -> jax.Ar
     return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)
 
 
+def make_decoder(skeleton: Skeleton) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """How a model reads on from what it has read, with the updates that evaluation makes.
+
+    Returns:
+      start: (params, rows, length) -> the state before the first of `length` tokens a row.
+      advance: (params, tokens_BL, state) -> logits_BV float32 after the last of the tokens, and
+        the new state.
+    """
+    if skeleton.config.mlp.online_chunks:
+
+        def advance_online(params: Any, tokens_BL: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+            logits_BLV, state = online.advance(skeleton, params, tokens_BL, state)
+            return logits_BLV[:, -1], state
+
+        return functools.partial(online.init_state, skeleton), advance_online
+
+    def start(params: Any, rows: int, length: int) -> Any:
+        return jnp.int32(0), skeleton.merge(params).init_cache(rows, length)
+
+    def advance(params: Any, tokens_BL: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        (done, cache), L = state, tokens_BL.shape[1]
+        model = skeleton.merge(params)
+        positions_BL = jnp.broadcast_to(done + jnp.arange(L), tokens_BL.shape)
+        hidden, cache = model(tokens_BL, positions_BL=positions_BL, cache=cache)
+        return model.logits(hidden[:, -1:])[:, 0], (done + L, cache)
+
+    return start, advance
+
+
 def make_sampler(
     skeleton: Skeleton, config: SamplingConfig, *, num_tokens: int, vocab_size: int
 ) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
@@ -65,26 +96,24 @@ def make_sampler(
       vocab_size: ids the tokenizer knows; higher ones are never sampled.
     """
 
+    start, advance = make_decoder(skeleton)
+
     def sample(params: Any, prompt_BP: jax.Array, key: jax.Array) -> jax.Array:
-        model = skeleton.merge(params)
         B, P = prompt_BP.shape
 
         def step(carry: Any, index: jax.Array) -> tuple[Any, jax.Array]:
-            token_B, cache = carry
-            hidden, cache = model(
-                token_B[:, None], positions_BL=jnp.full((B, 1), index), cache=cache
-            )
-            logits_BV = model.logits(hidden)[:, 0, :vocab_size]
-            drawn_B = draw(logits_BV, jax.random.fold_in(key, index), config)
+            token_B, state = carry
+            logits_BV, state = advance(params, token_B[:, None], state)
+            drawn_B = draw(logits_BV[:, :vocab_size], jax.random.fold_in(key, index), config)
             prompted_B = jax.lax.dynamic_index_in_dim(
                 prompt_BP, jnp.minimum(index + 1, P - 1), axis=1, keepdims=False
             )
             next_B = jnp.where(index + 1 < P, prompted_B, drawn_B)
-            return (next_B, cache), next_B
+            return (next_B, state), next_B
 
         total = P - 1 + num_tokens
-        start = (prompt_BP[:, 0], model.init_cache(B, total))
-        _, tokens = jax.lax.scan(step, start, jnp.arange(total))
+        first = (prompt_BP[:, 0], start(params, B, total))
+        _, tokens = jax.lax.scan(step, first, jnp.arange(total))
         return tokens[P - 1 :].T
 
     return sample
@@ -114,18 +143,16 @@ def stream(
     B, P = prompt_BP.shape
     key = jax.random.key(seed)
 
-    def advance(params: Any, tokens_BL: jax.Array, start: jax.Array, cache: Any) -> Any:
-        model = skeleton.merge(params)
-        L = tokens_BL.shape[1]
-        positions_BL = jnp.broadcast_to(start + jnp.arange(L), tokens_BL.shape)
-        hidden, cache = model(tokens_BL, positions_BL=positions_BL, cache=cache)
-        logits_BV = model.logits(hidden[:, -1:])[:, 0, :vocab_size]
-        return draw(logits_BV, jax.random.fold_in(key, start + L - 1), config), cache
+    start, advance = make_decoder(skeleton)
 
-    step = jax.jit(advance, donate_argnums=3)
-    cache = jax.jit(lambda p: skeleton.merge(p).init_cache(B, P + num_tokens))(params)
-    tokens_B, cache = step(params, jnp.asarray(prompt_BP), jnp.int32(0), cache)
+    def next_token(params: Any, tokens_BL: jax.Array, last: jax.Array, state: Any) -> Any:
+        logits_BV, state = advance(params, tokens_BL, state)
+        return draw(logits_BV[:, :vocab_size], jax.random.fold_in(key, last), config), state
+
+    step = jax.jit(next_token, donate_argnums=3)
+    state = jax.jit(lambda p: start(p, B, P + num_tokens))(params)
+    tokens_B, state = step(params, jnp.asarray(prompt_BP), jnp.int32(P - 1), state)
     for index in range(num_tokens):
         yield np.asarray(tokens_B)
         if index + 1 < num_tokens:
-            tokens_B, cache = step(params, tokens_B[:, None], jnp.int32(P + index), cache)
+            tokens_B, state = step(params, tokens_B[:, None], jnp.int32(P + index), state)

@@ -1,0 +1,145 @@
+"""Exact parameters and FLOPs of each mixer; `costs` adds them up."""
+
+import dataclasses
+import functools
+
+from tlm_jax.mixers import AttentionConfig, GatedAttentionConfig, TitansConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixerCosts:
+    """Costs of one layer's sequence mixer, per token where not said otherwise."""
+
+    parameters: int
+    """All parameters, with norms inside the mixer."""
+    projection_flops: int
+    """Forward FLOPs of products with parameters."""
+    mixing_flops: int
+    """Forward FLOPs between tokens, each seeing itself and those before."""
+    mixing_flops_full: int
+    """The same with every token seeing all."""
+    saved_values: int
+    """Values in the compute dtype kept for the backward pass, without remat."""
+    saved_float32: int
+    """Float32 values kept besides."""
+    dot_values: int
+    """Outputs of products with parameters, which remat "dots" keeps."""
+    cache_values: int
+    """Values a decoder keeps of each token."""
+    state_values: int = 0
+    """Values a decoder keeps of each sequence, however long it is."""
+
+
+@functools.singledispatch
+def mixer_costs(mixer: object, d_model: int, seq_len: int) -> MixerCosts:
+    """Costs of a mixer, chosen by the type of its config.
+
+    A new mixer adds its own with `@mixer_costs.register`.
+
+    Args:
+      mixer: the mixer's config.
+      d_model: width of the residual stream.
+      seq_len: tokens in a sequence.
+
+    Raises:
+      TypeError: nobody registered costs for this config.
+    """
+    raise TypeError(f"no costs are registered for {type(mixer).__name__}: see mixer_costs.register")
+
+
+@mixer_costs.register
+def _attention_costs(mixer: AttentionConfig, d_model: int, seq_len: int) -> MixerCosts:
+    heads, kv_heads, head_dim = mixer.heads(d_model)
+    queries, keys = heads * head_dim, kv_heads * head_dim
+    matrices = d_model * queries + 2 * d_model * keys + queries * d_model
+    scores = heads * seq_len
+    return MixerCosts(
+        parameters=matrices + (2 * head_dim if mixer.qk_norm else 0),
+        projection_flops=2 * matrices,
+        # Scores and weighted values, 2 * queries FLOPs each for every key seen.
+        mixing_flops=2 * queries * (seq_len + 1),
+        mixing_flops_full=4 * queries * seq_len,
+        # q, k, v, the attention weights and their product with v; q and k before qk-norm.
+        saved_values=2 * queries + 2 * keys + scores + (queries + keys if mixer.qk_norm else 0),
+        saved_float32=scores,  # softmax
+        dot_values=queries + 2 * keys + d_model,
+        cache_values=2 * keys,
+    )
+
+
+@mixer_costs.register
+def _gated_attention_costs(mixer: GatedAttentionConfig, d_model: int, seq_len: int) -> MixerCosts:
+    attention = _attention_costs(mixer, d_model, seq_len)
+    gate = mixer.gate_parameters(d_model)
+    values = gate // d_model
+    heads, _, head_dim = mixer.heads(d_model)
+    return dataclasses.replace(
+        attention,
+        parameters=attention.parameters + gate,
+        projection_flops=attention.projection_flops + 2 * gate,
+        saved_values=attention.saved_values + heads * head_dim,  # the ungated output
+        saved_float32=attention.saved_float32 + values,
+        dot_values=attention.dot_values + values,
+    )
+
+
+@mixer_costs.register
+def _titans_costs(mixer: TitansConfig, d_model: int, seq_len: int) -> MixerCosts:
+    """A memory of each head; beside it, before it or after it attention in a window.
+
+    Persistent tokens' own keys and values are made once for a whole batch and not counted;
+    neither is what documents cost that begin inside a chunk.
+    """
+    H, K = mixer.heads(d_model)
+    mac = mixer.variant == "mac"
+    values, chunk = H * K, mixer.chunk
+    matrix = d_model * values
+    gates = H * (1 + mixer.forgetting + mixer.momentum)
+    inputs = values if mixer.variant == "mal" else d_model
+    attention = 3 * inputs * values if mixer.attends else 0
+    # q, k, v, the output's gate and projection; mac leads h and y back to the model's width.
+    matrices = (7 if mac else 5) * matrix + d_model * gates + attention
+    conv = 3 * mixer.conv_width * values if mixer.conv_width > 1 else 0
+    norms = K + (3 * K if mixer.attends else 0) + (K if mac else 0)
+    shapes = mixer.memory_shapes(d_model)
+    memory = H * sum(i * o for i, o in shapes)
+    persistent = mixer.num_persistent * inputs if mixer.attends else 0
+
+    # Per token, in multiply-adds. Products with weights of the memory: the error's forward
+    # and backward pass, the read, the update; momentum reads and updates the last step too.
+    inner = (4 + 2 * mixer.momentum) * memory - H * shapes[0][0] * shapes[0][1]
+    inner += memory if mac else 0  # the read of h
+    inner += H * (chunk * chunk + chunk) * mixer.momentum  # what gates multiply out to
+    pairs = H * sum(i + o for i, o in shapes)  # with each token of the chunk
+    keys, keys_full = _keys_seen(mixer, seq_len)
+    scores = H * keys_full
+    reused = 3 * matrix if mac else 0  # q of x and of y; k and v of x and of h
+    state = memory * (2 + mixer.momentum) + 3 * (mixer.conv_width - 1) * values
+    if mac:
+        state += memory * (2 + mixer.momentum) + (mixer.conv_width - 1 + 4 * mixer.window) * values
+    kept_memories = memory * (1 + mixer.momentum) // (chunk * mixer.chunks_per_checkpoint)
+    return MixerCosts(
+        parameters=matrices + conv + norms + gates + memory + persistent,
+        projection_flops=2 * (matrices + reused),
+        mixing_flops=2 * inner + pairs * (chunk + 1) + round(4 * values * keys),
+        mixing_flops_full=2 * inner + 2 * pairs * chunk + 4 * values * keys_full,
+        # Around the convolution 9, around the output 3, attention's own 7 and scores.
+        saved_values=(12 + 7 * mixer.attends + 6 * mac) * values + scores,
+        saved_float32=3 * values + gates + kept_memories + scores,
+        dot_values=4 * values + d_model + gates + (3 * mixer.attends + 5 * mac) * values,
+        cache_values=2 * values if mixer.attends and not mac else 0,
+        state_values=state,
+    )
+
+
+def _keys_seen(mixer: TitansConfig, seq_len: int) -> tuple[float, int]:
+    """Keys of attention that a token sees on average, and that a dense kernel computes."""
+    if not mixer.attends:
+        return 0, 0
+    P, window = mixer.num_persistent, mixer.window
+    if mixer.variant == "mac":  # what the tokens of the segment retrieved, and they themselves
+        segment = min(window, -(-seq_len // mixer.chunk) * mixer.chunk)
+        return P + segment + 1, P + 2 * segment
+    if seq_len <= window:
+        return P + (seq_len + 1) / 2, P + seq_len
+    return P + window - window * (window - 1) / (2 * seq_len), P + 2 * window

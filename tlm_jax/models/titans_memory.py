@@ -1,0 +1,194 @@
+"""A neural memory as a layer: what it is told, how fast it learns, and how it is heard.
+
+Shapes: B batch, L length, D model, H heads, K head dim, G gates, W convolution width.
+"""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tlm_jax.mixers import TitansConfig
+from tlm_jax.models.layers import dense, weight
+from tlm_jax.models.memory_gates import Gates
+from tlm_jax.models.neural_memory import MemoryState, Weights, neural_memory
+from tlm_jax.models.registry import LayerContext
+
+ALPHA_BIAS, ETA_BIAS = -4.0, 2.0
+"""Of the gates' logits: at the start alpha is about 0.02 and eta about 0.88 (our choice)."""
+RATE = 0.3
+"""Default of max_rate times chunk: bounds what the steps of a chunk of equal tokens add up to."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tail:
+    """The last W - 1 tokens, which the convolutions of the next ones look back at."""
+
+    qkv_BW3HK: jax.Array
+    """Projections before the convolution."""
+    segment_ids_BW: jax.Array
+
+    @classmethod
+    def empty(cls, batch: int, width: int, channels: tuple[int, ...], dtype: jnp.dtype) -> Self:
+        return cls(
+            qkv_BW3HK=jnp.zeros((batch, width - 1, *channels), dtype),
+            segment_ids_BW=jnp.zeros((batch, width - 1), jnp.int32),
+        )
+
+
+def short_conv(
+    x_BL3HK: jax.Array, filters_W3HK: jax.Array, segment_ids_BL: jax.Array, tail: Tail | None
+) -> tuple[jax.Array, Tail]:
+    """Depthwise causal convolution within documents: y_t = sum_w filter_w x_{t-w}.
+
+    Args:
+      x_BL3HK: the channels; the third dim may hold any number of projections.
+      filters_W3HK: filter 0 weighs the token itself.
+      segment_ids_BL: int32 documents; a token sees only its own.
+      tail: what went before, or None.
+
+    Returns:
+      y_BL3HK in the dtype of x, and the new tail.
+    """
+    B, L, *channels = x_BL3HK.shape
+    W = filters_W3HK.shape[0]
+    if tail is None:
+        tail = Tail.empty(B, W, tuple(channels), x_BL3HK.dtype)
+    x = jnp.concatenate([tail.qkv_BW3HK.astype(x_BL3HK.dtype), x_BL3HK], axis=1)
+    ids = jnp.concatenate([tail.segment_ids_BW, segment_ids_BL], axis=1)
+    filters = filters_W3HK.astype(x.dtype)
+    y = filters[0] * x_BL3HK
+    for back in range(1, W):
+        place = slice(W - 1 - back, W - 1 - back + L)
+        same_BL = ids[:, place] == segment_ids_BL
+        y = y + filters[back] * jnp.where(same_BL[..., None, None, None], x[:, place], 0)
+    return y, Tail(qkv_BW3HK=x[:, L:], segment_ids_BW=ids[:, L:])
+
+
+class Memory(nnx.Module):
+    """Projections, convolutions and gates around the neural memory of each head.
+
+    q, k, v = silu(conv(x W)), q and k l2-normalised (section 4.4 of the paper). Gates, float32,
+    one a head from the token: alpha = sigmoid(a), eta = sigmoid(e) and
+    theta = max_rate (1 - eta) sigmoid(r), so that what a token's steps add up to is bounded
+    whatever the momentum (bounds and biases are our choice). M_0 is learned.
+    """
+
+    def __init__(self, config: TitansConfig, context: LayerContext, *, rngs: nnx.Rngs):
+        D, std = context.d_model, context.std
+        H, K = config.heads(D)
+        self.config = config
+        axes = ("embed", None, "heads", "head_dim")
+        self.qkv = weight(rngs, (D, 3, H, K), axes, fan_in=D, std=std)
+        W = config.conv_width
+        # Unit gain whatever init_std says: the convolution and M_0 are not projections of
+        # the residual stream (our choice).
+        self.conv = (
+            weight(rngs, (W, 3, H, K), (None, None, "heads", "head_dim"), fan_in=W, std=None)
+            if W > 1
+            else None
+        )
+        biases = [0.0] + [ALPHA_BIAS] * config.forgetting + [ETA_BIAS] * config.momentum
+        gates_axes = ("embed", None, "heads")
+        self.gates = weight(rngs, (D, len(biases), H), gates_axes, fan_in=D, std=std)
+        bias_GH = jnp.broadcast_to(jnp.array(biases, jnp.float32)[:, None], (len(biases), H))
+        self.bias = nnx.Param(bias_GH, logical_axes=(None, "heads"))
+        self.initial = nnx.Dict(
+            {
+                str(layer): weight(
+                    rngs, (H, *shape), ("heads", None, None), fan_in=shape[0], std=None
+                )
+                for layer, shape in enumerate(config.memory_shapes(D))
+            }
+        )
+
+    @property
+    def start(self) -> Weights:
+        """M_0."""
+        return tuple(w[...] for w in self.initial.values())
+
+    def init_state(self, batch: int) -> MemoryState:
+        """An empty state; it does not depend on the parameters."""
+        return MemoryState.start(self.start, batch, momentum=self.config.momentum)
+
+    def init_tail(self, batch: int, dtype: jnp.dtype, num: int = 3) -> Tail:
+        """Nothing before the first token."""
+        return Tail.empty(batch, self.config.conv_width, (num, *self.qkv[...].shape[-2:]), dtype)
+
+    def project(
+        self, x_BLD: jax.Array, segment_ids_BL: jax.Array, tail: Tail | None, first: int = 3
+    ) -> tuple[list[jax.Array], Tail | None]:
+        """The first of q, k and v (B, L, H, K) of the tokens, and the new tail."""
+        y_BL3HK = dense(x_BLD, self.qkv[...][:, :first])
+        if self.conv is not None:
+            y_BL3HK, tail = short_conv(y_BL3HK, self.conv[...][:, :first], segment_ids_BL, tail)
+        y_BL3HK = jax.nn.silu(y_BL3HK)
+        return [_unit(y_BL3HK[:, :, i]) if i < 2 else y_BL3HK[:, :, i] for i in range(first)], tail
+
+    def gate(self, x_BLD: jax.Array) -> Gates:
+        """The gates of every token and head."""
+        c = self.config
+        logits_BLGH = dense(x_BLD, self.gates[...]).astype(jnp.float32) + self.bias[...]
+        log_keep = jax.nn.log_sigmoid(-logits_BLGH[:, :, 1]) if c.forgetting else None
+        max_rate = RATE / c.chunk if c.max_rate is None else c.max_rate
+        rate = max_rate * jax.nn.sigmoid(logits_BLGH[:, :, 0])
+        log_momentum = None
+        if c.momentum:
+            log_momentum = jax.nn.log_sigmoid(logits_BLGH[:, :, -1])
+            rate = rate * jax.nn.sigmoid(-logits_BLGH[:, :, -1])
+        return Gates(log_keep_BLH=log_keep, log_momentum_BLH=log_momentum, rate_BLH=rate)
+
+    def learn(
+        self,
+        q_BLHK: jax.Array,
+        k_BLHK: jax.Array,
+        v_BLHK: jax.Array,
+        gates: Gates,
+        segment_ids_BL: jax.Array,
+        state: MemoryState | None,
+        *,
+        aligned: bool = False,
+    ) -> tuple[jax.Array, MemoryState | None]:
+        """Writes and reads every token; see `neural_memory`."""
+        c = self.config
+        return neural_memory(
+            self.start,
+            q_BLHK,
+            k_BLHK,
+            v_BLHK,
+            gates,
+            chunk=c.chunk,
+            segment_ids_BL=segment_ids_BL,
+            state=state,
+            aligned=aligned,
+            clip=c.gradient_clip,
+            checkpoint_every=c.chunks_per_checkpoint,
+            precision=c.precision,
+        )
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """x / |x| over the last dim, in float32."""
+    x_f32 = x.astype(jnp.float32)
+    squares = jnp.sum(jnp.square(x_f32), axis=-1, keepdims=True)
+    return (x_f32 * jax.lax.rsqrt(squares + 1e-6)).astype(x.dtype)
+
+
+class Output(nnx.Module):
+    """Gate sigmoid(x W) over all heads, then the output projection (our reading of 4.4)."""
+
+    def __init__(self, config: TitansConfig, context: LayerContext, *, rngs: nnx.Rngs):
+        D, std = context.d_model, context.std
+        H, K = config.heads(D)
+        axes = ("embed", "heads", "head_dim")
+        self.gate = weight(rngs, (D, H, K), axes, fan_in=D, std=std)
+        shape, axes = (H, K, D), ("heads", "head_dim", "embed")
+        self.out = weight(rngs, shape, axes, fan_in=H * K, std=std, scale=context.out_scale)
+
+    def __call__(self, y_BLHK: jax.Array, x_BLD: jax.Array) -> jax.Array:
+        y_BLHK = y_BLHK * jax.nn.sigmoid(dense(x_BLD, self.gate[...]))
+        out = self.out[...]
+        return dense(y_BLHK.reshape(*x_BLD.shape[:2], -1), out.reshape(-1, out.shape[-1]))
