@@ -30,9 +30,10 @@ format: $(READY)          ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)           ## compile time and step time, written to docs/speed.md
+bench: $(READY)           ## compile time, step time and neural memory, written to docs/speed.md
 	$(BIN)/python -m benchmarks.compile_time
 	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.neural_memory
 
 clean:                    ## remove the environment and caches; runs/ stays
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -34,7 +34,7 @@ class TrainCommand:
     """Train a model, or continue the run that lies in the run folder."""
 
     config: pathlib.Path
-    """Python file with get_config(), such as configs/tiny.py."""
+    """Python file with get_config(), such as configs/tiny.py or configs/tiny.py:titans."""
     run: _Run
     workdir: pathlib.Path | None = None
     """Run folder: checkpoints, metrics, samples, curves. None is runs/NAME."""
@@ -82,7 +82,7 @@ class PlanCommand:
     """Widths, segments, parameters, FLOPs and memory of a config, without a device."""
 
     config: pathlib.Path
-    """Python file with get_config(), such as configs/tlm_440m.py."""
+    """Python file with get_config(), such as configs/tlm_440m.py or configs/tlm_440m.py:titans."""
     run: _Run
     png: pathlib.Path | None = None
     """Where to draw the widths; None is NAME_plan.png in the current folder."""

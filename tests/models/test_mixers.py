@@ -61,11 +61,10 @@ MODELS: dict[str, ModelConfig] = {
         mixer=AttentionConfig(num_heads=4),
         mlp=MLPConfig(periods=(1, 4), level_taper=dataclasses.replace(WIDER, multiple_of=4)),
     ),
-    "titans lmm": model_config(mixer=titans("lmm")),
+    "titans lmm": model_config(mixer=titans("lmm", chunks_per_checkpoint=2)),
     "titans mac": model_config(mixer=titans("mac")),
     "titans mag": model_config(mixer=titans("mag", memory_taper=WIDER)),
     "titans mal": model_config(mixer=titans("mal")),
-    "titans deep": model_config(mixer=titans("mag", memory_depth=4, chunks_per_checkpoint=2)),
     "titans plain": model_config(
         mixer=titans(
             "lmm",

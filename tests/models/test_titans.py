@@ -162,12 +162,10 @@ def test_every_parameter_gets_a_gradient(variant: str):
         assert float(jnp.abs(gradient).max()) > 1e-6, path
 
 
-@pytest.mark.parametrize("depth", [2, 4])
-def test_stable_at_length_4096_with_gates_and_weights_at_their_worst(depth: int):
-    """Equal or nearly equal tokens, hardly any forgetting, full rate, weights twice as large.
+def test_deep_memory_is_stable_at_length_4096_at_its_worst():
+    """Depth 4, equal or nearly equal tokens, hardly any forgetting, full rate, weights doubled.
 
-    Without the bound on a token's gradient the same run is not finite at depth 4, which the
-    last lines show.
+    Without the bound on a token's gradient the same run is not finite, which the last line shows.
     """
     length = 4096
     equal = jnp.broadcast_to(jax.random.normal(jax.random.key(1), (1, 1, 16)), (1, length, 16))
@@ -176,7 +174,7 @@ def test_stable_at_length_4096_with_gates_and_weights_at_their_worst(depth: int)
 
     def value_and_gradient_norm(clip):
         config = TitansConfig(
-            variant="lmm", num_heads=1, memory_depth=depth, gradient_clip=clip, memory_width=64
+            variant="lmm", num_heads=1, memory_depth=4, gradient_clip=clip, memory_width=64
         )
         model = layer(config, width=16)
         model.memory.bias[...] = jnp.array([[4.0], [-10.0], [4.0]])  # rate, alpha, eta
@@ -198,5 +196,4 @@ def test_stable_at_length_4096_with_gates_and_weights_at_their_worst(depth: int)
     for value, norm in value_and_gradient_norm(CONFIG.gradient_clip):
         assert 1e-3 < float(value) < 10
         assert float(norm) < 50
-    if depth == 4:
-        assert not all(np.isfinite(float(norm)) for _, norm in value_and_gradient_norm(None))
+    assert not all(np.isfinite(float(norm)) for _, norm in value_and_gradient_norm(None))

@@ -1,4 +1,4 @@
-"""The small parts: dense products, RMSNorm, SwiGLU MLP, rotary positions.
+"""The small parts: dense products, RMSNorm, SwiGLU MLP, rotary positions, GELU with its slope.
 
 Shapes: B batch, L length, D model, F MLP, H heads, K head dim.
 
@@ -8,6 +8,7 @@ of their input.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,3 +87,22 @@ def rotary(x_BLHK: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Arra
     a, b = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return rotated.astype(x_BLHK.dtype)
+
+
+@jax.custom_jvp
+def gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Exact GELU x Phi(x) and its derivative Phi(x) + x phi(x), elementwise."""
+    cdf = 0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
+    return x * cdf, cdf + x * _normal_density(x)
+
+
+@gelu_and_slope.defjvp
+def _gelu_and_slope_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[Any, Any]:
+    (x,), (dx,) = primals, tangents
+    value, slope = gelu_and_slope(x)
+    curvature = _normal_density(x) * (2.0 - x * x)
+    return (value, slope), (slope * dx, curvature * dx)
+
+
+def _normal_density(x: jax.Array) -> jax.Array:
+    return jnp.exp(-0.5 * x * x) * (1.0 / math.sqrt(2.0 * math.pi))

@@ -22,13 +22,13 @@ This is exact, not an approximation of the recurrence.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from tlm_jax.models.layers import gelu_and_slope
 from tlm_jax.models.memory_gates import Gates, Tokens, coefficients, documents
 
 Weights = tuple[jax.Array, ...]
@@ -68,31 +68,17 @@ def _per_sequence(initial: Weights, batch: int) -> Weights:
     return tuple(jnp.broadcast_to(w, (batch, *w.shape)) for w in initial)
 
 
-@jax.custom_jvp
-def gelu_and_slope(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Exact GELU x Phi(x) and its derivative Phi(x) + x phi(x), elementwise."""
-    cdf = 0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))
-    return x * cdf, cdf + x * _normal_density(x)
-
-
-@gelu_and_slope.defjvp
-def _gelu_and_slope_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[Any, Any]:
-    (x,), (dx,) = primals, tangents
-    value, slope = gelu_and_slope(x)
-    curvature = _normal_density(x) * (2.0 - x * x)
-    return (value, slope), (slope * dx, curvature * dx)
-
-
-def _normal_density(x: jax.Array) -> jax.Array:
-    return jnp.exp(-0.5 * x * x) * (1.0 / math.sqrt(2.0 * math.pi))
-
-
 _State = tuple[Weights, Weights, Weights]
 """chunk_start (empty where it equals now: at the start of a chunk), now, step."""
 
 
 def _where(condition: jax.Array, a: Weights, b: Weights) -> Weights:
     return tuple(jnp.where(condition, x, y) for x, y in zip(a, b, strict=True))
+
+
+def _again(body: Callable[..., Any]) -> Callable[..., Any]:
+    """The same in a scan, computed again in the backward pass."""
+    return jax.checkpoint(body, prevent_cse=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,22 +91,30 @@ class _Chunk:
 
     def __call__(self, state: _State, tokens: Tokens) -> tuple[_State, jax.Array]:
         """Reads and learns; returns the new state and the reads (B, H, C, K)."""
-        if tokens.run_BC is None:
-            return self.run(state, tokens, None)
-        if tokens.restart_B is not None:
-            start, now, step = state
-            restart = tokens.restart_B[:, None, None, None]
-            start = _where(restart, self.initial, start) if start else ()
-            zeros = tuple(jnp.zeros_like(s) for s in step)
-            state = start, _where(restart, self.initial, now), _where(restart, zeros, step)
-        if tokens.run_BC.shape[-1] == 1:
-            return self.run(state, tokens, None)
-        # Only documents that begin inside the chunk need products with the initial weights.
+        if tokens.run_BC is None or tokens.restart_B is None:
+            return _again(lambda state, tokens: self.run(state, tokens, None))(state, tokens)
         late_BC = tokens.run_BC > 0
+        # Only where a document begins is there anything to do with the initial weights. What the
+        # backward pass computes again is said inside the branches: around them, both would be
+        # kept, filled up with zeros.
         return jax.lax.cond(
-            jnp.any(late_BC),
-            lambda: self.run(state, tokens, late_BC),
-            lambda: self.run(state, tokens, None),
+            jnp.any(tokens.restart_B) | jnp.any(late_BC),
+            _again(lambda state, tokens: self.run(self.restarted(state, tokens), tokens, late_BC)),
+            _again(lambda state, tokens: self.run(state, tokens, None)),
+            state,
+            tokens,
+        )
+
+    def restarted(self, state: _State, tokens: Tokens) -> _State:
+        """The initial weights in rows whose first token begins a document."""
+        start, now, step = state
+        assert tokens.restart_B is not None
+        restart = tokens.restart_B[:, None, None, None]
+        zeros = tuple(jnp.zeros_like(s) for s in step)
+        return (
+            _where(restart, self.initial, start) if start else (),
+            _where(restart, self.initial, now),
+            _where(restart, zeros, step),
         )
 
     def matmul(self, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -136,6 +130,21 @@ class _Chunk:
             return out
         other = self.matmul(a, w0.swapaxes(-1, -2) if flip else w0)
         return jnp.where(late_BC[:, None, :, None], other, out)
+
+    def scaled(
+        self,
+        scale_BHC1: jax.Array | None,
+        a: jax.Array,
+        w: jax.Array,
+        layer: int,
+        late_BC: jax.Array | None,
+    ) -> jax.Array:
+        """scale * (a @ w); the narrower side is scaled."""
+        if scale_BHC1 is None:
+            return self.base(a, w, layer, late_BC)
+        if w.shape[-2] <= w.shape[-1]:
+            return self.base(scale_BHC1 * a, w, layer, late_BC)
+        return scale_BHC1 * self.base(a, w, layer, late_BC)
 
     def descent(
         self, start: Weights, k: jax.Array, v: jax.Array, late_BC: jax.Array | None
@@ -169,10 +178,9 @@ class _Chunk:
 
         x, last = tokens.q_BHCK, len(now) - 1
         for layer in range(last + 1):
-            kept = x if c.keep_BHC1 is None else c.keep_BHC1 * x
-            y = self.base(kept, now[layer], layer, late_BC)
+            y = self.scaled(c.keep_BHC1, x, now[layer], layer, late_BC)
             if c.carry_BHC1 is not None:
-                y = y + self.matmul(c.carry_BHC1 * x, step[layer])
+                y = y + self.scaled(c.carry_BHC1, x, step[layer], layer, None)
             y = y + self.matmul(self.matmul(x, a[layer].swapaxes(-1, -2)) * mix, g[layer])
             x = y if layer == last else gelu_and_slope(y)[0]
         out_BHCK = x + tokens.q_BHCK if last else x
@@ -373,11 +381,10 @@ def _checkpointed_scan(
     if num_chunks == 1:
         carry, out = body(carry, jax.tree.map(lambda x: x[0], tokens))
         return carry, out[None]
-    one_chunk = jax.checkpoint(lambda c, t: body(c, t), prevent_cse=False)
     every = max(d for d in range(1, every + 1) if num_chunks % d == 0)
     if every in (1, num_chunks):
-        return jax.lax.scan(one_chunk, carry, tokens)
+        return jax.lax.scan(lambda c, t: body(c, t), carry, tokens)
     groups = jax.tree.map(lambda x: x.reshape(-1, every, *x.shape[1:]), tokens)
-    inner = jax.checkpoint(lambda c, t: jax.lax.scan(one_chunk, c, t), prevent_cse=False)
+    inner = _again(lambda c, t: jax.lax.scan(lambda c, t: body(c, t), c, t))
     carry, out = jax.lax.scan(inner, carry, groups)
     return carry, out.reshape(num_chunks, *out.shape[2:])

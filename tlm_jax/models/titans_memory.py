@@ -4,7 +4,7 @@ Shapes: B batch, L length, D model, H heads, K head dim, G gates, W convolution 
 """
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -122,11 +122,18 @@ class Memory(nnx.Module):
         self, x_BLD: jax.Array, segment_ids_BL: jax.Array, tail: Tail | None, first: int = 3
     ) -> tuple[list[jax.Array], Tail | None]:
         """The first of q, k and v (B, L, H, K) of the tokens, and the new tail."""
-        y_BL3HK = dense(x_BLD, self.qkv[...][:, :first])
-        if self.conv is not None:
-            y_BL3HK, tail = short_conv(y_BL3HK, self.conv[...][:, :first], segment_ids_BL, tail)
-        y_BL3HK = jax.nn.silu(y_BL3HK)
-        return [_unit(y_BL3HK[:, :, i]) if i < 2 else y_BL3HK[:, :, i] for i in range(first)], tail
+        filters = None if self.conv is None else self.conv[...][:, :first]
+
+        # Cheap to compute again, and several times as large as the projections.
+        @jax.checkpoint
+        def after(y_BL3HK: jax.Array, filters: Any, tail: Any) -> Any:
+            if filters is not None:
+                y_BL3HK, tail = short_conv(y_BL3HK, filters, segment_ids_BL, tail)
+            y_BL3HK = jax.nn.silu(y_BL3HK)
+            channels = (y_BL3HK[:, :, i] for i in range(first))
+            return [_unit(y) if i < 2 else y for i, y in enumerate(channels)], tail
+
+        return after(dense(x_BLD, self.qkv[...][:, :first]), filters, tail)
 
     def gate(self, x_BLD: jax.Array) -> Gates:
         """The gates of every token and head."""

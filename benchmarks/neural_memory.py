@@ -1,0 +1,228 @@
+"""A neural memory layer, forward and backward: ours, its growth with length, and titans-pytorch.
+
+    python -m benchmarks.neural_memory [--torch_python X/bin/python] [--repetitions 15]
+
+The comparison needs an environment X for PyTorch, apart from this one:
+
+    python -m venv X && X/bin/pip install torch==2.13.0 titans-pytorch==0.5.5
+
+(torch's builds without CUDA are at --extra-index-url https://download.pytorch.org/whl/cpu). It is
+left as it was without `--torch_python`.
+
+A layer is all that stands between a normalised input and the residual stream: projections,
+gates, memory, output. Both are float32 on all cores and give gradients of every parameter and
+of the input. Each arm runs in a process of its own and they take turns; medians and the
+processes' peaks are written to docs/speed.md.
+"""
+
+import argparse
+import functools
+import os
+import pathlib
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+# An arm's Python has jax or torch, never both: each is imported where it is used.
+
+D_MODEL, HEADS, CHUNK, DEPTH, WIDTH = 256, 4, 64, 2, 4
+"""WIDTH: hidden width of the memory over the head dim."""
+BATCH, LENGTH = 4, 1024
+LENGTHS = (512, 1024, 2048, 4096, 8192)
+
+
+def our_layer(length: int, chunks_per_checkpoint: int = 1) -> Callable[[], Any]:
+    """One forward and backward pass of our layer, memory alone (Titans, variant LMM)."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from tlm_jax.mixers import TitansConfig
+    from tlm_jax.models import registry, titans  # noqa: F401 (registers itself)
+
+    config = TitansConfig(
+        variant="lmm",
+        num_heads=HEADS,
+        memory_depth=DEPTH,
+        memory_width=WIDTH * D_MODEL // HEADS,
+        chunk=CHUNK,
+        chunks_per_checkpoint=chunks_per_checkpoint,
+    )
+    context = registry.LayerContext(d_model=D_MODEL, norm_eps=1e-6, std=None, out_scale=1.0)
+    layer = registry.make_mixer(config, context, rngs=nnx.Rngs(params=0))
+    graph, params = nnx.split(layer, nnx.Param)
+    x, out_gradient = jax.random.normal(jax.random.key(0), (2, BATCH, length, D_MODEL))
+    ids = jnp.ones((BATCH, length), jnp.int32)
+
+    @jax.jit
+    def run(params: Any, x: jax.Array, ids: jax.Array, out_gradient: jax.Array) -> Any:
+        def forward(params: Any, x: jax.Array) -> jax.Array:
+            return nnx.merge(graph, params)(x, jnp.arange(length) * ids, ids, None)[0]
+
+        y, backward = jax.vjp(forward, params, x)
+        return y, backward(out_gradient)
+
+    return lambda: jax.block_until_ready(run(params, x, ids, out_gradient))
+
+
+def their_layer(length: int, batch_size: int | None = None) -> Callable[[], Any]:
+    """The same of titans-pytorch; `batch_size`: tokens whose gradients share weights."""
+    import torch
+    from titans_pytorch import MemoryMLP, NeuralMemory
+
+    torch.manual_seed(0)
+    torch.set_num_threads(os.cpu_count() or 1)
+    layer = NeuralMemory(
+        dim=D_MODEL,
+        heads=HEADS,
+        dim_head=D_MODEL // HEADS,
+        chunk_size=CHUNK,
+        batch_size=batch_size,
+        model=MemoryMLP(D_MODEL // HEADS, depth=DEPTH, expansion_factor=WIDTH),
+    )
+    x, out_gradient = torch.randn(2, BATCH, length, D_MODEL)
+    x.requires_grad_()
+
+    def run() -> None:
+        layer.zero_grad(set_to_none=True)
+        x.grad = None
+        layer(x)[0].backward(out_gradient)
+
+    return run
+
+
+ARMS: dict[str, Callable[[int], Callable[[], Any]]] = {
+    "tlm-jax": our_layer,
+    "tlm-jax, chunks_per_checkpoint=4": functools.partial(our_layer, chunks_per_checkpoint=4),
+    "titans-pytorch, batch_size=64": functools.partial(their_layer, batch_size=CHUNK),
+    "titans-pytorch, batch_size=None": their_layer,
+}
+
+
+def resident(name: str) -> float:
+    """MiB of this process now (VmRSS) or at its peak (VmHWM), as Linux counts them."""
+    found = re.search(rf"{name}:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
+    assert found, "needs Linux"
+    return int(found[1]) / 1024
+
+
+def serve(run: Callable[[], Any]) -> None:
+    """Runs once for each line on standard input and answers with seconds and peak MiB."""
+    before = resident("VmRSS")
+    for _ in range(2):
+        run()
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        run()
+        print(time.perf_counter() - begin, resident("VmHWM") - before, flush=True)
+
+
+def take_turns(
+    commands: dict[str, list[str]], repetitions: int
+) -> dict[str, tuple[list[float], float]]:
+    """Seconds of each repetition and peak MiB of every arm, whose processes run in turn."""
+    workers = {
+        name: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for name, command in commands.items()
+    }
+    times: dict[str, list[float]] = {name: [] for name in workers}
+    peaks = dict.fromkeys(workers, 0.0)
+    for turn in range(repetitions + 2):
+        for name in list(workers) if turn % 2 else list(workers)[::-1]:
+            worker = workers[name]
+            assert worker.stdin is not None
+            assert worker.stdout is not None
+            worker.stdin.write("run\n")
+            worker.stdin.flush()
+            seconds, peaks[name] = map(float, worker.stdout.readline().split())
+            if turn >= 2:  # the first turns still overlap with the others' start
+                times[name].append(seconds)
+    for worker in workers.values():
+        worker.communicate()
+    return {name: (times[name], peaks[name]) for name in workers}
+
+
+def command(python: str, arm: str, length: int) -> list[str]:
+    """Starts an arm's process."""
+    module = ["-m", "benchmarks.neural_memory"]
+    return [python, *module, "--arm", arm, "--length", str(length)]
+
+
+def compare(torch_python: str, repetitions: int) -> None:
+    """Publishes the table of ours against titans-pytorch."""
+    from benchmarks import report
+
+    pythons = {arm: torch_python if "pytorch" in arm else sys.executable for arm in ARMS}
+    results = take_turns(
+        {arm: command(python, arm, LENGTH) for arm, python in pythons.items()}, repetitions
+    )
+    ours, _ = results["tlm-jax"]
+    rows = []
+    for arm, (times, peak) in results.items():
+        low, median, high = statistics.quantiles(times, n=4)
+        ratio = statistics.median(a / b for a, b in zip(times, ours, strict=True))
+        spread = f"{low * 1e3:.0f} to {high * 1e3:.0f}"
+        rows.append([arm, f"{median * 1e3:.0f}", spread, f"{ratio:.2f}", f"{peak:.0f}"])
+    versions = subprocess.check_output([torch_python, "-c", VERSIONS], text=True).strip()
+    report.publish(
+        "neural-memory",
+        f"{report.table(['layer', 'ms', 'middle half', 'over ours', 'peak MiB'], rows)}\n\n"
+        f"Medians of {repetitions} alternating passes over {(BATCH, LENGTH, D_MODEL)}, {HEADS} "
+        f"heads, chunk {CHUNK}, depth {DEPTH}; ratios are medians over pairs. {versions}; "
+        f"{report.machine()}.",
+    )
+
+
+VERSIONS = """
+import importlib.metadata
+named = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "titans-pytorch")]
+print(", ".join(named))
+"""
+
+
+def grow(repetitions: int) -> None:
+    """Publishes the table of our layer at several lengths."""
+    from benchmarks import report
+
+    results = take_turns(
+        {str(length): command(sys.executable, "tlm-jax", length) for length in LENGTHS},
+        repetitions,
+    )
+    rows = []
+    for name, (times, peak) in results.items():
+        tokens = BATCH * int(name)
+        first, least = results[str(LENGTHS[0])][0], BATCH * LENGTHS[0]
+        ratio = statistics.median(a / b for a, b in zip(times, first, strict=True))
+        median = statistics.median(times)
+        each = f"{median / tokens * 1e6:.1f}"
+        growth = f"{ratio * least / tokens:.2f}"
+        rows.append([name, f"{median * 1e3:.0f}", each, growth, f"{peak:.0f}"])
+    header = ["length", "ms", "us a token", f"over length {LENGTHS[0]}", "peak MiB"]
+    report.publish(
+        "neural-memory-length",
+        f"{report.table(header, rows)}\n\nMedians of {repetitions} alternating passes, batch "
+        f"{BATCH}, chunks_per_checkpoint=1; {report.machine()}.",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--torch_python", help="a Python with torch and titans-pytorch")
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--arm", choices=ARMS, help="run as one of the processes")
+    parser.add_argument("--length", type=int, default=LENGTH)
+    options = parser.parse_args()
+    if options.arm:
+        serve(ARMS[options.arm](options.length))
+        return
+    if options.torch_python:
+        compare(options.torch_python, options.repetitions)
+    grow(options.repetitions)
+
+
+if __name__ == "__main__":
+    main()
