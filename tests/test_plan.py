@@ -177,7 +177,7 @@ def test_curves_take_the_last_line_of_a_step(tmp_path: pathlib.Path) -> None:
     rows = [row(10, 5.0), row(20, 9.0), row(20, 4.0), row(30, float("nan"))]
     rows += [{"step": 20, "kind": "eval", "loss": 4.5}]
     metrics = _write(tmp_path / "metrics.jsonl", rows, tail='{"step": 40, "ki')
-    read = plots._series(metrics, "train")
+    read = plots.series(metrics, "train")
     assert [(r["step"], r["loss"]) for r in read] == [(10, 5.0), (20, 4.0)]
     plots.plot_curves(metrics, tmp_path / "curves.png")
     assert _is_png(tmp_path / "curves.png")
