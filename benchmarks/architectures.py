@@ -55,7 +55,7 @@ def publish() -> None:
         parameters = costs.model_costs(config.model, config.data.seq_len).parameters
         first, last = ({arm: arms[arm][i][1] for arm in arms} for i in (0, -1))
         curves[TITLES[name]] = arms
-        cells = [f"{first[arm]:.3f} to {last[arm]:.3f}" for arm in arms]
+        cells = [f"{first[a]:.3f} to {last[a]:.3f}" if a in arms else "not run" for a in ARMS]
         rows.append(
             [
                 TITLES[name],
