@@ -454,6 +454,6 @@ def test_interrupt_before_training_is_one_line(
     def interrupted(argv: object, prog: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.VERBS, "train", (interrupted, cli.TrainCommand))
+    monkeypatch.setattr(cli.train, "run", interrupted)
     assert cli.main(["train", "--config", "x.py"]) == 130
     assert "interrupted" in only_error(capsys.readouterr().err)

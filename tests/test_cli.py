@@ -60,9 +60,9 @@ def test_help_of_tlm_lists_the_verbs(words: list[str], capsys: pytest.CaptureFix
     """Each verb with a line on what it does."""
     assert cli.main(words) == 0
     out = capsys.readouterr().out
-    for verb, (_, command) in cli.VERBS.items():
+    for verb, module in cli.VERBS.items():
         assert f"tlm {verb}" in out
-        assert (command.__doc__ or "").splitlines()[0] in out
+        assert (module.Command.__doc__ or "").splitlines()[0] in out
 
 
 def test_tlm_is_installed_as_a_script() -> None:

@@ -1,0 +1,59 @@
+"""The command line: a module a verb, with its options as `Command` and `run(argv, prog)`.
+
+Heavy libraries are imported inside the verbs, so that `tlm plan` and every
+help text answer without JAX.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+from tlm_jax.cli import evaluate, generate, plan, train
+from tlm_jax.config import UserError
+
+VERBS: dict[str, ModuleType] = {
+    "train": train,
+    "eval": evaluate,
+    "generate": generate,
+    "plan": plan,
+}
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Entry point of `tlm`, `train.py` and `eval.py`; returns the exit status.
+
+    A user's mistake is one line on standard error and status 1 or 2.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    verb = argv[0] if argv else "--help"
+    if verb in ("-h", "--help"):
+        print("usage: tlm VERB ...\n")
+        for name, module in VERBS.items():
+            print(f"  tlm {name:9} {module.Command.__doc__.splitlines()[0]}")
+        print("\ntlm VERB --help says more.")
+        return 0
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        return _fail(f"unknown verb {verb!r}{hint} (one of {', '.join(VERBS)})", 2)
+    sys.path.insert(0, os.getcwd())  # a mixer of one's own beside the config is found
+    try:
+        return VERBS[verb].run(argv[1:], prog or f"tlm {verb}")
+    except UserError as error:
+        return _fail(str(error), 1)
+    except BrokenPipeError:  # what reads our output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; nothing after the last checkpoint is kept", 130)
+
+
+def _fail(message: str, status: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,102 @@
+"""What the verbs share: options into dataclasses, complaints into one line, quiet libraries."""
+
+import contextlib
+import functools
+import io
+import itertools
+import logging
+import os
+import pathlib
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from tlm_jax.config import RunConfig, UserError
+
+Run = Annotated[RunConfig, tyro.conf.arg(name="")]
+"""A field of a command whose options stand at the top level (--model.num_layers)."""
+
+
+def option_value(option: str, argv: Sequence[str]) -> str | None:
+    for index, word in enumerate(argv):
+        if word == option and index + 1 < len(argv):
+            return argv[index + 1]
+        if word.startswith(option + "="):
+            return word.partition("=")[2]
+    return None
+
+
+def path_after(option: str, argv: Sequence[str], prog: str) -> pathlib.Path:
+    """The value of an option that decides what the other options' defaults are."""
+    value = option_value(option, argv)
+    if value is not None:
+        return pathlib.Path(value)
+    if "-h" in argv or "--help" in argv:
+        example = "--config configs/tiny.py" if option == "--config" else "--checkpoint runs/tiny"
+        print(
+            f"usage: {prog} {option} PATH [OPTIONS]\n\n"
+            f"The options and their defaults depend on it: {prog} {example} --help"
+        )
+        raise SystemExit(0)
+    raise UserError(f"{prog} needs {option} PATH")
+
+
+def parse(command: type, argv: Sequence[str], prog: str, **defaults: Any) -> Any:
+    """Parses with tyro; its boxed complaints become one line."""
+    complaint = io.StringIO()
+    default = command(**defaults)
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                command, prog=prog, args=list(argv), default=default, use_underscores=True
+            )
+    except SystemExit as error:
+        if error.code in (0, None):
+            raise
+        raise UserError(_one_line(complaint.getvalue())) from None
+    except ValueError as error:  # what RunConfig itself refuses; its parts are tyro's to report
+        raise UserError(str(error)) from error
+
+
+def _one_line(box: str) -> str:
+    """The message inside tyro's box (drawn in ASCII or not), and the first option it suggests."""
+
+    def is_rule(line: str) -> bool:
+        return set(line) <= {"─", "-"}
+
+    lines = [line.strip("│╭╮╰╯|+ ") for line in box.splitlines()]
+    body = itertools.dropwhile(is_rule, lines[1:])
+    text = " ".join(itertools.takewhile(lambda line: not is_rule(line), body))
+    text = re.sub(r"Error parsing (run\.?)?", "", text)
+    text = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is no whole number", text)
+    text = re.sub(r"could not convert string to float: (.*)", r"\1 is no number", text)
+    if suggestion := re.search(r"Perhaps you meant:.*?(--[^\s,]+)", box, re.DOTALL):
+        text += f"; did you mean {suggestion[1]}?"
+    return text
+
+
+@functools.cache
+def quiet_libraries() -> None:
+    """Keeps the chatter of TFDS, Orbax, asyncio and XLA from a user's terminal.
+
+    What fails in their threads is raised in ours as well, and becomes one line there.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from absl import logging as absl_logging
+
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    show = sys.unraisablehook
+
+    def show_others(unraisable: Any) -> None:
+        # Reads that were under way when another one failed have nobody left to report to.
+        text = str(unraisable.exc_value)
+        if "Event loop is closed" not in text and "TensorStore" not in text:
+            show(unraisable)
+
+    sys.unraisablehook = show_others

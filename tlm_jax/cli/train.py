@@ -1,0 +1,76 @@
+"""tlm train."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import tyro
+from rich.console import Console
+
+from tlm_jax import config_io
+from tlm_jax.cli.parsing import Run, parse, path_after, quiet_libraries
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """Train a model, or continue the run that lies in the run folder."""
+
+    config: pathlib.Path
+    """Python file with get_config(), such as configs/tiny.py or configs/tiny.py:titans."""
+    run: Run
+    workdir: pathlib.Path | None = None
+    """Run folder: checkpoints, metrics, samples, curves. None is runs/NAME."""
+    allow_config_change: bool = False
+    """Continue a run although its config has changed."""
+
+
+def run(argv: Sequence[str], prog: str) -> int:
+    """Runs `tlm train`; returns the exit status."""
+    defaults = config_io.load_config(path_after("--config", argv, prog))
+    command = parse(Command, argv, prog, config=tyro.MISSING, run=defaults)
+    workdir = command.workdir or pathlib.Path("runs") / command.run.name
+    quiet_libraries()
+    from tlm_jax.analysis import plan, plots
+    from tlm_jax.training import loop, metrics
+
+    console = Console()
+    trainer = loop.Trainer(
+        command.run, workdir, console, allow_config_change=command.allow_config_change
+    )
+    if trainer.is_main:
+        for line in plan.summary_lines(command.run):
+            console.print(line, highlight=False)
+    outcome = trainer.run()
+    if not trainer.is_main:
+        return 0
+    curves = workdir / "curves.png"
+    if not outcome.already_complete:
+        try:
+            plots.plot_curves(workdir / metrics.METRICS_FILE, curves)
+        except OSError as error:
+            console.print(f"[yellow]{curves} is not drawn:[/] {error.strerror}", soft_wrap=True)
+    if outcome.stopped_by:
+        what = f"at step {outcome.step}, and saved" if outcome.step else "before the first step"
+        console.print(
+            f"Stopped by {outcome.stopped_by} {what}; the same command continues.",
+            soft_wrap=True,
+        )
+        return 0
+    last = metrics.last_record(workdir, "eval")
+    loss = ", but its last evaluation was interrupted"
+    if last and last["step"] == outcome.step:
+        loss = f", validation loss {last['loss']:.4f}"
+    console.print(
+        f"[green]The run in {workdir} is complete[/] at step {outcome.step}{loss}.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    samples = workdir / loop.SAMPLES_FILE
+    console.print(
+        f"  curves {curves}{f'   samples {samples}' if samples.is_file() else ''}\n"
+        f"  evaluate: python eval.py --checkpoint {workdir}\n"
+        f"  go on:    add --training.num_steps {2 * outcome.step} to the command",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0
