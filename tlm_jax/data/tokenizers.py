@@ -59,6 +59,11 @@ def load_tokenizer(name: str | None) -> Tokenizer:
     return readers[path.suffix](path, name)
 
 
+def file_fingerprint(path: pathlib.Path) -> str:
+    """The fingerprint of the tokenizer in a file, without opening it."""
+    return _fingerprint(_read(path, str(path)))
+
+
 def _fingerprint(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 

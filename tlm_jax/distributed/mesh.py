@@ -57,6 +57,15 @@ def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mes
     return _mesh(shape, devices)
 
 
+def device_mesh(config: MeshConfig) -> Mesh:
+    """A mesh over all devices for parameters alone, without a batch.
+
+    Raises:
+      UserError: the mesh does not fit the devices.
+    """
+    return _mesh(mesh_shape(config, len(jax.devices())), jax.devices())
+
+
 def single_device_mesh() -> Mesh:
     """The first device alone."""
     return _mesh((1, 1, 1), jax.devices()[:1])

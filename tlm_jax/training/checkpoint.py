@@ -55,7 +55,16 @@ def param_shapes(params: Any) -> dict[str, list[int]]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What keeps `new` metadata from continuing a checkpoint with `old`, a line each."""
+    """What keeps `new` metadata from continuing a checkpoint with `old`, a line each.
+
+    Raises:
+      UserError: the checkpoint holds no training state.
+    """
+    if old.get("parameters_only"):
+        raise UserError(
+            "the run folder holds parameters without optimizer state, such as an imported model "
+            "has; it can be evaluated, but to train use another --workdir"
+        )
     before = config_io.from_dict(old["config"])
     lines = config_io.differences(before, config_io.from_dict(new["config"]))
     named = {line.split(":")[0].rsplit(".", 1)[-1] for line in lines}
@@ -138,6 +147,21 @@ class Checkpoints:
                 step,
                 {"state": _as_dict(state), "data": iterator},
                 custom_metadata=metadata,
+                force=True,
+            )
+
+    def save_params(self, step: int, params: Any, metadata: dict[str, Any]) -> None:
+        """Saves parameters alone, and waits until they are written.
+
+        Raises:
+          UserError: the save failed.
+        """
+        self._saving = step
+        with self._save_reported():
+            self._checkpointer.save_checkpointables(
+                step,
+                {"state": {"params": params}},
+                custom_metadata=metadata | {"parameters_only": True},
                 force=True,
             )
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from tlm_jax import config_io
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.data import Tokenizer, load_tokenizer, open_dataset
+from tlm_jax.data.tokenizers import file_fingerprint
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed import sharding
 from tlm_jax.evaluation import perplexity
@@ -21,6 +22,9 @@ from tlm_jax.training.loop import CHECKPOINTS
 
 def saved_metadata(folder: pathlib.Path, step: int | None) -> tuple[int, dict[str, Any]]:
     """(step, metadata) of a run's checkpoint; step None is the newest.
+
+    If the run folder holds the tokenizer that the model was trained with, the config names
+    that one: the folder can be moved.
 
     Raises:
       UserError: there is no such run or checkpoint.
@@ -34,7 +38,11 @@ def saved_metadata(folder: pathlib.Path, step: int | None) -> tuple[int, dict[st
         step = max(found.steps) if step is None else step
         if step not in found.steps:
             raise UserError(f"{folder} has no checkpoint of step {step}, only of {found.steps}")
-        return step, found.metadata(step)
+        metadata = found.metadata(step)
+    for path in (folder / "tokenizer.json", folder / "tokenizer.model"):
+        if path.is_file() and file_fingerprint(path) == metadata["data_layout"]["tokenizer"]:
+            metadata["config"]["data"]["tokenizer"] = str(path)
+    return step, metadata
 
 
 def load_params(

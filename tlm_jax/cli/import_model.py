@@ -1,0 +1,48 @@
+"""tlm import."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import tyro
+from rich.console import Console
+
+from tlm_jax.cli.parsing import parse, quiet_libraries
+from tlm_jax.config import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """Make a run folder of a Llama-like model from a Hugging Face folder or a GGUF file."""
+
+    model: pathlib.Path
+    """Folder with config.json and safetensors, or a GGUF file (it is dequantised)."""
+    out: pathlib.Path
+    """Run folder to make; evaluate it, continue a prompt with it, export it."""
+    tokenizer: pathlib.Path | None = None
+    """tokenizer.json or .model in place of the model's own."""
+    mesh: MeshConfig = dataclasses.field(default_factory=lambda: MeshConfig(data=1, fsdp=-1))
+    """Devices that hold the parameters while they are written, each its share."""
+
+
+def run(argv: Sequence[str], prog: str) -> int:
+    """Runs `tlm import`; returns the exit status."""
+    command = parse(Command, argv, prog, model=tyro.MISSING, out=tyro.MISSING)
+    quiet_libraries()
+    from tlm_jax.distributed import mesh as mesh_lib
+    from tlm_jax.interop import importing
+
+    metadata = importing.import_model(
+        command.model, command.out, command.tokenizer, mesh_lib.device_mesh(command.mesh)
+    )
+    model = metadata["config"]["model"]
+    Console().print(
+        f"[green]{command.out} holds {command.model.name}[/]: {metadata['num_params']:,} "
+        f"parameters, {model['num_layers']} layers, d_model {model['d_model']}, vocabulary "
+        f"{model['vocab_size']:,}\n"
+        f"  evaluate: tlm eval --checkpoint {command.out}\n"
+        f"  write:    tlm generate --checkpoint {command.out} --prompt TEXT",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return 0

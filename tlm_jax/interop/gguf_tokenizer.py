@@ -1,0 +1,110 @@
+"""The tokenizer inside a GGUF file, written as the file it was made from.
+
+Byte-level BPE becomes a tokenizer.json, SentencePiece a tokenizer.model.
+"""
+
+import pathlib
+from typing import Any
+
+from tlm_jax.config import UserError
+from tlm_jax.interop.gguf_file import GgufFile
+
+_CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def write_tokenizer(file: GgufFile, folder: pathlib.Path) -> pathlib.Path:
+    """Writes the file's tokenizer into a folder; returns its path.
+
+    Raises:
+      UserError: its kind is not known; a tokenizer file can be given instead.
+    """
+    kind = file.field("tokenizer.ggml.model")
+    if kind == "gpt2":
+        path = folder / "tokenizer.json"
+        _byte_level_bpe(file).save(str(path))
+    elif kind == "llama":
+        path = folder / "tokenizer.model"
+        path.write_bytes(_sentencepiece(file))
+    else:
+        raise _unknown(file, "tokenizer.ggml.model", kind)
+    return path
+
+
+def _byte_level_bpe(file: GgufFile) -> Any:
+    import tokenizers
+    from tokenizers import decoders, models
+
+    tokens = file.field("tokenizer.ggml.tokens")
+    kinds = file.field("tokenizer.ggml.token_type") or [1] * len(tokens)
+    pre_tokenizer, whole_words = _pre_tokenizer(file)
+    result = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={token: index for index, token in enumerate(tokens)},
+            merges=[tuple(m.split(" ")) for m in file.field("tokenizer.ggml.merges")],
+            ignore_merges=whole_words,
+        )
+    )
+    result.pre_tokenizer = pre_tokenizer
+    result.decoder = decoders.ByteLevel()
+    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        added = [
+            tokenizers.AddedToken(token, normalized=False, special=special)
+            for token, k in zip(tokens, kinds, strict=True)
+            if k == kind
+        ]
+        (result.add_special_tokens if special else result.add_tokens)(added)
+    return result
+
+
+def _pre_tokenizer(file: GgufFile) -> tuple[Any, bool]:
+    """How text is cut before it is merged, and whether a word in the vocabulary stays whole."""
+    from tokenizers import Regex
+    from tokenizers import pre_tokenizers as pre
+
+    gpt2 = pre.ByteLevel(add_prefix_space=False, use_regex=True)
+    match name := file.field("tokenizer.ggml.pre"):
+        case "gpt-2":
+            return gpt2, False
+        case "smollm":
+            return pre.Sequence([pre.Digits(individual_digits=True), gpt2]), False
+        case "llama-bpe":
+            split = pre.Split(Regex(_LLAMA3_SPLIT), behavior="isolated")
+            whole = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+            return pre.Sequence([split, whole]), True
+    raise _unknown(file, "tokenizer.ggml.pre", name)
+
+
+def _sentencepiece(file: GgufFile) -> bytes:
+    """A SentencePiece model: GGUF keeps its pieces, scores and types as they were."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto: Any = sentencepiece_model_pb2  # its classes are made at run time
+    model = proto.ModelProto()
+    columns = (file.field(f"tokenizer.ggml.{name}") for name in ("tokens", "scores", "token_type"))
+    for piece, score, kind in zip(*columns, strict=True):
+        model.pieces.add(piece=piece, score=score, type=kind)
+    model.trainer_spec.model_type = proto.TrainerSpec.BPE
+    model.trainer_spec.byte_fallback = any(p.type == p.BYTE for p in model.pieces)
+    model.trainer_spec.unk_id = file.field("tokenizer.ggml.unknown_token_id", 0)
+    model.trainer_spec.bos_id = file.field("tokenizer.ggml.bos_token_id", 1)
+    model.trainer_spec.eos_id = file.field("tokenizer.ggml.eos_token_id", 2)
+    for name in ("unk", "bos", "eos"):
+        piece = model.pieces[getattr(model.trainer_spec, f"{name}_id")].piece
+        setattr(model.trainer_spec, f"{name}_piece", piece)
+    prefix = file.field("tokenizer.ggml.add_space_prefix", True)
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = prefix
+    model.normalizer_spec.remove_extra_whitespaces = False
+    model.normalizer_spec.escape_whitespaces = True
+    return model.SerializeToString()
+
+
+def _unknown(file: GgufFile, field: str, value: Any) -> UserError:
+    return UserError(
+        f"{file.where}: {field} {value!r} is not known here; give the model's own tokenizer.json "
+        "or tokenizer.model with --tokenizer FILE"
+    )

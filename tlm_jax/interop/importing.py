@@ -1,0 +1,123 @@
+"""A published model as a run folder: parameters, config and tokenizer."""
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from tlm_jax import config_io
+from tlm_jax.config import DataConfig, ModelConfig, RunConfig, UserError
+from tlm_jax.data import load_tokenizer
+from tlm_jax.interop import gguf_tokenizer, llama, loading
+from tlm_jax.interop.gguf_file import GgufFile
+from tlm_jax.interop.tensors import SafetensorsFolder, TensorSource
+from tlm_jax.models import skeleton
+from tlm_jax.training import checkpoint
+from tlm_jax.training.loop import CHECKPOINTS
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+_SEQ_LEN = 1024
+
+
+def import_model(
+    model: pathlib.Path, out: pathlib.Path, tokenizer: pathlib.Path | None, mesh: Mesh
+) -> dict[str, Any]:
+    """Writes a run folder from a model; returns the metadata saved with it.
+
+    Args:
+      model: a Hugging Face folder, or a GGUF file.
+      out: the run folder.
+      tokenizer: a tokenizer.json or .model to use in place of the model's own.
+      mesh: where the parameters lie while they are written.
+
+    Raises:
+      UserError: the model cannot be imported exactly, or `out` holds a run.
+    """
+    if (out / CHECKPOINTS).exists():
+        raise UserError(f"{out} already holds a run; choose another --out")
+    source: TensorSource
+    if model.is_dir():
+        values = read_config(model)
+        source = SafetensorsFolder(model)
+    elif model.is_file():
+        source = GgufFile(model)
+        values = source.config
+    else:
+        raise UserError(f"{model} does not exist; give a Hugging Face folder or a GGUF file")
+    config = llama.model_config(values, source.where)
+    structure = skeleton(config)
+    loading.check(structure, source, native=False)
+    out.mkdir(parents=True, exist_ok=True)
+    run = _run_config(config, values, model, _copy_tokenizer(model, source, tokenizer, out))
+    opened = load_tokenizer(run.data.tokenizer)
+    if opened.vocab_size > config.vocab_size:
+        raise UserError(
+            f"tokenizer {opened.name} has {opened.vocab_size} tokens, but the model has only "
+            f"{config.vocab_size}; give the right one with --tokenizer FILE"
+        )
+    with jax.set_mesh(mesh):
+        params = loading.load(structure, source, mesh, native=False)
+        metadata = checkpoint.metadata(run, params, {"tokenizer": opened.fingerprint})
+        metadata["source"] = {"file": model.name, "config": values}
+        with checkpoint.Checkpoints(out / CHECKPOINTS) as checkpoints:
+            checkpoints.save_params(0, params, metadata)
+    text = json.dumps(metadata, indent=2) + "\n"
+    (out / "config.json").write_text(text, encoding="utf-8")
+    return metadata
+
+
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+    """What a Hugging Face folder's config.json holds.
+
+    Raises:
+      UserError: there is none, or it is not JSON.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{folder} is not a Hugging Face folder: it has no config.json")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def _copy_tokenizer(
+    model: pathlib.Path, source: TensorSource, given: pathlib.Path | None, out: pathlib.Path
+) -> pathlib.Path:
+    """Puts the tokenizer into the run folder."""
+    if given is None and isinstance(source, GgufFile):
+        return gguf_tokenizer.write_tokenizer(source, out)
+    candidates = [given] if given else [model / name for name in TOKENIZER_FILES]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        raise UserError(
+            f"{given} does not exist"
+            if given
+            else f"{model} has neither {' nor '.join(TOKENIZER_FILES)}; name one with "
+            "--tokenizer FILE"
+        )
+    load_tokenizer(str(found))  # a fault is reported with the name that the user knows
+    target = out / f"tokenizer{found.suffix}"
+    shutil.copyfile(found, target)
+    return target
+
+
+def _run_config(
+    config: ModelConfig, values: dict[str, Any], model: pathlib.Path, tokenizer: pathlib.Path
+) -> RunConfig:
+    """A run of this model: for evaluation, on sequences no longer than it knows."""
+    known = values.get("max_position_embeddings") or _SEQ_LEN
+    seq_len = 1 << (min(known, _SEQ_LEN).bit_length() - 1)
+    return RunConfig(
+        name=model.stem if model.suffix == ".gguf" else model.resolve().name,
+        model=config,
+        data=DataConfig(tokenizer=str(tokenizer), seq_len=seq_len, batch_size=8),
+    )
+
+
+def original_config(values: dict[str, Any]) -> RunConfig:
+    """The config that our own export put beside Llama's."""
+    return config_io.from_dict(values["tlm_jax"]["config"])

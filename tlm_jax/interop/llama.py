@@ -1,0 +1,163 @@
+"""Llama's names, shapes and config fields, and ours: one graph, two spellings.
+
+Llama, Mistral without a sliding window, and Qwen3 (which normalises queries and
+keys) compute what our Transformer computes. Anything else is refused by the name
+of the field. Both sides rotate the pairs (k, k + K/2) of a head.
+
+Shapes: D model, H query heads, N key/value heads, K head dim, F MLP, V vocab.
+"""
+
+import dataclasses
+from typing import Any
+
+from tlm_jax.config import ModelConfig, UserError
+from tlm_jax.mixers import AttentionConfig
+from tlm_jax.taper_config import TaperConfig
+
+# What a config.json means where it is silent, by model_type.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
+_EXACT: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_bias": (False,),
+    "sliding_window": (None,),
+    "use_sliding_window": (False,),
+    "partial_rotary_factor": (1.0,),
+    "quantization_config": (None,),
+}
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tensor:
+    """How one of our parameters, in one layer, is spelled in Llama's files."""
+
+    name: str
+    inputs: int | None = None
+    """Leading dims of ours that are the matrix's input: Llama stores (outputs, inputs), each
+    flat. None is stored alike."""
+
+
+_LAYER = {
+    "mixer_norm/scale": Tensor(name="input_layernorm.weight"),
+    "mixer/query": Tensor(name="self_attn.q_proj.weight", inputs=1),
+    "mixer/key": Tensor(name="self_attn.k_proj.weight", inputs=1),
+    "mixer/value": Tensor(name="self_attn.v_proj.weight", inputs=1),
+    "mixer/out": Tensor(name="self_attn.o_proj.weight", inputs=2),
+    "mixer/query_norm/scale": Tensor(name="self_attn.q_norm.weight"),
+    "mixer/key_norm/scale": Tensor(name="self_attn.k_norm.weight"),
+    "mlp/0/norm/scale": Tensor(name="post_attention_layernorm.weight"),
+    "mlp/0/gate": Tensor(name="mlp.gate_proj.weight", inputs=1),
+    "mlp/0/up": Tensor(name="mlp.up_proj.weight", inputs=1),
+    "mlp/0/down": Tensor(name="mlp.down_proj.weight", inputs=1),
+}
+_MODEL = {
+    "embedding": Tensor(name="model.embed_tokens.weight"),
+    "final_norm/scale": Tensor(name="model.norm.weight"),
+    "head": Tensor(name="lm_head.weight", inputs=1),
+}
+
+
+def tensor(path: str, layer: int | None) -> Tensor:
+    """Llama's spelling of a parameter.
+
+    Args:
+      path: ours, below the segment: `mixer/query`; or of the model: `embedding`.
+      layer: which layer, or None for a parameter of the model.
+    """
+    if layer is None:
+        return _MODEL[path]
+    found = _LAYER[path]
+    return dataclasses.replace(found, name=f"model.layers.{layer}.{found.name}")
+
+
+def is_ignored(name: str, config: ModelConfig) -> bool:
+    """Whether a tensor in a file says nothing that the config does not."""
+    return name.endswith("rotary_emb.inv_freq") or (
+        config.tie_embeddings and name == _MODEL["head"].name
+    )
+
+
+def model_config(values: dict[str, Any], where: str) -> ModelConfig:
+    """Our config of a Llama-like one.
+
+    Args:
+      values: what config.json holds.
+      where: the file, for messages.
+
+    Raises:
+      UserError: a field asks for what this library cannot compute exactly.
+    """
+    kind = values.get("model_type")
+    if kind not in _DEFAULTS:
+        raise UserError(
+            f"{where}: model_type {kind!r} cannot be imported; {', '.join(_DEFAULTS)} can"
+        )
+    values = _DEFAULTS[kind] | values
+    _check_exact(values, where)
+    for name in _SIZES:
+        if not isinstance(values.get(name), int):
+            raise UserError(f"{where}: {name} is {values.get(name)!r}; it must be a number")
+    try:
+        return ModelConfig(
+            vocab_size=values["vocab_size"],
+            num_layers=values["num_hidden_layers"],
+            d_model=values["hidden_size"],
+            mlp_width=values["intermediate_size"],
+            taper=TaperConfig(schedule="uniform", multiple_of=1),
+            mixer=AttentionConfig(
+                num_heads=values["num_attention_heads"],
+                num_kv_heads=values.get("num_key_value_heads"),
+                head_dim=values.get("head_dim"),
+                qk_norm=kind == "qwen3",
+                rope_theta=float(_rope(values, where)),
+            ),
+            tie_embeddings=values.get("tie_word_embeddings", False),
+            norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+        )
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _check_exact(values: dict[str, Any], where: str) -> None:
+    if values.get("use_sliding_window") is False:  # qwen3 names a window and does not use it
+        values.pop("sliding_window", None)
+    for name, allowed in _EXACT.items():
+        value = values.get(name, allowed[0])
+        if value not in allowed:
+            raise UserError(_refusal(where, name, value, allowed[0]))
+    for index, kind in enumerate(values.get("layer_types") or ()):
+        if kind != "full_attention":
+            raise UserError(_refusal(where, f"layer_types[{index}]", kind, "full_attention"))
+
+
+def _rope(values: dict[str, Any], where: str) -> float:
+    """The base of the rotary frequencies, which stands in one of two places."""
+    parameters = values.get("rope_parameters") or {}
+    scaling = values.get("rope_scaling") or {}
+    for name, spec in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        kind = spec.get("rope_type", spec.get("type", "default"))
+        if kind != "default":
+            raise UserError(_refusal(where, f"{name}.rope_type", kind, "default"))
+        factor = spec.get("partial_rotary_factor", 1.0)
+        if factor != 1.0:
+            raise UserError(_refusal(where, f"{name}.partial_rotary_factor", factor, 1.0))
+    return parameters.get("rope_theta", values.get("rope_theta", 10_000.0))
+
+
+def _refusal(where: str, name: str, value: Any, works: Any) -> str:
+    return (
+        f"{where}: {name} is {value!r}, which cannot be represented exactly here; only "
+        f"{works!r} can be imported"
+    )

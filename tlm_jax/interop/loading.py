@@ -1,0 +1,131 @@
+"""Parameters out of tensor files, each device's share read by itself."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tlm_jax.config import ModelConfig, UserError
+from tlm_jax.distributed import sharding
+from tlm_jax.interop import llama
+from tlm_jax.interop.tensors import TensorSource
+from tlm_jax.models import Skeleton
+
+Index = tuple[slice, ...]
+Place = tuple[str, int | None, int]
+"""(path below the segment, first layer or None, layers)."""
+
+
+def place(config: ModelConfig, path: str) -> Place:
+    """Which layers a parameter of ours, such as `segments/003/mixer/query`, stacks."""
+    if not path.startswith("segments/"):
+        return path, None, 1
+    _, number, rest = path.split("/", 2)
+    segment = config.segments[int(number)]
+    return rest, segment.start, segment.length
+
+
+def path_of(keys: Any) -> str:
+    """A parameter's place in the tree as one name."""
+    return "/".join(str(key.key) for key in keys)
+
+
+def load(skeleton: Skeleton, source: TensorSource, mesh: Mesh, *, native: bool) -> Any:
+    """The parameters of a model, placed on a mesh.
+
+    Tensors are read one at a time, and of each no more than this process's devices hold.
+
+    Args:
+      skeleton: the model's structure.
+      source: tensors under our names (`native`) or under Llama's.
+      mesh: where the parameters go.
+      native: whether the names are ours.
+
+    Raises:
+      UserError: a tensor is missing, of another shape, or none of the model's.
+    """
+    config = skeleton.config
+    check(skeleton, source, native=native)
+    shardings = sharding.param_shardings(skeleton.shapes, skeleton.logical_axes, mesh)
+
+    def one(keys: Any, leaf: jax.ShapeDtypeStruct, where: jax.sharding.NamedSharding) -> jax.Array:
+        path = path_of(keys)
+        read: Callable[[Index], np.ndarray]
+        if native:
+            read = functools.partial(_part, source, llama.Tensor(name=path), leaf.shape)
+        else:
+            read = functools.partial(_stack, source, place(config, path), leaf.shape)
+        return jax.make_array_from_callback(leaf.shape, where, read)
+
+    return jax.tree_util.tree_map_with_path(one, skeleton.shapes, shardings)
+
+
+def check(skeleton: Skeleton, source: TensorSource, *, native: bool) -> None:
+    """Raises `UserError` unless the source holds exactly the model's tensors."""
+    wanted = expected_shapes(skeleton, native=native)
+    for name, shape in wanted.items():
+        if name not in source.shapes:
+            raise UserError(f"{source.where} has no tensor {name}, which its config asks for")
+        if source.shapes[name] != shape:
+            raise UserError(
+                f"{source.where}: {name} has shape {source.shapes[name]}, and its config asks "
+                f"for {shape}"
+            )
+    for name in source.shapes:
+        if name not in wanted and not llama.is_ignored(name, skeleton.config):
+            raise UserError(
+                f"{source.where}: tensor {name} has no place in this model, so it cannot be "
+                "imported exactly"
+            )
+
+
+def expected_shapes(skeleton: Skeleton, *, native: bool) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor of a model in a file."""
+    found: dict[str, tuple[int, ...]] = {}
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(skeleton.shapes):
+        path = path_of(keys)
+        if native:
+            found[path] = leaf.shape
+            continue
+        rest, first, count = place(skeleton.config, path)
+        shape = leaf.shape if first is None else leaf.shape[1:]
+        for layer in [None] if first is None else range(first, first + count):
+            spelled = llama.tensor(rest, layer)
+            found[spelled.name] = flat_shape(shape, spelled.inputs)
+    return found
+
+
+def flat_shape(shape: tuple[int, ...], inputs: int | None) -> tuple[int, ...]:
+    """Shape in a file of a parameter whose first `inputs` dims are the input."""
+    return shape if inputs is None else (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
+
+
+def _stack(source: TensorSource, where: Place, shape: tuple[int, ...], index: Index) -> np.ndarray:
+    path, first, _ = where
+    if first is None:
+        return _part(source, llama.tensor(path, None), shape, index)
+    layers = range(shape[0])[index[0]]
+    parts = [
+        _part(source, llama.tensor(path, first + layer), shape[1:], index[1:]) for layer in layers
+    ]
+    return np.stack(parts)
+
+
+def _part(
+    source: TensorSource, spelled: llama.Tensor, shape: tuple[int, ...], index: Index
+) -> np.ndarray:
+    """What `index` cuts out of a parameter of this shape: rows are read, columns cut off."""
+    inputs = spelled.inputs
+    if inputs is None:
+        start, stop, _ = index[0].indices(shape[0])
+        return source.read(spelled.name, start, stop)[(slice(None), *index[1:])]
+    outputs = shape[inputs:]
+    start, stop, _ = index[inputs].indices(outputs[0])
+    unit = math.prod(outputs[1:])
+    rows = source.read(spelled.name, start * unit, stop * unit)
+    block = rows.T.reshape(*shape[:inputs], stop - start, *outputs[1:])
+    return np.ascontiguousarray(block[(*index[:inputs], slice(None), *index[inputs + 1 :])])
