@@ -1,5 +1,6 @@
 """A published model as a run folder: parameters, config and tokenizer."""
 
+import dataclasses
 import json
 import pathlib
 import shutil
@@ -8,10 +9,9 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from tlm_jax import config_io
 from tlm_jax.config import DataConfig, ModelConfig, RunConfig, UserError
 from tlm_jax.data import load_tokenizer
-from tlm_jax.interop import gguf_tokenizer, llama, loading
+from tlm_jax.interop import gguf_tokenizer, llama, loading, original
 from tlm_jax.interop.gguf_file import GgufFile
 from tlm_jax.interop.tensors import SafetensorsFolder, TensorSource
 from tlm_jax.models import skeleton
@@ -38,6 +38,41 @@ def import_model(
     """
     if (out / CHECKPOINTS).exists():
         raise UserError(f"{out} already holds a run; choose another --out")
+    opened = _open(model)
+    structure = skeleton(opened.run.model)
+    loading.check(structure, opened.source, native=opened.native)
+    out.mkdir(parents=True, exist_ok=True)
+    run = _with_tokenizer(opened, model, tokenizer, out)
+    reader = load_tokenizer(run.data.tokenizer)
+    if reader.vocab_size > run.model.vocab_size:
+        raise UserError(
+            f"tokenizer {reader.name} has {reader.vocab_size} tokens, but the model has only "
+            f"{run.model.vocab_size}; give the right one with --tokenizer FILE"
+        )
+    layout = opened.data_layout | {"tokenizer": reader.fingerprint}
+    with jax.set_mesh(mesh):
+        params = loading.load(structure, opened.source, mesh, native=opened.native)
+        metadata = checkpoint.metadata(run, params, layout)
+        metadata["source"] = opened.provenance
+        with checkpoint.Checkpoints(out / CHECKPOINTS) as checkpoints:
+            checkpoints.save_params(0, params, metadata)
+    text = json.dumps(metadata, indent=2) + "\n"
+    (out / "config.json").write_text(text, encoding="utf-8")
+    return metadata
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """A model that was found, before its tensors are read."""
+
+    run: RunConfig
+    source: TensorSource
+    native: bool
+    data_layout: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+def _open(model: pathlib.Path) -> _Opened:
     source: TensorSource
     if model.is_dir():
         values = read_config(model)
@@ -47,26 +82,24 @@ def import_model(
         values = source.config
     else:
         raise UserError(f"{model} does not exist; give a Hugging Face folder or a GGUF file")
-    config = llama.model_config(values, source.where)
-    structure = skeleton(config)
-    loading.check(structure, source, native=False)
-    out.mkdir(parents=True, exist_ok=True)
-    run = _run_config(config, values, model, _copy_tokenizer(model, source, tokenizer, out))
-    opened = load_tokenizer(run.data.tokenizer)
-    if opened.vocab_size > config.vocab_size:
-        raise UserError(
-            f"tokenizer {opened.name} has {opened.vocab_size} tokens, but the model has only "
-            f"{config.vocab_size}; give the right one with --tokenizer FILE"
+    if original.KEY not in values:
+        return _Opened(
+            run=_run_config(llama.model_config(values, source.where), values, model),
+            source=source,
+            native=False,
+            data_layout={},
+            provenance={"file": model.name, "config": values},
         )
-    with jax.set_mesh(mesh):
-        params = loading.load(structure, source, mesh, native=False)
-        metadata = checkpoint.metadata(run, params, {"tokenizer": opened.fingerprint})
-        metadata["source"] = {"file": model.name, "config": values}
-        with checkpoint.Checkpoints(out / CHECKPOINTS) as checkpoints:
-            checkpoints.save_params(0, params, metadata)
-    text = json.dumps(metadata, indent=2) + "\n"
-    (out / "config.json").write_text(text, encoding="utf-8")
-    return metadata
+    ours = original.read(values, source.where)
+    if not ours.native:
+        source = original.Trimmed(source, ours.run.model.mlp_widths)
+    return _Opened(
+        run=ours.run,
+        source=source,
+        native=ours.native,
+        data_layout=ours.data_layout,
+        provenance=ours.source or {"file": model.name, "config": {}},
+    )
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -84,40 +117,37 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
-def _copy_tokenizer(
-    model: pathlib.Path, source: TensorSource, given: pathlib.Path | None, out: pathlib.Path
-) -> pathlib.Path:
-    """Puts the tokenizer into the run folder."""
-    if given is None and isinstance(source, GgufFile):
-        return gguf_tokenizer.write_tokenizer(source, out)
-    candidates = [given] if given else [model / name for name in TOKENIZER_FILES]
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is None:
-        raise UserError(
-            f"{given} does not exist"
-            if given
-            else f"{model} has neither {' nor '.join(TOKENIZER_FILES)}; name one with "
-            "--tokenizer FILE"
-        )
-    load_tokenizer(str(found))  # a fault is reported with the name that the user knows
-    target = out / f"tokenizer{found.suffix}"
-    shutil.copyfile(found, target)
-    return target
-
-
-def _run_config(
-    config: ModelConfig, values: dict[str, Any], model: pathlib.Path, tokenizer: pathlib.Path
+def _with_tokenizer(
+    opened: _Opened, model: pathlib.Path, given: pathlib.Path | None, out: pathlib.Path
 ) -> RunConfig:
+    """Puts the tokenizer into the run folder, and its path there into the config."""
+    if given is None and isinstance(opened.source, GgufFile):
+        target = gguf_tokenizer.write_tokenizer(opened.source, out)
+    else:
+        candidates = [given] if given else [model / name for name in TOKENIZER_FILES]
+        found = next((path for path in candidates if path.is_file()), None)
+        if found is None and given:
+            raise UserError(f"tokenizer {given} does not exist")
+        if found is None:
+            if opened.run.data.tokenizer == "bytes":  # an export of ours, which has no file
+                return opened.run
+            raise UserError(
+                f"{model} has neither {' nor '.join(TOKENIZER_FILES)}; name one with "
+                "--tokenizer FILE"
+            )
+        load_tokenizer(str(found))  # a fault is reported with the name that the user knows
+        target = out / f"tokenizer{found.suffix}"
+        shutil.copyfile(found, target)
+    data = dataclasses.replace(opened.run.data, tokenizer=str(target))
+    return dataclasses.replace(opened.run, data=data)
+
+
+def _run_config(config: ModelConfig, values: dict[str, Any], model: pathlib.Path) -> RunConfig:
     """A run of this model: for evaluation, on sequences no longer than it knows."""
     known = values.get("max_position_embeddings") or _SEQ_LEN
     seq_len = 1 << (min(known, _SEQ_LEN).bit_length() - 1)
     return RunConfig(
         name=model.stem if model.suffix == ".gguf" else model.resolve().name,
         model=config,
-        data=DataConfig(tokenizer=str(tokenizer), seq_len=seq_len, batch_size=8),
+        data=DataConfig(seq_len=seq_len, batch_size=8),
     )
-
-
-def original_config(values: dict[str, Any]) -> RunConfig:
-    """The config that our own export put beside Llama's."""
-    return config_io.from_dict(values["tlm_jax"]["config"])

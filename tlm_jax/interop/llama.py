@@ -8,6 +8,7 @@ Shapes: D model, H query heads, N key/value heads, K head dim, F MLP, V vocab.
 """
 
 import dataclasses
+import re
 from typing import Any
 
 from tlm_jax.config import ModelConfig, UserError
@@ -82,11 +83,68 @@ def tensor(path: str, layer: int | None) -> Tensor:
     return dataclasses.replace(found, name=f"model.layers.{layer}.{found.name}")
 
 
+def mlp_dim(name: str) -> int | None:
+    """The dim of a tensor in a file that counts MLP units, if it has one."""
+    matrix = name.removesuffix(".weight").rpartition(".mlp.")[2]
+    return {"gate_proj": 0, "up_proj": 0, "down_proj": 1}.get(matrix)
+
+
+def layer_of(name: str) -> int | None:
+    """The layer of a tensor in a file, if it belongs to one."""
+    found = re.match(r"model\.layers\.(\d+)\.", name)
+    return int(found[1]) if found else None
+
+
 def is_ignored(name: str, config: ModelConfig) -> bool:
     """Whether a tensor in a file says nothing that the config does not."""
     return name.endswith("rotary_emb.inv_freq") or (
         config.tie_embeddings and name == _MODEL["head"].name
     )
+
+
+def why_not(model: ModelConfig) -> str | None:
+    """What of a model Llama's graph cannot express, or None."""
+    if any(type(mixer) is not AttentionConfig for mixer in model.mixers):
+        return model.mixer.describe(model.d_model)
+    first, *others = _attention(model)
+    if any(mixer != first for mixer in others):
+        return "layers with unequal numbers of heads (mixer.heads_taper)"
+    if first.qk_norm:
+        return "mixer.qk_norm"
+    if len(model.mlp.periods) > 1 or model.mlp.online_chunks:
+        return "a chain of MLPs, or MLPs that learn inside a sequence (mlp.periods, online_chunks)"
+    if model.d_model % first.num_heads:
+        return f"d_model={model.d_model}, which is no multiple of num_heads={first.num_heads}"
+    return None
+
+
+def config_json(model: ModelConfig) -> dict[str, Any]:
+    """config.json of a LlamaForCausalLM with this model's graph, at its widest MLP."""
+    first = _attention(model)[0]
+    heads, kv_heads, head_dim = first.heads(model.d_model)
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "intermediate_size": max(model.mlp_widths),
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": first.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": first.rope_theta},
+        "tie_word_embeddings": model.tie_embeddings,
+        "use_cache": True,
+    }
+
+
+def _attention(model: ModelConfig) -> list[AttentionConfig]:
+    return [mixer for mixer in model.mixers if isinstance(mixer, AttentionConfig)]
 
 
 def model_config(values: dict[str, Any], where: str) -> ModelConfig:

@@ -1,0 +1,138 @@
+"""The model card of an exported folder: short, and only what the run folder knows."""
+
+import json
+import pathlib
+from typing import Any
+
+from tlm_jax import config_io, costs
+from tlm_jax.config import RunConfig
+
+_LOAD = {
+    "llama": """
+The MLPs are padded with zeros to the widest layer ({widest}), which changes no output: any tool
+that reads Llama reads this folder.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+```
+""",
+    "compact": """
+Every layer has its own width; `modeling_tapered_llama.py` in this folder tells transformers how.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
+```
+""",
+    "native": """
+The tensors carry tlm-jax's own names: transformers has no such architecture.
+""",
+}
+
+
+def text(folder: pathlib.Path, step: int, metadata: dict[str, Any], form: str, dtype: str) -> str:
+    """The card as Markdown.
+
+    Args:
+      folder: the run folder, for its evaluations.
+      step: the exported checkpoint.
+      metadata: what was saved with it.
+      form: format of the export.
+      dtype: of the tensors.
+    """
+    config: RunConfig = config_io.from_dict(metadata["config"])
+    library = "tlm-jax" if form == "native" else "transformers"
+    parts = [
+        f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- tlm-jax\n---\n",
+        f"# {config.name}\n",
+        _model(config, metadata, dtype),
+        "## Training\n",
+        _training(config, step, metadata),
+        "## Results\n",
+        _results(folder, step),
+        "## Loading\n",
+        _LOAD[form].strip().format(widest=f"{max(config.model.mlp_widths):,}") + "\n",
+        _tokenizer(config, form),
+        "With tlm-jax itself: `tlm import --model FOLDER --out runs/NAME`, bit for bit."
+        if dtype == "float32"
+        else "With tlm-jax itself: `tlm import --model FOLDER --out runs/NAME` (the parameters "
+        "were rounded to bfloat16).",
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _model(config: RunConfig, metadata: dict[str, Any], dtype: str) -> str:
+    model = config.model
+    widths = ", ".join(f"{w:,}" for w in model.mlp_widths)
+    parameters = costs.model_costs(model, seq_len=1).parameters
+    rows = {
+        "parameters": f"{parameters:,}, {dtype}",
+        "layers": f"{model.num_layers}, d_model {model.d_model}",
+        "mixer": model.mixer.describe(model.d_model),
+        "MLP": "SwiGLU, no biases"
+        + (f", {len(model.mlp.periods)} levels" if len(model.mlp.periods) > 1 else ""),
+        "MLP width of each layer": widths
+        if len(set(model.mlp_widths)) > 1
+        else f"{model.mlp_widths[0]:,} in all",
+        "vocabulary": f"{model.vocab_size:,}, "
+        + ("tied" if model.tie_embeddings else "head of its own"),
+        "norm": f"RMSNorm, eps {model.norm_eps:g}",
+    }
+    lines = [f"| {name} | {value} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines]) + "\n"
+
+
+def _training(config: RunConfig, step: int, metadata: dict[str, Any]) -> str:
+    if "source" in metadata:
+        return (
+            f"Imported from `{metadata['source']['file']}`; how it was trained is not known here.\n"
+        )
+    data = config.data
+    where = f"`{pathlib.Path(data.path).name}`" if data.path else "the prose that tlm-jax carries"
+    tokens = step * data.batch_size * data.seq_len
+    return (
+        f"{step:,} steps of {data.batch_size} x {data.seq_len} tokens ({tokens:,} in all) on "
+        f"{where} (fingerprint {metadata['data_layout'].get('dataset')}); AdamW, peak learning "
+        f"rate {config.optimizer.learning_rate:g}, seed {config.seed}; tlm-jax "
+        f"{metadata['tlm_jax']}, jax {metadata['jax']}.\n"
+    )
+
+
+def _results(folder: pathlib.Path, step: int) -> str:
+    """Every number in eval.json and below eval/ that belongs to this checkpoint."""
+    lines = []
+    for path in [folder / "eval.json", *sorted((folder / "eval").rglob("*.json"))]:
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if not isinstance(record, dict) or record.get("step", step) != step:
+            continue
+        for name, value in _numbers(record):
+            lines.append(f"| `{path.relative_to(folder)}` | {name} | {value:,.6g} |")
+    if not lines:
+        return "None: this checkpoint was not evaluated.\n"
+    return "\n".join(["| file | metric | value |", "|---|---|---|", *lines]) + "\n"
+
+
+def _numbers(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found = []
+    for name, value in record.items():
+        if isinstance(value, dict):
+            found += _numbers(value, f"{prefix}{name} ")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
+            found.append((f"{prefix}{name}", value))
+    return found
+
+
+def _tokenizer(config: RunConfig, form: str) -> str:
+    if config.data.tokenizer == "bytes":
+        return (
+            "The tokenizer is the bytes of UTF-8 (ids 0 to 255) and 256 for the end of a text; "
+            "there is no file of it.\n"
+        )
+    begins = "A text begins with the end-of-text token, as in training"
+    if form == "native":
+        return f"{begins}.\n"
+    return f"{begins}: `tokenizer.bos_token + text` with `AutoTokenizer`.\n"

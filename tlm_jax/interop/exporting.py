@@ -1,0 +1,189 @@
+"""A run's model as a folder for other tools.
+
+Three formats. `llama`: every MLP zero-padded to the widest layer, so that any tool
+that knows Llama computes the same. `compact`: each layer at its own width, with a
+modeling file for transformers. `native`: our own names, for what Llama cannot
+express. In config.json, `tlm_jax` says what the way back needs.
+"""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jax
+import ml_dtypes
+import numpy as np
+
+import tlm_jax
+from tlm_jax.config import ModelConfig, RunConfig, UserError
+from tlm_jax.data import load_tokenizer
+from tlm_jax.data.tokenizers import EMBEDDED
+from tlm_jax.distributed import mesh as mesh_lib
+from tlm_jax.interop import card, llama, loading
+from tlm_jax.interop.tensors import SHARD_BYTES, write_safetensors
+from tlm_jax.models import skeleton
+from tlm_jax.training import restore
+
+Format = Literal["llama", "compact", "native"]
+Dtype = Literal["float32", "bfloat16"]
+
+_MODELING = "modeling_tapered_llama"
+_NUMPY: dict[Dtype, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
+
+
+def export_model(
+    folder: pathlib.Path,
+    out: pathlib.Path,
+    *,
+    step: int | None = None,
+    form: Format | None = None,
+    dtype: Dtype = "float32",
+    shard_bytes: int = SHARD_BYTES,
+) -> Format:
+    """Writes a checkpoint's model into a new folder; returns the format.
+
+    Args:
+      folder: the run folder.
+      out: the folder to make.
+      step: which checkpoint; None is the newest.
+      form: None is llama where that is possible, else native.
+      dtype: of the tensors; parameters are float32, so bfloat16 rounds them.
+      shard_bytes: largest file of tensors.
+
+    Raises:
+      UserError: the format cannot express the model, or `out` is in use.
+    """
+    step, metadata = restore.saved_metadata(folder, step)
+    config = restore.saved_config(metadata)
+    form = _checked_format(config.model, form)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not an empty folder; choose another --out")
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    structure = skeleton(config.model)
+    mesh = mesh_lib.single_device_mesh()
+    with jax.set_mesh(mesh):
+        params = restore.load_params(folder, step, structure, tokenizer, mesh)
+    tensors = _native(params) if form == "native" else _llama(params, config.model, form)
+    out.mkdir(parents=True, exist_ok=True)
+    write_safetensors(
+        out,
+        ((name, array.astype(_NUMPY[dtype], copy=False)) for name, array in tensors),
+        shard_bytes=shard_bytes,
+    )
+    values = _config_json(config, metadata, form, dtype, step, tokenizer.eot_id)
+    _write_json(out / "config.json", values)
+    if form == "compact":
+        source = pathlib.Path(__file__).parent / "remote" / f"{_MODELING}.py"
+        shutil.copyfile(source, out / f"{_MODELING}.py")
+    if form != "native":
+        ends = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
+        _write_json(out / "generation_config.json", ends)
+    _write_tokenizer(config.data.tokenizer, tokenizer.eot_id, values, out)
+    (out / "README.md").write_text(card.text(folder, step, metadata, form, dtype), encoding="utf-8")
+    return form
+
+
+def _checked_format(model: ModelConfig, form: Format | None) -> Format:
+    reason = llama.why_not(model)
+    if form is None:
+        return "native" if reason else "llama"
+    if form != "native" and reason:
+        raise UserError(f"--format {form} cannot express {reason}; use --format native")
+    return form
+
+
+def _native(params: Any) -> Iterator[tuple[str, np.ndarray]]:
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        yield loading.path_of(keys), np.asarray(leaf)
+
+
+def _llama(params: Any, model: ModelConfig, form: Format) -> Iterator[tuple[str, np.ndarray]]:
+    widest = max(model.mlp_widths)
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
+        path, first, count = loading.place(model, loading.path_of(keys))
+        for index in range(count):
+            spelled = llama.tensor(path, None if first is None else first + index)
+            array = np.asarray(leaf if first is None else leaf[index])
+            if spelled.inputs is not None:
+                outputs, inputs = loading.flat_shape(array.shape, spelled.inputs)
+                array = array.reshape(inputs, outputs).T
+            if form == "llama" and (dim := llama.mlp_dim(spelled.name)) is not None:
+                missing = [(0, 0), (0, 0)]
+                missing[dim] = (0, widest - array.shape[dim])
+                array = np.pad(array, missing)
+            yield spelled.name, array
+
+
+def _config_json(
+    config: RunConfig,
+    metadata: dict[str, Any],
+    form: Format,
+    dtype: Dtype,
+    step: int,
+    eot_id: int,
+) -> dict[str, Any]:
+    ours = {
+        "version": tlm_jax.__version__,
+        "format": form,
+        "step": step,
+        "mlp_widths": list(config.model.mlp_widths),
+        "config": metadata["config"],
+        "data_layout": metadata["data_layout"],
+    }
+    if "source" in metadata:
+        ours["source"] = metadata["source"]
+    if form == "native":
+        return {"model_type": "tlm_jax", "dtype": dtype, "tlm_jax": ours}
+    source = metadata.get("source", {}).get("config", {})
+    values = llama.config_json(config.model) | {
+        "max_position_embeddings": source.get("max_position_embeddings", config.data.seq_len),
+        "bos_token_id": eot_id,
+        "eos_token_id": eot_id,
+        "dtype": dtype,
+        "torch_dtype": dtype,  # the name before transformers 5
+    }
+    if form == "compact":
+        values |= {
+            "model_type": "tapered_llama",
+            "architectures": ["TaperedLlamaForCausalLM"],
+            "auto_map": {
+                "AutoConfig": f"{_MODELING}.TaperedLlamaConfig",
+                "AutoModelForCausalLM": f"{_MODELING}.TaperedLlamaForCausalLM",
+            },
+            "mlp_widths": list(config.model.mlp_widths),
+        }
+    return values | {"tlm_jax": ours}
+
+
+def _write_tokenizer(
+    name: str | None, eot_id: int, values: dict[str, Any], out: pathlib.Path
+) -> None:
+    """Copies the tokenizer's file, with what transformers needs to open it."""
+    if name == "bytes":
+        return
+    path = EMBEDDED if name is None else pathlib.Path(name).expanduser()
+    shutil.copyfile(path, out / f"tokenizer{path.suffix}")
+    if path.suffix == ".json":
+        import tokenizers
+
+        eot = tokenizers.Tokenizer.from_file(str(path)).id_to_token(eot_id)
+        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    else:
+        import sentencepiece
+
+        eot = sentencepiece.SentencePieceProcessor(model_file=str(path)).id_to_piece(eot_id)
+        settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "legacy": False}
+    settings |= {
+        "bos_token": eot,
+        "eos_token": eot,
+        "clean_up_tokenization_spaces": False,
+    }
+    if length := values.get("max_position_embeddings"):
+        settings["model_max_length"] = length
+    _write_json(out / "tokenizer_config.json", settings)
+
+
+def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,107 @@
+"""The way back: what our own exports are, by the key `tlm_jax` of their config.json."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from tlm_jax import config_io
+from tlm_jax.config import ModelConfig, RunConfig, UserError
+from tlm_jax.interop import llama
+from tlm_jax.interop.tensors import TensorSource
+
+KEY = "tlm_jax"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Original:
+    """What the exported run folder knew of the model."""
+
+    run: RunConfig
+    native: bool
+    """Whether the tensors carry our names."""
+    data_layout: dict[str, Any]
+    source: dict[str, Any] | None
+
+
+def read(values: dict[str, Any], where: str) -> Original:
+    """Reads config.json of an export.
+
+    Raises:
+      UserError: Llama's fields and ours say different things.
+    """
+    try:
+        ours = values[KEY]
+        run = config_io.from_dict(ours["config"])
+        found = Original(
+            run=run,
+            native=ours["format"] == "native",
+            data_layout=ours["data_layout"],
+            source=ours.get("source"),
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{where}: {KEY} lacks {error}") from error
+    if not found.native:
+        theirs = llama.model_config({**values, "model_type": "llama"}, where)
+        for name, before, after in _meanings(run.model, theirs):
+            if before != after:
+                raise UserError(
+                    f"{where}: {name} is {after!r}, and its {KEY} says {before!r}; remove {KEY} "
+                    "to import it as a plain Llama"
+                )
+    return found
+
+
+def _meanings(*models: ModelConfig) -> list[tuple[str, Any, Any]]:
+    """What two configs say of which the tensors' shapes say nothing."""
+
+    def of(model: ModelConfig) -> dict[str, Any]:
+        mixer: Any = model.mixer
+        return {
+            "heads": mixer.heads(model.d_model),
+            "rope_theta": mixer.rope_theta,
+            "rms_norm_eps": model.norm_eps,
+            "tie_word_embeddings": model.tie_embeddings,
+        }
+
+    first, second = map(of, models)
+    return [(name, first[name], second[name]) for name in first]
+
+
+class Trimmed:
+    """A padded Llama's tensors without the padding.
+
+    Raises:
+      UserError: a unit that should be padding is not zero.
+    """
+
+    def __init__(self, source: TensorSource, widths: tuple[int, ...]) -> None:
+        self.where = source.where
+        self._source = source
+        self._widths: dict[str, int] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for name, shape in source.shapes.items():
+            dim = llama.mlp_dim(name)
+            layer = llama.layer_of(name)
+            if dim is not None and layer is not None and layer < len(widths):
+                self._widths[name] = width = widths[layer]
+                self._check_padding(name, shape, dim, width)
+                shape = (*shape[:dim], min(width, shape[dim]), *shape[dim + 1 :])
+            self.shapes[name] = shape
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        """Rows `start` to `stop` of a tensor, float32."""
+        rows = self._source.read(name, start, stop)
+        return rows[:, : self._widths[name]] if llama.mlp_dim(name) == 1 else rows
+
+    def _check_padding(self, name: str, shape: tuple[int, ...], dim: int, width: int) -> None:
+        if shape[dim] <= width:
+            return
+        start = width if dim == 0 else 0
+        beyond = self._source.read(name, start, shape[0])
+        beyond = beyond if dim == 0 else beyond[:, width:]
+        if np.any(beyond):
+            raise UserError(
+                f"{self.where}: units of {name} from {width} on are not zero, so they are no "
+                f"padding; remove {KEY} from config.json to import it as a plain Llama"
+            )
