@@ -11,8 +11,6 @@ import pytest
 from folders import TAPERED, assert_bit_equal, read_run, write_run
 from helpers import only_error
 
-pytest.importorskip("safetensors", reason="needs the extra hf")
-
 from tlm_jax import cli, mixers
 from tlm_jax import config as c
 from tlm_jax.distributed import mesh as mesh_lib

@@ -96,7 +96,13 @@ class GgufFile:
         from gguf import quants
 
         tensor = self._tensors[name]
-        rows = quants.dequantize(tensor.data[start:stop], tensor.tensor_type)
+        try:
+            rows = quants.dequantize(tensor.data[start:stop], tensor.tensor_type)
+        except NotImplementedError:
+            raise UserError(
+                f"{self.where}: {tensor.name} has type {tensor.tensor_type.name}, which gguf "
+                "cannot dequantise"
+            ) from None
         rows = np.asarray(rows, np.float32)
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             head_dim = self.config["head_dim"]

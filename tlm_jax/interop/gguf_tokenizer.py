@@ -3,7 +3,6 @@
 Byte-level BPE becomes a tokenizer.json, SentencePiece a tokenizer.model.
 """
 
-import pathlib
 from typing import Any
 
 from tlm_jax.config import UserError
@@ -16,22 +15,18 @@ _LLAMA3_SPLIT = (
 )
 
 
-def write_tokenizer(file: GgufFile, folder: pathlib.Path) -> pathlib.Path:
-    """Writes the file's tokenizer into a folder; returns its path.
+def tokenizer_file(file: GgufFile) -> tuple[str, bytes]:
+    """Name and content of the file that holds the same tokenizer.
 
     Raises:
       UserError: its kind is not known; a tokenizer file can be given instead.
     """
     kind = file.field("tokenizer.ggml.model")
     if kind == "gpt2":
-        path = folder / "tokenizer.json"
-        _byte_level_bpe(file).save(str(path))
-    elif kind == "llama":
-        path = folder / "tokenizer.model"
-        path.write_bytes(_sentencepiece(file))
-    else:
-        raise _unknown(file, "tokenizer.ggml.model", kind)
-    return path
+        return "tokenizer.json", _byte_level_bpe(file).to_str().encode()
+    if kind == "llama":
+        return "tokenizer.model", _sentencepiece(file)
+    raise _unknown(file, "tokenizer.ggml.model", kind)
 
 
 def _byte_level_bpe(file: GgufFile) -> Any:

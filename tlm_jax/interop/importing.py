@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import shutil
 from typing import Any
 
 import jax
@@ -41,8 +40,13 @@ def import_model(
     opened = _open(model)
     structure = skeleton(opened.run.model)
     loading.check(structure, opened.source, native=opened.native)
-    out.mkdir(parents=True, exist_ok=True)
-    run = _with_tokenizer(opened, model, tokenizer, out)
+    run = opened.run
+    if found := _find_tokenizer(opened, model, tokenizer):
+        name, content = found
+        out.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(content)
+        data = dataclasses.replace(run.data, tokenizer=str(out / name))
+        run = dataclasses.replace(run, data=data)
     reader = load_tokenizer(run.data.tokenizer)
     if reader.vocab_size > run.model.vocab_size:
         raise UserError(
@@ -117,29 +121,24 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
-def _with_tokenizer(
-    opened: _Opened, model: pathlib.Path, given: pathlib.Path | None, out: pathlib.Path
-) -> RunConfig:
-    """Puts the tokenizer into the run folder, and its path there into the config."""
+def _find_tokenizer(
+    opened: _Opened, model: pathlib.Path, given: pathlib.Path | None
+) -> tuple[str, bytes] | None:
+    """Name and content of the run folder's tokenizer; None for an export with the bytes."""
     if given is None and isinstance(opened.source, GgufFile):
-        target = gguf_tokenizer.write_tokenizer(opened.source, out)
-    else:
-        candidates = [given] if given else [model / name for name in TOKENIZER_FILES]
-        found = next((path for path in candidates if path.is_file()), None)
-        if found is None and given:
-            raise UserError(f"tokenizer {given} does not exist")
-        if found is None:
-            if opened.run.data.tokenizer == "bytes":  # an export of ours, which has no file
-                return opened.run
-            raise UserError(
-                f"{model} has neither {' nor '.join(TOKENIZER_FILES)}; name one with "
-                "--tokenizer FILE"
-            )
-        load_tokenizer(str(found))  # a fault is reported with the name that the user knows
-        target = out / f"tokenizer{found.suffix}"
-        shutil.copyfile(found, target)
-    data = dataclasses.replace(opened.run.data, tokenizer=str(target))
-    return dataclasses.replace(opened.run, data=data)
+        return gguf_tokenizer.tokenizer_file(opened.source)
+    candidates = [given] if given else [model / name for name in TOKENIZER_FILES]
+    for path in candidates:
+        if path.is_file():
+            load_tokenizer(str(path))  # a fault is reported with the name that the user knows
+            return f"tokenizer{path.suffix}", path.read_bytes()
+    if given:
+        raise UserError(f"tokenizer {given} does not exist")
+    if opened.run.data.tokenizer == "bytes":
+        return None
+    raise UserError(
+        f"{model} has neither {' nor '.join(TOKENIZER_FILES)}; name one with --tokenizer FILE"
+    )
 
 
 def _run_config(config: ModelConfig, values: dict[str, Any], model: pathlib.Path) -> RunConfig:
