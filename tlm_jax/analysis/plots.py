@@ -7,7 +7,7 @@ import contextlib
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tlm_jax import costs as costs_lib
@@ -280,6 +280,46 @@ def plot_arms(panels: dict[str, dict[str, list[tuple[int, float]]]], path: Path)
             axes.grid(color=_GRID)
             axes.set_axisbelow(True)
         all_axes[0].set_ylabel("validation loss (nats per token)")
+
+
+def plot_alignment(
+    rho: Mapping[str, Sequence[float]], pearson: Mapping[str, float], title: str, path: Path
+) -> None:
+    """Draws the mean cosine of MLP output and residual stream over depth.
+
+    Args:
+      rho: `h` and `z`, and each with `_after_first`: one value a layer.
+      pearson: correlation with depth, by the same names.
+      title: of the picture.
+      path: the PNG to write.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    names = {"h": "stream before the layer, h", "z": "stream before the MLP, z"}
+    with _figure(path, figsize=(8.0, 4.2)) as figure:
+        axes = figure.subplots()
+        for (name, words), color in zip(names.items(), (_WIDE, _EVAL), strict=True):
+            for key, line, which in (
+                (f"{name}_after_first", "-", ", without position 0"),
+                (name, ":", ""),
+            ):
+                axes.plot(
+                    rho[key],
+                    line,
+                    color=color,
+                    linewidth=1.6,
+                    marker="o" if line == "-" else None,
+                    markersize=4,
+                    label=f"{words}{which}: r = {pearson[key]:+.2f}",
+                )
+        axes.axhline(0, color=_MUTED, linewidth=0.8)
+        axes.set_title(title)
+        axes.set_xlabel("layer")
+        axes.set_ylabel("mean cosine with the MLP's output")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(frameon=False, fontsize=9)
+        axes.grid(color=_GRID)
+        axes.set_axisbelow(True)
 
 
 def series(metrics: Path, kind: str) -> list[dict[str, Any]]:

@@ -74,10 +74,24 @@ class Block(nnx.Module):
         cache: Any = None,
     ) -> tuple[jax.Array, Any]:
         """Returns the residual stream after the layer, and the mixer's new cache."""
+        z_BLD, cache = self.mix(x_BLD, positions_BL, segment_ids_BL, cache)
+        return self.feed_forward(z_BLD), cache
+
+    def mix(
+        self,
+        x_BLD: jax.Array,
+        positions_BL: jax.Array,
+        segment_ids_BL: jax.Array,
+        cache: Any = None,
+    ) -> tuple[jax.Array, Any]:
+        """z = x + mixer(norm(x)), the stream that the MLP reads, and the mixer's new cache."""
         with jax.named_scope("mixer"):
             y_BLD, cache = self.mixer(self.mixer_norm(x_BLD), positions_BL, segment_ids_BL, cache)
-            x_BLD = x_BLD + y_BLD
+            return x_BLD + y_BLD, cache
+
+    def feed_forward(self, z_BLD: jax.Array) -> jax.Array:
+        """z + mlp(norm(z)), one level after the other."""
         with jax.named_scope("mlp"):
             for level in self.mlp.values():
-                x_BLD = level(x_BLD)
-        return x_BLD, cache
+                z_BLD = level(z_BLD)
+        return z_BLD

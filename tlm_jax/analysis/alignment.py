@@ -1,0 +1,207 @@
+"""How much of an MLP's output points along the residual stream, layer by layer.
+
+rho_l = cos(F_l(z_l), h_l), the mean over tokens (arXiv 2606.23670): F_l(z_l) is what
+the MLP branch of layer l adds to the stream, h_l the stream before the layer. Where
+the paper leaves the reference open, z_l (the stream that the MLP itself reads) is
+reported too; and, because some models give the first token of a text a huge norm,
+all of it once more without tokens that have nothing before them. In a chain of MLPs
+the branch is what the whole chain adds.
+
+Shapes: B batch, L length, D model, N layers, R references.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.table import Table
+
+from tlm_jax.config import RunConfig, UserError
+from tlm_jax.data import open_dataset
+from tlm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from tlm_jax.distributed import mesh as mesh_lib
+from tlm_jax.distributed.sharding import to_devices
+from tlm_jax.models import Skeleton, skeleton
+from tlm_jax.training import restore
+
+Batch = dict[str, Any]
+
+REFERENCES = ("h", "z", "h_after_first", "z_after_first")
+"""Stream before the layer and before its MLP; over all tokens and without first ones."""
+LABELS = dict(zip(REFERENCES, ("h", "z", "h, no position 0", "z, no position 0"), strict=True))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """Mean cosines of a model on a text."""
+
+    mlp_widths: tuple[int, ...]
+    """One a layer."""
+    rho: dict[str, tuple[float, ...]]
+    """By reference: the mean cosine of each layer, first to last."""
+    pearson: dict[str, float]
+    """By reference: correlation of layer and rho; NaN with fewer than two layers."""
+    tokens: int
+    """Tokens averaged over."""
+    first_tokens: int
+    """Of them at position 0."""
+
+
+def measure(
+    folder: pathlib.Path, step: int, config: RunConfig, *, text: pathlib.Path | None, tokens: int
+) -> Alignment:
+    """Measures a checkpoint, in float32.
+
+    Args:
+      folder: the run folder.
+      step: which checkpoint.
+      config: its config.
+      text: a file to read; None is the validation split of the run's data.
+      tokens: about how many, in batches spread evenly over the text.
+
+    Raises:
+      UserError: the text cannot be read, or see `restore.load_params`.
+    """
+    mesh = mesh_lib.make_mesh(config)
+    model = skeleton(dataclasses.replace(config.model, compute_dtype="float32"))
+    if text is None:
+        dataset = open_dataset(config.data, config.model.vocab_size)
+        tokenizer = dataset.tokenizer
+        batches: Any = dataset.validation_batches()
+    else:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        batches = text_batches(text, tokenizer, config.data.batch_size, config.data.seq_len)
+    wanted = math.ceil(tokens / (config.data.batch_size * config.data.seq_len))
+    stride = max(1, len(batches) // wanted)
+    with jax.set_mesh(mesh):
+        params = restore.load_params(folder, step, model, tokenizer, mesh)
+        return align(model, params, (to_devices(b, mesh) for b in _every(batches, stride, wanted)))
+
+
+def _every(batches: Iterable[Batch], stride: int, count: int) -> Iterator[Batch]:
+    for index, batch in enumerate(batches):
+        if index % stride == 0 and index < stride * count:
+            yield batch
+
+
+def text_batches(
+    path: pathlib.Path, tokenizer: Tokenizer, batch_size: int, seq_len: int
+) -> list[Batch]:
+    """A text as rows that each begin with the end-of-text token; the last is padded.
+
+    Raises:
+      UserError: the file cannot be read as UTF-8, or is empty.
+    """
+    try:
+        ids = tokenizer.encode(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"text {path} cannot be read: {error}") from error
+    if not ids:
+        raise UserError(f"text {path} is empty")
+    room = seq_len - 1
+    count = math.ceil(len(ids) / room)
+    rows = np.zeros((math.ceil(count / batch_size) * batch_size, seq_len), np.int32)
+    segment_ids = np.zeros_like(rows)
+    for index in range(count):
+        row = [tokenizer.eot_id, *ids[index * room : (index + 1) * room]]
+        rows[index, : len(row)] = row
+        segment_ids[index, : len(row)] = 1
+    positions = np.broadcast_to(np.arange(seq_len, dtype=np.int32), rows.shape)
+    return [
+        {
+            "inputs": rows[start : start + batch_size],
+            "positions": positions[start : start + batch_size],
+            "segment_ids": segment_ids[start : start + batch_size],
+        }
+        for start in range(0, len(rows), batch_size)
+    ]
+
+
+def align(model: Skeleton, params: Any, batches: Iterable[Batch]) -> Alignment:
+    """The alignment of parameters on batches that lie on the device."""
+    sums_RN, counts_2 = np.zeros((len(REFERENCES), model.config.num_layers)), np.zeros(2, int)
+    step = jax.jit(lambda params, batch: _sums(model, params, batch))
+    for batch in batches:
+        sums, counts = step(params, batch)
+        sums_RN += np.asarray(sums, np.float64)
+        counts_2 += np.asarray(counts)
+    tokens, first = map(int, counts_2)
+    counts_R = np.asarray([tokens, tokens, tokens - first, tokens - first])
+    rho = {
+        name: tuple((sums_N / max(count, 1)).tolist())
+        for name, sums_N, count in zip(REFERENCES, sums_RN, counts_R, strict=True)
+    }
+    return Alignment(
+        mlp_widths=model.config.mlp_widths,
+        rho=rho,
+        pearson={name: pearson(values) for name, values in rho.items()},
+        tokens=tokens,
+        first_tokens=first,
+    )
+
+
+def pearson(values: tuple[float, ...]) -> float:
+    """The correlation of values with their index."""
+    if len(values) < 2 or len(set(values)) == 1:
+        return math.nan
+    return float(np.corrcoef(np.arange(len(values)), values)[0, 1])
+
+
+def _sums(model: Skeleton, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Cosines summed over tokens (R, N), and the tokens: all, and those at position 0."""
+    positions_BL, segment_ids_BL = batch["positions"], batch["segment_ids"]
+    all_BL = segment_ids_BL > 0
+    after_first_BL = all_BL & (positions_BL > 0)
+    merged = model.merge(params)
+
+    def layer(h_BLD: jax.Array, block: Any) -> tuple[jax.Array, jax.Array]:
+        z_BLD, _ = block.mix(h_BLD, positions_BL, segment_ids_BL)
+        y_BLD = block.feed_forward(z_BLD)
+        cosines = [_cosine(y_BLD - z_BLD, stream) for stream in (h_BLD, z_BLD)]
+        sums_R = jnp.stack(
+            [jnp.sum(c, where=where) for where in (all_BL, after_first_BL) for c in cosines]
+        )
+        return y_BLD, sums_R
+
+    x_BLD = merged.embedding[...][batch["inputs"]]
+    parts = []
+    for stacked in merged.segments.values():
+        x_BLD, sums_NR = jax.lax.scan(layer, x_BLD, stacked)
+        parts.append(sums_NR)
+    counts = jnp.stack([jnp.sum(all_BL), jnp.sum(all_BL) - jnp.sum(after_first_BL)])
+    return jnp.concatenate(parts).T, counts
+
+
+def _cosine(a_BLD: jax.Array, b_BLD: jax.Array) -> jax.Array:
+    """Cosine of each token's vectors (B, L); 0 where one of them is zero."""
+    norms_BL = jnp.linalg.norm(a_BLD, axis=-1) * jnp.linalg.norm(b_BLD, axis=-1)
+    dots_BL = jnp.sum(a_BLD * b_BLD, axis=-1)
+    return jnp.where(norms_BL > 0, dots_BL / jnp.where(norms_BL > 0, norms_BL, 1.0), 0.0)
+
+
+def table(title: str, alignment: Alignment) -> Table:
+    """One row a layer, and the correlations below."""
+    result = Table(
+        title=f"{title}: mean cosine of MLP output and residual stream, {alignment.tokens:,} "
+        f"tokens, {alignment.first_tokens:,} of them at position 0",
+        show_footer=True,
+    )
+    result.add_column("layer", "Pearson r", justify="right")
+    result.add_column("MLP width", justify="right")
+    for name, label in LABELS.items():
+        result.add_column(label, f"{alignment.pearson[name]:+.3f}", justify="right")
+    for layer, width in enumerate(alignment.mlp_widths):
+        values = (f"{alignment.rho[name][layer]:+.4f}" for name in REFERENCES)
+        result.add_row(str(layer), f"{width:,}", *values)
+    return result
+
+
+def record(alignment: Alignment, **more: Any) -> str:
+    """The measurement as JSON."""
+    return json.dumps(more | dataclasses.asdict(alignment), indent=2) + "\n"
