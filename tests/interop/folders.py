@@ -69,12 +69,12 @@ def assert_bit_equal(first: Any, second: Any) -> None:
 
 def logits(model: c.ModelConfig, params: Any, tokens_BL: np.ndarray) -> np.ndarray:
     """Our logits (B, L, V), float32."""
-    merged = skeleton(model).merge(params)
 
-    def forward(tokens: jax.Array) -> jax.Array:
+    def forward(params: Any, tokens: jax.Array) -> jax.Array:
+        merged = skeleton(model).merge(params)
         return merged.logits(merged(tokens)[0])
 
-    return np.asarray(jax.jit(forward)(tokens_BL))
+    return np.asarray(jax.jit(forward)(params, tokens_BL))
 
 
 def llama_tensors(config: dict[str, Any], seed: int = 1) -> dict[str, np.ndarray]:

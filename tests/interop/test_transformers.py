@@ -1,5 +1,6 @@
 """The same numbers as transformers, both ways, in float32 on the CPU."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -94,8 +95,6 @@ def test_what_transformers_saves_again_comes_back(tmp_path: pathlib.Path) -> Non
 
 def test_the_exported_tokenizer(bpe: pathlib.Path, tmp_path: pathlib.Path) -> None:
     """AutoTokenizer gives our ids, and the separator as first and last token of a text."""
-    import dataclasses
-
     model = dataclasses.replace(TAPERED, vocab_size=4096)
     for name in (str(bpe), None):
         write_run(tmp_path / f"run{name is None}", model, name)
@@ -112,8 +111,6 @@ def test_the_exported_tokenizer(bpe: pathlib.Path, tmp_path: pathlib.Path) -> No
 
 def test_an_exported_sentencepiece_model(tmp_path: pathlib.Path) -> None:
     """The same for a tokenizer.model."""
-    import dataclasses
-
     import sentencepiece
 
     text = tmp_path / "text.txt"
@@ -128,8 +125,9 @@ def test_an_exported_sentencepiece_model(tmp_path: pathlib.Path) -> None:
     exporting.export_model(tmp_path / "run", tmp_path / "out")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     ours = load_tokenizer(name)
-    for sample in ("a small text, number 12", *TEXTS):
+    for sample in ("a small text,  number 12", *TEXTS, " "):
         assert theirs.encode(sample, add_special_tokens=False) == ours.encode(sample)
+        assert theirs.decode(ours.encode(sample)) == sample
     assert theirs.eos_token_id == ours.eot_id
     _, _ = _import(tmp_path / "out", tmp_path / "back")
     assert load_tokenizer(str(tmp_path / "back" / "tokenizer.model")).encode("a") == ours.encode(

@@ -31,10 +31,18 @@ The tensors carry tlm-jax's own names: transformers has no such architecture.
 }
 
 
-def text(folder: pathlib.Path, step: int, metadata: dict[str, Any], form: str, dtype: str) -> str:
+def text(
+    out: pathlib.Path,
+    folder: pathlib.Path,
+    step: int,
+    metadata: dict[str, Any],
+    form: str,
+    dtype: str,
+) -> str:
     """The card as Markdown.
 
     Args:
+      out: the export, complete but for its card.
       folder: the run folder, for its evaluations.
       step: the exported checkpoint.
       metadata: what was saved with it.
@@ -53,7 +61,7 @@ def text(folder: pathlib.Path, step: int, metadata: dict[str, Any], form: str, d
         _results(folder, step),
         "## Loading\n",
         _LOAD[form].strip().format(widest=f"{max(config.model.mlp_widths):,}") + "\n",
-        _tokenizer(config, form),
+        _tokenizer(config, form, out),
         "With tlm-jax itself: `tlm import --model FOLDER --out runs/NAME`, bit for bit."
         if dtype == "float32"
         else "With tlm-jax itself: `tlm import --model FOLDER --out runs/NAME` (the parameters "
@@ -126,13 +134,15 @@ def _numbers(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]
     return found
 
 
-def _tokenizer(config: RunConfig, form: str) -> str:
+def _tokenizer(config: RunConfig, form: str, out: pathlib.Path) -> str:
     if config.data.tokenizer == "bytes":
         return (
             "The tokenizer is the bytes of UTF-8 (ids 0 to 255) and 256 for the end of a text; "
             "there is no file of it.\n"
         )
     begins = "A text begins with the end-of-text token, as in training"
+    if not (out / "tokenizer.json").is_file():
+        return f"{begins}. `tokenizer.model` is for SentencePiece; transformers splits otherwise.\n"
     if form == "native":
         return f"{begins}.\n"
     return f"{begins}: `tokenizer.bos_token + text` with `AutoTokenizer`.\n"

@@ -21,7 +21,7 @@ from tlm_jax.config import ModelConfig, RunConfig, UserError
 from tlm_jax.data import load_tokenizer
 from tlm_jax.data.tokenizers import EMBEDDED
 from tlm_jax.distributed import mesh as mesh_lib
-from tlm_jax.interop import card, llama, loading
+from tlm_jax.interop import card, llama, loading, sentencepiece_json
 from tlm_jax.interop.tensors import SHARD_BYTES, write_safetensors
 from tlm_jax.models import skeleton
 from tlm_jax.training import restore
@@ -81,7 +81,9 @@ def export_model(
         ends = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
         _write_json(out / "generation_config.json", ends)
     _write_tokenizer(config.data.tokenizer, tokenizer.eot_id, values, out)
-    (out / "README.md").write_text(card.text(folder, step, metadata, form, dtype), encoding="utf-8")
+    (out / "README.md").write_text(
+        card.text(out, folder, step, metadata, form, dtype), encoding="utf-8"
+    )
     return form
 
 
@@ -160,22 +162,26 @@ def _config_json(
 def _write_tokenizer(
     name: str | None, eot_id: int, values: dict[str, Any], out: pathlib.Path
 ) -> None:
-    """Copies the tokenizer's file, with what transformers needs to open it."""
+    """Copies the tokenizer's file, with what transformers needs to open it.
+
+    A SentencePiece model is written as tokenizer.json too, where that gives the same ids.
+    """
     if name == "bytes":
         return
     path = EMBEDDED if name is None else pathlib.Path(name).expanduser()
     shutil.copyfile(path, out / f"tokenizer{path.suffix}")
-    if path.suffix == ".json":
+    if path.suffix == ".model":
+        reader = sentencepiece_json.convert(path)
+        if reader is None:
+            return
+        reader.save(str(out / "tokenizer.json"))
+    else:
         import tokenizers
 
-        eot = tokenizers.Tokenizer.from_file(str(path)).id_to_token(eot_id)
-        settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    else:
-        import sentencepiece
-
-        eot = sentencepiece.SentencePieceProcessor(model_file=str(path)).id_to_piece(eot_id)
-        settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "legacy": False}
-    settings |= {
+        reader = tokenizers.Tokenizer.from_file(str(path))
+    eot = reader.id_to_token(eot_id)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": eot,
         "eos_token": eot,
         "clean_up_tokenization_spaces": False,

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from tlm_jax.config import DataConfig, ModelConfig, RunConfig, UserError
 from tlm_jax.data import load_tokenizer
+from tlm_jax.data.tokenizers import file_fingerprint
 from tlm_jax.interop import gguf_tokenizer, llama, loading, original
 from tlm_jax.interop.gguf_file import GgufFile
 from tlm_jax.interop.tensors import SafetensorsFolder, TensorSource
@@ -128,6 +129,8 @@ def _find_tokenizer(
     if given is None and isinstance(opened.source, GgufFile):
         return gguf_tokenizer.tokenizer_file(opened.source)
     candidates = [given] if given else [model / name for name in TOKENIZER_FILES]
+    recorded = opened.data_layout.get("tokenizer")  # an export of ours may hold it in two forms
+    candidates.sort(key=lambda path: not path.is_file() or file_fingerprint(path) != recorded)
     for path in candidates:
         if path.is_file():
             load_tokenizer(str(path))  # a fault is reported with the name that the user knows
