@@ -149,7 +149,8 @@ def test_the_card_says_what_is_known(tmp_path: pathlib.Path) -> None:
     write_run(tmp_path / "run", TAPERED, path="/some/where/prose.txt")
     (tmp_path / "run" / "eval.json").write_text(json.dumps({"step": 0, "loss": 3.25}))
     (tmp_path / "run" / "eval").mkdir()
-    record = {"tasks": {"piqa": {"acc": 0.625}}}
+    metric = {"task": "piqa", "name": "acc", "value": 0.625, "standard_error": 0.11, "rows": 20}
+    record = {"step": 0, "metrics": [metric], "config": {"seed": 5}}
     (tmp_path / "run" / "eval" / "tasks.json").write_text(json.dumps(record))
     (tmp_path / "run" / "eval" / "old.json").write_text(json.dumps({"step": 7, "loss": 9.75}))
     exporting.export_model(tmp_path / "run", tmp_path / "out")
@@ -158,8 +159,8 @@ def test_the_card_says_what_is_known(tmp_path: pathlib.Path) -> None:
         "96, 80, 64, 48, 32",
         f"{sum(a.size for a in _leaves(tmp_path / 'run')):,}",
         "`prose.txt` (fingerprint 0123)",
-        "| `eval.json` | loss | 3.25 |",
-        "| `eval/tasks.json` | tasks piqa acc | 0.625 |",
+        "| loss | 3.25 |  |  | `eval.json` |",
+        "| piqa acc | 0.625 | 0.11 | 20 | `eval/tasks.json` |",
         "the bytes of UTF-8",
     ):
         assert expected in text

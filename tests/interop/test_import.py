@@ -267,13 +267,19 @@ def test_damaged_and_missing_files(bpe: pathlib.Path, tmp_path: pathlib.Path) ->
 
 
 def test_a_run_folder_can_be_moved_but_not_trained(
-    bpe: pathlib.Path, config_file: pathlib.Path, tmp_path: pathlib.Path
+    bpe: pathlib.Path,
+    config_file: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The tokenizer goes with it; `tlm train` says in one line that it has no optimizer state."""
+    """Its tokenizer goes with it and it writes text; `tlm train` says what it lacks, in a line."""
     folder = write_llama(tmp_path / "hf", bpe)
     importing.import_model(folder, tmp_path / "run", None, mesh_lib.single_device_mesh())
     shutil.move(tmp_path / "run", tmp_path / "moved")
     config, _ = read_run(tmp_path / "moved")
+    words = ["generate", "--checkpoint", str(tmp_path / "moved"), "--prompt", "In 1812 it"]
+    assert cli.main([*words, "--num_tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("In 1812 it")
     assert config.data.tokenizer == str(tmp_path / "moved" / "tokenizer.json")
     result = run("train.py", "--config", config_file, "--workdir", tmp_path / "moved")
     assert result.returncode == 1

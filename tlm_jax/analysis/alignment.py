@@ -162,8 +162,11 @@ def _sums(model: Skeleton, params: Any, batch: Batch) -> tuple[jax.Array, jax.Ar
 
     def layer(h_BLD: jax.Array, block: Any) -> tuple[jax.Array, jax.Array]:
         z_BLD, _ = block.mix(h_BLD, positions_BL, segment_ids_BL)
-        y_BLD = block.feed_forward(z_BLD)
-        cosines = [_cosine(y_BLD - z_BLD, stream) for stream in (h_BLD, z_BLD)]
+        y_BLD, branch_BLD = z_BLD, jnp.zeros_like(z_BLD)
+        for level in block.mlp.values():
+            added_BLD = level.branch(y_BLD)  # y - z would lose digits beside a large stream
+            y_BLD, branch_BLD = y_BLD + added_BLD, branch_BLD + added_BLD
+        cosines = [_cosine(branch_BLD, stream) for stream in (h_BLD, z_BLD)]
         sums_R = jnp.stack(
             [jnp.sum(c, where=where) for where in (all_BL, after_first_BL) for c in cosines]
         )

@@ -9,8 +9,7 @@ from tlm_jax.config import RunConfig
 
 _LOAD = {
     "llama": """
-The MLPs are padded with zeros to the widest layer ({widest}), which changes no output: any tool
-that reads Llama reads this folder.
+{padding}ny tool that reads Llama reads this folder.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -60,7 +59,7 @@ def text(
         "## Results\n",
         _results(folder, step),
         "## Loading\n",
-        _LOAD[form].strip().format(widest=f"{max(config.model.mlp_widths):,}") + "\n",
+        _LOAD[form].strip().format(padding=_padding(config.model.mlp_widths)) + "\n",
         _tokenizer(config, form, out),
         "With tlm-jax itself: `tlm import --model FOLDER --out runs/NAME`, bit for bit."
         if dtype == "float32"
@@ -68,6 +67,15 @@ def text(
         "were rounded to bfloat16).",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _padding(widths: tuple[int, ...]) -> str:
+    if len(set(widths)) == 1:
+        return "A"
+    return (
+        f"The MLPs are padded with zeros to the widest layer ({max(widths):,}), which changes no "
+        "output: a"
+    )
 
 
 def _model(config: RunConfig, metadata: dict[str, Any], dtype: str) -> str:
@@ -108,30 +116,35 @@ def _training(config: RunConfig, step: int, metadata: dict[str, Any]) -> str:
 
 
 def _results(folder: pathlib.Path, step: int) -> str:
-    """Every number in eval.json and below eval/ that belongs to this checkpoint."""
+    """The metrics in eval.json and below eval/ that belong to this checkpoint."""
     lines = []
     for path in [folder / "eval.json", *sorted((folder / "eval").rglob("*.json"))]:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        if not isinstance(record, dict) or record.get("step", step) != step:
+        if not isinstance(record, dict) or record.get("step") != step:
             continue
-        for name, value in _numbers(record):
-            lines.append(f"| `{path.relative_to(folder)}` | {name} | {value:,.6g} |")
+        for metric in _metrics(record):
+            values = (metric.get(name) for name in ("value", "standard_error", "rows"))
+            cells = ["" if value is None else f"{value:,.6g}" for value in values]
+            name = f"{metric.get('task', '')} {metric.get('name', '')}".strip()
+            lines.append(f"| {name} | {' | '.join(cells)} | `{path.relative_to(folder)}` |")
     if not lines:
         return "None: this checkpoint was not evaluated.\n"
-    return "\n".join(["| file | metric | value |", "|---|---|---|", *lines]) + "\n"
+    head = ["| metric | value | standard error | rows | file |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *lines]) + "\n"
 
 
-def _numbers(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    found = []
-    for name, value in record.items():
-        if isinstance(value, dict):
-            found += _numbers(value, f"{prefix}{name} ")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and name != "step":
-            found.append((f"{prefix}{name}", value))
-    return found
+def _metrics(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """A list of metrics, or else the numbers of the record itself."""
+    if isinstance(record.get("metrics"), list):
+        return record["metrics"]
+    return [
+        {"name": name, "value": value}
+        for name, value in record.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and name != "step"
+    ]
 
 
 def _tokenizer(config: RunConfig, form: str, out: pathlib.Path) -> str:

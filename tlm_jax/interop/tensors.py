@@ -1,6 +1,7 @@
 """Tensors by name: safetensors files read in parts, and written in shards."""
 
 import json
+import os
 import pathlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -115,11 +116,13 @@ def write_safetensors(
         held[name] = np.ascontiguousarray(array)
         total += array.nbytes
     save(held)
+    os.umask(mask := os.umask(0o077))
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         file = file if len(shards) > 1 else WEIGHTS
-        (folder / f"shard-{number}").rename(folder / file)
+        path = (folder / f"shard-{number}").rename(folder / file)
+        path.chmod(0o666 & ~mask)  # the library makes files that only their owner can read
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}

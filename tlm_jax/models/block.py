@@ -74,8 +74,11 @@ class Block(nnx.Module):
         cache: Any = None,
     ) -> tuple[jax.Array, Any]:
         """Returns the residual stream after the layer, and the mixer's new cache."""
-        z_BLD, cache = self.mix(x_BLD, positions_BL, segment_ids_BL, cache)
-        return self.feed_forward(z_BLD), cache
+        x_BLD, cache = self.mix(x_BLD, positions_BL, segment_ids_BL, cache)
+        with jax.named_scope("mlp"):
+            for level in self.mlp.values():
+                x_BLD = level(x_BLD)
+        return x_BLD, cache
 
     def mix(
         self,
@@ -88,10 +91,3 @@ class Block(nnx.Module):
         with jax.named_scope("mixer"):
             y_BLD, cache = self.mixer(self.mixer_norm(x_BLD), positions_BL, segment_ids_BL, cache)
             return x_BLD + y_BLD, cache
-
-    def feed_forward(self, z_BLD: jax.Array) -> jax.Array:
-        """z + mlp(norm(z)), one level after the other."""
-        with jax.named_scope("mlp"):
-            for level in self.mlp.values():
-                z_BLD = level(z_BLD)
-        return z_BLD

@@ -73,9 +73,13 @@ class MLP(nnx.Module):
         )
 
     def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        return x_BLD + self.branch(x_BLD)
+
+    def branch(self, x_BLD: jax.Array) -> jax.Array:
+        """SwiGLU(norm(x)), what the MLP adds to the stream."""
         h_BLD = self.norm(x_BLD)
         h_BLF = jax.nn.silu(dense(h_BLD, self.gate[...])) * dense(h_BLD, self.up[...])
-        return x_BLD + dense(h_BLF, self.down[...])
+        return dense(h_BLF, self.down[...])
 
 
 def rotary(x_BLHK: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Array:
