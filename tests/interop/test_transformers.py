@@ -16,6 +16,7 @@ from folders import LLAMA, TAPERED, assert_bit_equal, logits, read_run, write_ll
 from tlm_jax.data import load_tokenizer
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.interop import exporting, importing
+from tlm_jax.models import skeleton
 
 EXTRA = "needs the extra reference (transformers with torch)"
 torch = pytest.importorskip("torch", reason=EXTRA)
@@ -159,6 +160,8 @@ def test_an_import_computes_the_same(kind: str, bpe: pathlib.Path, tmp_path: pat
     ours, theirs = logits(run.model, params, tokens), _theirs(tmp_path / "hf", tokens)
     assert np.abs(ours).max() > 1
     assert np.abs(ours - theirs).max() < 1e-4
+    if kind == "llama":
+        _same_alignment(run.model, params, model.eval(), tokens)
 
 
 def test_an_import_in_half_precision(bpe: pathlib.Path, tmp_path: pathlib.Path) -> None:
@@ -201,6 +204,37 @@ def test_smollm2(tmp_path: pathlib.Path) -> None:
     worst = np.abs(actual - expected).max()
     print(f"largest difference of logits {worst:.2e} of at most {np.abs(expected).max():.1f}")
     assert worst < 1e-3
+    _same_alignment(run.model, params, reference, tokens)
+
+
+def _same_alignment(model: Any, params: Any, reference: Any, tokens_BL: np.ndarray) -> None:
+    """Our cosines are those of what hooks in transformers see."""
+    from tlm_jax.analysis import alignment
+
+    seen: dict[str, list[Any]] = {"h": [], "z": [], "branch": []}
+    hooks = []
+    for layer in reference.model.layers:
+        for name, norm in (("h", layer.input_layernorm), ("z", layer.post_attention_layernorm)):
+            hooks.append(
+                norm.register_forward_pre_hook(lambda _, args, n=name: seen[n].append(args[0]))
+            )
+        hooks.append(layer.mlp.register_forward_hook(lambda _, a, y: seen["branch"].append(y)))
+    with torch.no_grad():
+        reference(torch.from_numpy(tokens_BL))
+    for hook in hooks:
+        hook.remove()
+    positions = np.broadcast_to(np.arange(tokens_BL.shape[1]), tokens_BL.shape)
+    batch = {"inputs": tokens_BL, "positions": positions, "segment_ids": np.ones_like(tokens_BL)}
+    result = alignment.align(skeleton(model), params, [batch])
+    for name in ("h", "z"):
+        cosines = [
+            torch.nn.functional.cosine_similarity(branch.double(), stream.double(), dim=-1)
+            for branch, stream in zip(seen["branch"], seen[name], strict=True)
+        ]
+        every = [float(c.mean()) for c in cosines]
+        after = [float(c[:, 1:].mean()) for c in cosines]
+        np.testing.assert_allclose(result.rho[name], every, atol=2e-6)
+        np.testing.assert_allclose(result.rho[f"{name}_after_first"], after, atol=2e-6)
 
 
 def _read_gguf_by_transformers(file: pathlib.Path) -> Any:
