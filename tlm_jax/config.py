@@ -176,6 +176,14 @@ class TrainingConfig:
     """Steps between evaluations (also at the end); 0 is only at the end."""
     eval_batches: int | None = _may_change(None)
     """Validation batches while training, spread evenly; None is all, as at the end."""
+    suites: tuple[str, ...] = _may_change(())
+    """Suites and tasks (see tlm eval --help) evaluated while training, such as lambada piqa."""
+    suites_every: int = _may_change(1000)
+    """Steps between them (also at the end); 0 is only at the end."""
+    suites_limit: int = _may_change(100)
+    """Documents of each task."""
+    suites_data_dir: str | None = _may_change(None)
+    """Folder with TASK/SPLIT.jsonl; None reads from the hub."""
     checkpoint_every: int = _may_change(200)
     """Steps between checkpoints (also at the end); 0 is only at the end."""
     keep_last: int = _may_change(2)
@@ -192,10 +200,17 @@ class TrainingConfig:
     """0 is greedy."""
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "grad_accumulation", "log_every", "keep_last", "max_bad_steps"):
+        positive = ("num_steps", "grad_accumulation", "log_every", "keep_last", "max_bad_steps")
+        for name in (*positive, "suites_limit"):
             value = getattr(self, name)
             require(value > 0, f"{name} is {value}; it must be at least 1")
-        for name in ("loss_chunk", "eval_every", "checkpoint_every", "sample_tokens"):
+        for name in (
+            "loss_chunk",
+            "eval_every",
+            "suites_every",
+            "checkpoint_every",
+            "sample_tokens",
+        ):
             value = getattr(self, name)
             require(value >= 0, f"{name} is {value}; it must not be negative")
 

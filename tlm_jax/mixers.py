@@ -7,7 +7,7 @@ it in `models.registry`, and its costs in `costs.mixer_costs`.
 import dataclasses
 import itertools
 import math
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from tlm_jax import taper as taper_lib
 from tlm_jax.taper_config import TaperConfig
@@ -113,6 +113,14 @@ class MLPConfig:
 class MixerConfig:
     """Base of all mixer configs; static, hashable, compared by value."""
 
+    masks_by_segment: ClassVar[bool] = False
+    """What a token sees follows from segment ids and positions, wherever in the row it stands.
+
+    So padding before it changes nothing, and documents may branch (see `branches.BRANCH`).
+    True of attention that masks keys; not of mixers that count tokens from the row's start.
+    Evaluation then packs its rows.
+    """
+
     def layers(self, num_layers: int, d_model: int) -> tuple["MixerConfig", ...]:
         """The mixer of each layer; a mixer that tapers gives configs that differ."""
         del d_model
@@ -158,6 +166,8 @@ def _check_heads(d_model: int, num_heads: int, head_dim: int | None) -> None:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig(MixerConfig):
     """Multi-head or grouped-query softmax attention with rotary positions."""
+
+    masks_by_segment: ClassVar[bool] = True
 
     num_heads: int = 4
     """Query heads."""

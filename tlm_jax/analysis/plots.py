@@ -3,42 +3,20 @@
 `python -m tlm_jax.analysis.plots docs/images/taper.png` draws the picture of the README.
 """
 
-import contextlib
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tlm_jax import costs as costs_lib
 from tlm_jax import taper as taper_lib
 from tlm_jax.analysis.plan import short_count
+from tlm_jax.analysis.style import EVAL, GRID, INK, MUTED, NARROW, TRAIN, WIDE, Path, house_figure
 from tlm_jax.config import ModelConfig
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-Path = str | pathlib.Path
-
-_DPI = 160
-_INK, _MUTED, _GRID = "#1f2933", "#7b8794", "#e4e7eb"
-_WIDE, _NARROW, _TRAIN, _EVAL = "#0b5c8a", "#8fd0e8", "#9fb8cc", "#c2410c"
-_STYLE: Any = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.edgecolor": _MUTED,
-    "axes.labelcolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlecolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "text.color": _INK,
-}
 
 
 def plot_plan(model: ModelConfig, path: Path) -> None:
@@ -53,7 +31,7 @@ def plot_plan(model: ModelConfig, path: Path) -> None:
     widths = model.mlp_widths
     stairs = taper_lib.segments(widths)
     parameters = costs_lib.model_costs(model, seq_len=1).parameters
-    with _figure(path, figsize=(8.0, 4.5)) as figure:
+    with house_figure(path, figsize=(8.0, 4.5)) as figure:
         axes = figure.subplots()
         for segment in stairs:
             # One block per segment, for one scan runs its layers; thin lines part those.
@@ -75,7 +53,7 @@ def plot_plan(model: ModelConfig, path: Path) -> None:
         axes.set_ylabel("MLP width")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes.grid(axis="y", color=_GRID, zorder=0)
+        axes.grid(axis="y", color=GRID, zorder=0)
         _label_ends(axes, widths)
         noun = "segment" if len(stairs) == 1 else "segments"
         axes.set_title(
@@ -88,12 +66,12 @@ def plot_plan(model: ModelConfig, path: Path) -> None:
             f"sum of widths {sum(widths):,} = {len(widths)} x {model.mlp_width:,}, "
             "exactly that of the uniform model",
             transform=axes.transAxes,
-            color=_MUTED,
+            color=MUTED,
         )
 
 
 def _uniform_line(axes: "Axes", width: int, layers: int) -> None:
-    axes.axhline(width, color=_EVAL, linestyle=(0, (5, 3)), linewidth=1.6, zorder=4)
+    axes.axhline(width, color=EVAL, linestyle=(0, (5, 3)), linewidth=1.6, zorder=4)
     axes.annotate(
         f"uniform: {width:,}",
         (layers - 0.4, width),
@@ -101,7 +79,7 @@ def _uniform_line(axes: "Axes", width: int, layers: int) -> None:
         textcoords="offset points",
         ha="right",
         va="bottom",
-        color=_EVAL,
+        color=EVAL,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85},
         zorder=5,
     )
@@ -132,7 +110,7 @@ def plot_taper(path: Path, *, num_layers: int = 24, base_width: int = 4096) -> N
     """
     uniform = taper_lib.layer_widths(num_layers, base_width, "uniform")
     tapered = taper_lib.layer_widths(num_layers, base_width)
-    with _figure(path, figsize=(8.4, 4.6)) as figure:
+    with house_figure(path, figsize=(8.4, 4.6)) as figure:
         panels = figure.subplots(1, 2, sharex=True, sharey=True)
         reach = max(tapered) * 0.56
         for axes, widths, name in zip(
@@ -148,36 +126,36 @@ def plot_taper(path: Path, *, num_layers: int = 24, base_width: int = 4096) -> N
                     textcoords="offset points",
                     va="center",
                     fontsize=9,
-                    color=_MUTED,
+                    color=MUTED,
                 )
             axes.set_title(name, loc="center")
             axes.set_xlim(-reach, reach * 1.12)
             axes.set_axis_off()
-        dashed = {"color": _EVAL, "linestyle": (0, (5, 3)), "linewidth": 1.3}
+        dashed = {"color": EVAL, "linestyle": (0, (5, 3)), "linewidth": 1.3}
         for x in (-base_width / 2, base_width / 2):
             panels[1].plot([x, x], [-0.6, num_layers - 0.4], **dashed)
         panels[1].text(
             base_width / 2 + reach * 0.03,
             num_layers - 1.6,
             "uniform width",
-            color=_EVAL,
+            color=EVAL,
             fontsize=9,
             va="center",
         )
         for layer, words in ((0, "first layer"), (num_layers - 1, "last layer")):
-            panels[0].text(-reach * 1.02, layer, words, ha="right", va="center", color=_MUTED)
+            panels[0].text(-reach * 1.02, layer, words, ha="right", va="center", color=MUTED)
         panels[0].annotate(
             "",
             (-reach * 1.2, num_layers - 2.2),
             xytext=(-reach * 1.2, 1.2),
-            arrowprops={"arrowstyle": "->", "color": _MUTED},
+            arrowprops={"arrowstyle": "->", "color": MUTED},
             annotation_clip=False,
         )
         figure.supxlabel(
             f"MLP width of {num_layers} layers. Both stacks: {sum(tapered):,} hidden units, "
             "the same parameters, the same FLOPs.",
             fontsize=10,
-            color=_INK,
+            color=INK,
         )
 
 
@@ -196,22 +174,22 @@ def plot_curves(metrics: Path, path: Path) -> None:
     train, evaluation = (series(metrics, kind) for kind in ("train", "eval"))
     if not train and not evaluation:
         raise ValueError(f"{metrics} has no losses to draw")
-    with _figure(path, figsize=(8.0, 5.2)) as figure:
+    with house_figure(path, figsize=(8.0, 5.2)) as figure:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
         if train:
             steps = [row["step"] for row in train]
             losses = [row["loss"] for row in train]
             faint = len(train) > 60
-            top.plot(steps, losses, color=_TRAIN, linewidth=1, label=None if faint else "training")
+            top.plot(steps, losses, color=TRAIN, linewidth=1, label=None if faint else "training")
             if faint:
                 smooth = _smooth(losses)
-                top.plot(steps, smooth, color=_WIDE, linewidth=1.8, label="training (smoothed)")
+                top.plot(steps, smooth, color=WIDE, linewidth=1.8, label="training (smoothed)")
         if evaluation:
             last = evaluation[-1]
             top.plot(
                 [row["step"] for row in evaluation],
                 [row["loss"] for row in evaluation],
-                color=_EVAL,
+                color=EVAL,
                 marker="o",
                 markersize=4.5,
                 linewidth=1.6,
@@ -223,7 +201,7 @@ def plot_curves(metrics: Path, path: Path) -> None:
                 xytext=(0, 8),
                 textcoords="offset points",
                 ha="right",
-                color=_EVAL,
+                color=EVAL,
             )
         top.set_ylabel("loss (nats per token)")
         top.legend(frameon=False)
@@ -236,7 +214,7 @@ def plot_curves(metrics: Path, path: Path) -> None:
         bottom.plot(
             [row["step"] for row in rates],
             [row["learning_rate"] for row in rates],
-            color=_INK,
+            color=INK,
             linewidth=1.4,
         )
         bottom.set_ylim(bottom=0)
@@ -245,7 +223,7 @@ def plot_curves(metrics: Path, path: Path) -> None:
         bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         bottom.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         for axes in (top, bottom):
-            axes.grid(color=_GRID)
+            axes.grid(color=GRID)
             axes.set_axisbelow(True)
         figure.align_ylabels()
 
@@ -257,11 +235,11 @@ def plot_arms(panels: dict[str, dict[str, list[tuple[int, float]]]], path: Path)
       panels: for each title the arms, at most two; for each arm its (step, loss) points.
       path: the PNG to write.
     """
-    with _figure(path, figsize=(10.0, 3.4)) as figure:
+    with house_figure(path, figsize=(10.0, 3.4)) as figure:
         all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, (title, arms) in zip(all_axes, panels.items(), strict=True):
             for (arm, points), color, line in zip(
-                arms.items(), (_EVAL, _WIDE), ("-", "--"), strict=False
+                arms.items(), (EVAL, WIDE), ("-", "--"), strict=False
             ):
                 steps, losses = zip(*points, strict=True)
                 axes.plot(
@@ -277,49 +255,9 @@ def plot_arms(panels: dict[str, dict[str, list[tuple[int, float]]]], path: Path)
             axes.set_title(title)
             axes.set_xlabel("step")
             axes.legend(frameon=False)
-            axes.grid(color=_GRID)
+            axes.grid(color=GRID)
             axes.set_axisbelow(True)
         all_axes[0].set_ylabel("validation loss (nats per token)")
-
-
-def plot_alignment(
-    rho: Mapping[str, Sequence[float]], pearson: Mapping[str, float], title: str, path: Path
-) -> None:
-    """Draws the mean cosine of MLP output and residual stream over depth.
-
-    Args:
-      rho: `h` and `z`, and each with `_after_first`: one value a layer.
-      pearson: correlation with depth, by the same names.
-      title: of the picture.
-      path: the PNG to write.
-    """
-    from matplotlib.ticker import MaxNLocator
-
-    names = {"h": "stream before the layer, h", "z": "stream before the MLP, z"}
-    with _figure(path, figsize=(8.0, 4.2)) as figure:
-        axes = figure.subplots()
-        for (name, words), color in zip(names.items(), (_WIDE, _EVAL), strict=True):
-            for key, line, which in (
-                (f"{name}_after_first", "-", ", without position 0"),
-                (name, ":", ""),
-            ):
-                axes.plot(
-                    rho[key],
-                    line,
-                    color=color,
-                    linewidth=1.6,
-                    marker="o" if line == "-" else None,
-                    markersize=4,
-                    label=f"{words}{which}: r = {pearson[key]:+.2f}",
-                )
-        axes.axhline(0, color=_MUTED, linewidth=0.8)
-        axes.set_title(title)
-        axes.set_xlabel("layer")
-        axes.set_ylabel("mean cosine with the MLP's output")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(frameon=False, fontsize=9)
-        axes.grid(color=_GRID)
-        axes.set_axisbelow(True)
 
 
 def series(metrics: Path, kind: str) -> list[dict[str, Any]]:
@@ -360,24 +298,8 @@ def _shade(width: float, widths: Sequence[int]) -> str:
     """Darker for wider layers."""
     low, high = min(widths), max(widths)
     share = 0.5 if low == high else (width - low) / (high - low)
-    pairs = [(int(_NARROW[i : i + 2], 16), int(_WIDE[i : i + 2], 16)) for i in (1, 3, 5)]
+    pairs = [(int(NARROW[i : i + 2], 16), int(WIDE[i : i + 2], 16)) for i in (1, 3, 5)]
     return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in pairs)
-
-
-@contextlib.contextmanager
-def _figure(path: Path, figsize: tuple[float, float]) -> Iterator["Figure"]:
-    """A figure in the house style, saved to `path` on leaving.
-
-    It is made without pyplot, so nothing asks for a window system or keeps state.
-    """
-    import matplotlib as mpl  # slow to import, and few commands draw
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=figsize, dpi=_DPI, layout="constrained")
-        yield figure
-        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, facecolor="white", format="png")
 
 
 if __name__ == "__main__":

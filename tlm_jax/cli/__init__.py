@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from tlm_jax.cli import align, evaluate, export, generate, import_model, plan, train
+from tlm_jax.cli import align, evaluate, export, generate, import_model, plan, report, train
 from tlm_jax.config import UserError
 
 VERBS: dict[str, ModuleType] = {
@@ -18,6 +18,7 @@ VERBS: dict[str, ModuleType] = {
     "eval": evaluate,
     "generate": generate,
     "plan": plan,
+    "report": report,
     "import": import_model,
     "export": export,
     "align": align,

@@ -33,7 +33,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     if command.tokens < 1:
         raise UserError("--tokens must be at least 1")
     quiet_libraries()
-    from tlm_jax.analysis import alignment, plots
+    from tlm_jax.analysis import alignment, evaluation_plots
     from tlm_jax.training import restore
 
     step, metadata = restore.saved_metadata(command.checkpoint, command.step)
@@ -54,7 +54,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "alignment.json").write_text(text, encoding="utf-8")
-        plots.plot_alignment(result.rho, result.pearson, title, out / "alignment.png")
+        evaluation_plots.plot_alignment(result.rho, result.pearson, title, out / "alignment.png")
     except OSError as error:
         raise UserError(f"cannot write into {out}: {error.strerror}") from error
     console.print(f"Drawn in {out / 'alignment.png'}", highlight=False, soft_wrap=True)

@@ -10,36 +10,102 @@ import tyro
 from rich.console import Console
 
 from tlm_jax.cli.parsing import Run, option_value, parse, path_after, quiet_libraries
+from tlm_jax.config import UserError
+from tlm_jax.evaluation.options import NeedleConfig, SuiteConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
-    """Validation loss, perplexity and bits per byte of a checkpoint."""
+    """Evaluate a checkpoint: held-out loss, or suites of tasks.
+
+    Without --tasks: loss, perplexity and bits per byte of the validation split. Suites: lambada,
+    commonsense, wikitext, niah, paper (all columns of the paper); any task of lm-eval besides.
+    """
 
     checkpoint: pathlib.Path
     """Run folder."""
     run: Run
     step: int | None = None
     """Step of the checkpoint; None is the newest."""
+    tasks: tuple[str, ...] = ()
+    """Suites and tasks, such as: paper, or lambada piqa."""
+    data_dir: pathlib.Path | None = None
+    """Folder with TASK/SPLIT.jsonl; None reads the tasks' data from the hub."""
+    limit: int | None = None
+    """First documents of each task; None is all."""
+    num_fewshot: int | None = None
+    """Examples before each question; None is what the task says."""
+    max_length: int | None = None
+    """Most tokens the model reads; None is data.seq_len."""
+    batch_tokens: int | None = None
+    """Tokens of a batch; None is found from the memory."""
+    log_samples: bool = False
+    """Write what was asked and answered, with log-likelihoods, to eval/*.samples.jsonl."""
+    needle: NeedleConfig = dataclasses.field(default_factory=NeedleConfig)
 
 
 def run(argv: Sequence[str], prog: str) -> int:
     """Runs `tlm eval`; returns the exit status."""
     folder = path_after("--checkpoint", argv, prog)
     quiet_libraries()
-    from tlm_jax.evaluation import report
     from tlm_jax.training import restore
 
     wanted = option_value("--step", argv) or ""
     step, metadata = restore.saved_metadata(folder, int(wanted) if wanted.isdigit() else None)
     defaults = restore.saved_config(metadata)
     command = parse(Command, argv, prog, checkpoint=tyro.MISSING, run=defaults)
-    console = Console()
+    if command.tasks:
+        return _suites(folder, step, command)
+    return _held_out(folder, step, command)
+
+
+def _held_out(folder: pathlib.Path, step: int, command: Command) -> int:
+    from tlm_jax.evaluation import report
+    from tlm_jax.training import restore
+
     result = restore.evaluate(folder, step, command.run)
-    console.print(report.table(folder, step, result))
+    Console().print(report.table(folder, step, result))
     record = {"checkpoint": str(folder), "step": step} | dataclasses.asdict(result)
     text = json.dumps(record)
     with contextlib.suppress(OSError):  # a read-only run can still be evaluated
         (folder / "eval.json").write_text(text + "\n", encoding="utf-8")
     print(text)
+    return 0
+
+
+def _suites(folder: pathlib.Path, step: int, command: Command) -> int:
+    import jax
+
+    from tlm_jax.analysis import evaluation_plots
+    from tlm_jax.evaluation import records
+    from tlm_jax.training import restore
+
+    if command.data_dir is not None and not command.data_dir.is_dir():
+        raise UserError(f"--data_dir {command.data_dir} is not a folder")
+    fields = [f.name for f in dataclasses.fields(SuiteConfig)]
+    how = SuiteConfig(**{name: getattr(command, name) for name in fields})
+    outcome = restore.evaluate_suites(folder, step, command.run, how)
+    if jax.process_index():
+        return 0
+    console = Console()
+    record = records.record(outcome, checkpoint=str(folder), step=step, run=command.run, how=how)
+    target = folder / records.FOLDER / records.file_name(how.tasks, step)
+    try:
+        target.parent.mkdir(exist_ok=True)
+        target.with_suffix(".json").write_text(
+            json.dumps(record, indent=1) + "\n", encoding="utf-8"
+        )
+        if how.log_samples:
+            lines = (
+                json.dumps({"task": task, **sample}) + "\n"
+                for task, samples in outcome.samples.items()
+                for sample in samples
+            )
+            target.with_suffix(".samples.jsonl").write_text("".join(lines), encoding="utf-8")
+        if needles := outcome.samples.get("niah"):
+            evaluation_plots.plot_needles(needles, target.with_suffix(".png"))
+            console.print(f"Drawn in {target.with_suffix('.png')}", highlight=False)
+    except OSError as error:  # a read-only run can still be evaluated
+        console.print(f"[yellow]{target}.json is not written:[/] {error.strerror}")
+    console.print(records.table([records.parsed(record)]))
     return 0

@@ -3,6 +3,8 @@
 Shapes: B batch, L length, C chunk of positions, D model, V vocab.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -24,19 +26,55 @@ def token_losses(
     Returns:
       nll_BL and log_z_BL, float32.
     """
+
+    def one_chunk(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+        return log_z_BC - _pick(logits_BCV, targets_BC), log_z_BC
+
+    return _in_chunks(one_chunk, hidden_BLD, head_DV, targets_BL, chunk)
+
+
+def token_scores(
+    hidden_BLD: jax.Array, head_DV: jax.Array, targets_BL: jax.Array, *, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Negative log-likelihood of each target, and whether greedy decoding would choose it.
+
+    Args: see `token_losses`.
+
+    Returns:
+      nll_BL, and greedy_BL with 1 and 0, float32.
+    """
+
+    def one_chunk(logits_BCV: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
+        nll_BC = jax.nn.logsumexp(logits_BCV, axis=-1) - _pick(logits_BCV, targets_BC)
+        best_BC = jnp.argmax(logits_BCV, axis=-1)
+        return nll_BC, (best_BC == targets_BC).astype(jnp.float32)
+
+    return _in_chunks(one_chunk, hidden_BLD, head_DV, targets_BL, chunk)
+
+
+def _pick(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+
+
+def _in_chunks(
+    of_logits: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+    hidden_BLD: jax.Array,
+    head_DV: jax.Array,
+    targets_BL: jax.Array,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array]:
     head_DV = head_DV.astype(hidden_BLD.dtype)
 
     def one_chunk(hidden_BCD: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits_BCV = jnp.matmul(hidden_BCD, head_DV, preferred_element_type=jnp.float32)
-        log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
-        picked_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
-        return log_z_BC - picked_BC, log_z_BC
+        return of_logits(logits_BCV, targets_BC)
 
     B, L, D = hidden_BLD.shape
     if chunk == 0 or chunk >= L:
         return one_chunk(hidden_BLD, targets_BL)
     chunks = L // chunk
-    _, (nll, log_z) = jax.lax.scan(
+    _, (first, second) = jax.lax.scan(
         lambda _, xs: (None, jax.checkpoint(one_chunk, prevent_cse=False)(*xs)),
         None,
         (
@@ -44,4 +82,4 @@ def token_losses(
             targets_BL.reshape(B, chunks, chunk).swapaxes(0, 1),
         ),
     )
-    return nll.swapaxes(0, 1).reshape(B, L), log_z.swapaxes(0, 1).reshape(B, L)
+    return first.swapaxes(0, 1).reshape(B, L), second.swapaxes(0, 1).reshape(B, L)

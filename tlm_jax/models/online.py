@@ -28,6 +28,7 @@ Shapes: B batch (rows), L length, C tokens of a piece, P pieces of a row, V voca
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -37,6 +38,7 @@ from tlm_jax.mixers import MLPConfig
 from tlm_jax.models.cross_entropy import token_losses
 from tlm_jax.models.language_model import Skeleton
 
+TokenLosses = Callable[..., tuple[jax.Array, jax.Array]]
 Levels = dict[str, dict[str, Any]]
 """Parameters of the updated levels, by segment and level."""
 
@@ -109,11 +111,13 @@ def _per_row(tree: Any, rows: int) -> Any:
 class _Pieces:
     """Runs one piece of all rows, each with its own weights."""
 
-    def __init__(self, skeleton: Skeleton, params: Any, *, chunk: int):
+    def __init__(
+        self, skeleton: Skeleton, params: Any, *, chunk: int, losses: TokenLosses = token_losses
+    ):
         self.config = skeleton.config.mlp
         if not self.config.online_chunks:
             raise ValueError("mlp.online_chunks is empty: this model has no updates in a sequence")
-        self.skeleton, self.params = skeleton, params
+        self.skeleton, self.params, self.losses = skeleton, params, losses
         self.chunk = math.gcd(chunk, self.config.online_piece)  # 0 stays the whole piece
 
     def start(self, rows: int, length: int) -> tuple[FastWeights, Any]:
@@ -133,7 +137,7 @@ class _Pieces:
             segment_ids_BL=piece["segment_ids"],
             cache=cache,
         )
-        nll, log_z = token_losses(hidden, model.head_DV, piece["targets"], chunk=self.chunk)
+        nll, log_z = self.losses(hidden, model.head_DV, piece["targets"], chunk=self.chunk)
         return nll[0], log_z[0], cache
 
     def levels(self, difference: Levels) -> Levels:
@@ -160,7 +164,12 @@ class _Pieces:
 
 
 def online_losses(
-    skeleton: Skeleton, params: Any, batch: dict[str, jax.Array], *, chunk: int
+    skeleton: Skeleton,
+    params: Any,
+    batch: dict[str, jax.Array],
+    *,
+    chunk: int,
+    losses: TokenLosses = token_losses,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`loss.batch_losses` with updates inside the rows.
 
@@ -174,6 +183,8 @@ def online_losses(
         document is a run of equal segment ids, 0 is padding. L need not be a multiple
         of the chunks.
       chunk: see `cross_entropy.token_losses`; cut to a divisor of the piece.
+      losses: gives the negative log-likelihoods, which the updates descend on, and one more
+        value a token, which is returned in place of log_z_BL.
 
     Returns:
       nll_BL and log_z_BL, float32, zero at padding, and scored_BL, bool.
@@ -181,7 +192,7 @@ def online_losses(
     Raises:
       ValueError: the model has no `mlp.online_chunks`.
     """
-    pieces = _Pieces(skeleton, params, chunk=chunk)
+    pieces = _Pieces(skeleton, params, chunk=chunk, losses=losses)
     C = pieces.config.online_piece
     B, L = batch["inputs"].shape
     P = -(-L // C)

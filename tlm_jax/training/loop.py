@@ -26,6 +26,9 @@ from tlm_jax.data import open_dataset
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed.sharding import to_devices
 from tlm_jax.evaluation import perplexity
+from tlm_jax.evaluation.evaluator import Evaluator
+from tlm_jax.evaluation.journal import Journal
+from tlm_jax.evaluation.options import SuiteConfig
 from tlm_jax.models import sampling, skeleton
 from tlm_jax.training import checkpoint, metrics, step
 from tlm_jax.training.optimizer import make_optimizer
@@ -128,6 +131,10 @@ class Trainer:
                     log.flush()
                 if evaluate:
                     self._evaluate(state, done, writer, stop, complete=last)
+                if self._suites and (last or metrics.due(done, training.suites_every)):
+                    log.flush()
+                    self._evaluate_suites(state, done, writer)
+                    log.meter.restart()
                 if save:
                     checkpoints.save(done, state, self.iterator, self.metadata)
                 if evaluate or save:
@@ -210,6 +217,22 @@ class Trainer:
 
     def _prepare_evaluation(self) -> None:
         training, tokenizer = self.config.training, self.dataset.tokenizer
+        self._suites = None
+        if training.suites:
+            folder = training.suites_data_dir
+            self._suites = Evaluator(
+                SuiteConfig(
+                    tasks=training.suites,
+                    limit=training.suites_limit,
+                    data_dir=None if folder is None else pathlib.Path(folder),
+                ),
+                self.skeleton,
+                None,  # each evaluation brings its own
+                tokenizer,
+                self.mesh,
+                max_length=self.config.data.seq_len,
+                prefix=(tokenizer.eot_id,),
+            )
         replicated = jax.sharding.NamedSharding(self.mesh, jax.P())
         self._score_step = jax.jit(
             perplexity.make_score_step(self.skeleton, chunk=training.loss_chunk),
@@ -258,6 +281,16 @@ class Trainer:
             self._write(
                 SAMPLES_FILE, f"--- step {done}, validation loss {result.loss:.4f}\n{text}\n\n", "a"
             )
+
+    def _evaluate_suites(self, state: Any, done: int, writer: metrics.MetricsWriter) -> None:
+        assert self._suites is not None
+        self._suites.params = state.params
+        outcome = self._suites.run(Journal(None, {}), lambda *_: None)
+        self._suites.params = None  # the next update reuses their memory
+        values = {f"{m.task}/{m.name}": m.value for m in outcome.metrics}
+        writer.write("suites", done, values)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self._say(f"[bold]step {done}[/]  {escape(shown)}")
 
     def _sample(self, state: Any) -> str:
         tokenizer = self.dataset.tokenizer

@@ -1,5 +1,6 @@
 """A run's checkpoint, read back to be evaluated or to write text."""
 
+import contextlib
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -14,10 +15,13 @@ from tlm_jax.data import Tokenizer, load_tokenizer, open_dataset
 from tlm_jax.data.tokenizers import file_fingerprint
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed import sharding
-from tlm_jax.evaluation import perplexity
+from tlm_jax.evaluation import perplexity, records, suites
+from tlm_jax.evaluation.evaluator import Evaluator, progress
+from tlm_jax.evaluation.journal import Journal
+from tlm_jax.evaluation.options import SuiteConfig
 from tlm_jax.models import Skeleton, sampling, skeleton
 from tlm_jax.training import checkpoint
-from tlm_jax.training.loop import CHECKPOINTS
+from tlm_jax.training.loop import CHECKPOINTS, make_writable
 
 
 def saved_metadata(folder: pathlib.Path, step: int | None) -> tuple[int, dict[str, Any]]:
@@ -89,6 +93,59 @@ def evaluate(folder: pathlib.Path, step: int, config: RunConfig) -> perplexity.S
             out_shardings=jax.sharding.NamedSharding(mesh, jax.P()),
         )
         return perplexity.score_dataset(score_step, params, dataset, config, mesh)
+
+
+def evaluate_suites(
+    folder: pathlib.Path, step: int, config: RunConfig, how: SuiteConfig
+) -> suites.Outcome:
+    """Runs suites of tasks on the checkpoint of a step.
+
+    Answers are kept in the run folder as they come, so that the same command goes on after a
+    kill; the file is removed at the end.
+
+    Raises:
+      UserError: see `load_params` and `Evaluator`.
+    """
+    mesh = mesh_lib.make_mesh(config)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    model = skeleton(config.model)
+    _, saved = saved_metadata(folder, step)
+    about = {
+        "step": step,
+        "params": saved["param_shapes"],
+        "model": config_io.to_dict(config)["model"],
+        "tokenizer": tokenizer.fingerprint,
+        "max_length": how.max_length or config.data.seq_len,
+    }
+    path: pathlib.Path | None = folder / records.FOLDER / f"answers-{step}.jsonl"
+    try:
+        make_writable(folder / records.FOLDER)
+    except UserError:  # a read-only run can still be evaluated
+        path = None
+    with jax.set_mesh(mesh):
+        evaluator = Evaluator(
+            how,
+            model,
+            load_params(folder, step, model, tokenizer, mesh),
+            tokenizer,
+            mesh,
+            max_length=config.data.seq_len,
+            prefix=document_prefix(saved, tokenizer),
+        )
+        journal = Journal(path, about, writes=jax.process_index() == 0)
+        with contextlib.closing(journal), progress(jax.process_index() == 0) as advance:
+            outcome = evaluator.run(journal, advance)
+    if path is not None and jax.process_index() == 0:
+        path.unlink()
+    return outcome
+
+
+def document_prefix(saved: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Token ids that a document began with when the model was trained.
+
+    Models trained here read an end-of-text token first; an imported model's metadata say.
+    """
+    return tuple(saved.get("document_prefix", (tokenizer.eot_id,)))
 
 
 def generate(

@@ -1,0 +1,46 @@
+"""The look of all pictures."""
+
+import contextlib
+import pathlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Path = str | pathlib.Path
+
+DPI = 160
+INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+WIDE, NARROW, TRAIN, EVAL = "#0b5c8a", "#8fd0e8", "#9fb8cc", "#c2410c"
+_STYLE: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "text.color": INK,
+}
+
+
+@contextlib.contextmanager
+def house_figure(path: Path, figsize: tuple[float, float]) -> Iterator["Figure"]:
+    """A figure in the house style, saved to `path` on leaving.
+
+    It is made without pyplot, so nothing asks for a window system or keeps state.
+    """
+    import matplotlib as mpl  # slow to import, and few commands draw
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=figsize, dpi=DPI, layout="constrained")
+        yield figure
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, facecolor="white", format="png")

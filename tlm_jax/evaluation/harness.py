@@ -1,0 +1,160 @@
+"""Our models behind the interface of lm-eval (extra `eval`).
+
+Importing this imports lm-eval.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+
+from tlm_jax.data import Tokenizer
+from tlm_jax.evaluation.generation import Generator
+from tlm_jax.evaluation.journal import Journal
+from tlm_jax.evaluation.requests import Likelihood, Request
+from tlm_jax.evaluation.scoring import Scorer
+
+Advance = Callable[[str, int, int], None]
+"""Told (what, done, of how many) as requests are answered."""
+
+
+class HarnessModel(TemplateLM):
+    """Answers lm-eval's requests with a `Scorer` and a `Generator`.
+
+    Args:
+      scorer: computes log-likelihoods.
+      generator: writes texts.
+      tokenizer: the model's.
+      prefix: token ids before every text (what begins a document in training).
+      journal: answers that are known already, and where new ones are kept.
+      advance: told of progress.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        *,
+        prefix: Sequence[int],
+        journal: Journal,
+        advance: Advance,
+    ) -> None:
+        super().__init__()
+        self._scorer, self._generator, self._tokenizer = scorer, generator, tokenizer
+        self._prefix, self._journal, self._advance = tuple(prefix), journal, advance
+        self._questions: list[int] = []
+
+    @property
+    def eot_token_id(self) -> int:
+        """What lm-eval puts before an empty context."""
+        return self._tokenizer.eot_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Names the tokenizer in lm-eval's own caches."""
+        return self._tokenizer.fingerprint
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Token ids of a text, without special tokens."""
+        return self._tokenizer.encode(string)
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihoods of continuations; those of one document share what they begin with."""
+        numbers: dict[Any, int] = {}
+        self._questions = [
+            numbers.setdefault((r.task_name, r.doc_id), len(numbers)) for r in requests
+        ]
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """Scores requests that lm-eval has encoded."""
+        asked = []
+        for question, (_, context, continuation) in zip(self._questions, requests, strict=True):
+            # Before an empty context, lm-eval has put a token itself.
+            prefix = self._prefix if context[:1] != [self.eot_token_id] else ()
+            asked.append(
+                Request(
+                    context=(*prefix, *context), continuation=tuple(continuation), question=question
+                )
+            )
+        return [(a.log_likelihood, a.is_greedy) for a in self._answers(asked)]
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Log-likelihood of whole texts, in windows as long as the model allows."""
+        asked: list[Request] = []
+        windows = []
+        for index, instance in enumerate(requests):
+            pairs = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(instance.args[0]),
+                prefix_token=self.eot_token_id,
+                max_seq_len=self._scorer.max_length,
+                context_len=1,
+            )
+            for context, continuation in map(utils.make_disjoint_window, pairs):
+                windows.append(index)
+                asked.append(
+                    Request(
+                        context=tuple(context),
+                        continuation=tuple(continuation),
+                        question=len(asked),
+                    )
+                )
+        totals = [0.0] * len(requests)
+        for index, answer in zip(windows, self._answers(asked), strict=True):
+            totals[index] += answer.log_likelihood
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Greedy continuations up to a stop text."""
+        prompts, stops, lengths = [], [], []
+        for instance in requests:
+            context, how = instance.args
+            until = how.get("until") or []
+            stops.append([until] if isinstance(until, str) else list(until))
+            lengths.append(int(how.get("max_gen_toks", 256)))
+            prompts.append((*self._prefix, *self.tok_encode(context)))
+            if how.get("do_sample") and how.get("temperature", 0.0) > 0:
+                raise NotImplementedError("only greedy generation is evaluated")
+        requests_ = zip(prompts, stops, lengths, strict=True)
+        keys = [json.dumps(["generate", *request]) for request in requests_]
+        known = self._journal.known(keys)
+        missing = [i for i, key in enumerate(keys) if key not in known]
+        done = len(keys) - len(missing)
+        self._advance("generated", done, len(keys))
+        for index, text in self._generator.generate(
+            [prompts[i] for i in missing],
+            max_tokens=[lengths[i] for i in missing],
+            stops=[stops[i] for i in missing],
+        ):
+            key = keys[missing[index]]
+            known[key] = text
+            self._journal.add(key, text)
+            done += 1
+            self._advance("generated", done, len(keys))
+        return [known[key] for key in keys]
+
+    def _answers(self, requests: Sequence[Request]) -> list[Likelihood]:
+        keys = [json.dumps([r.context, r.continuation]) for r in requests]
+        known = self._journal.known(keys)
+        missing = [i for i, key in enumerate(keys) if key not in known]
+        done = len(keys) - len(missing)
+        self._advance("scored", done, len(keys))
+        for index, answer in self._scorer.score([requests[i] for i in missing]):
+            key = keys[missing[index]]
+            known[key] = [answer.log_likelihood, answer.is_greedy]
+            self._journal.add(key, known[key])
+            done += 1
+            self._advance("scored", done, len(keys))
+        return [Likelihood(log_likelihood=a, is_greedy=b) for a, b in (known[k] for k in keys)]

@@ -1,0 +1,51 @@
+"""What is to be evaluated; needs neither jax nor lm-eval."""
+
+import dataclasses
+import pathlib
+from typing import Literal
+
+Variant = Literal["niah_single_1", "niah_single_2", "niah_single_3"]
+VARIANTS: tuple[Variant, ...] = ("niah_single_1", "niah_single_2", "niah_single_3")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NeedleConfig:
+    """Which needles are looked for."""
+
+    variants: tuple[Variant, ...] = VARIANTS
+    """niah_single_1: a number in noise; 2: a number in prose; 3: a UUID in prose."""
+    lengths: tuple[int, ...] = ()
+    """Tokens of prompt and answer; () is 1024 to 16384, as far as the model was trained."""
+    num_depths: int = 10
+    """Places of the needle, evenly from the beginning to the end."""
+    samples: int = 2
+    """Examples of each variant, length and depth."""
+    haystack: pathlib.Path | None = None
+    """UTF-8 text to hide the needle in, for 2 and 3; None is prose that the package carries."""
+    seed: int = 0
+    """Seed of keys, values and of where in the prose a haystack begins."""
+
+    def __post_init__(self) -> None:
+        if self.num_depths < 1 or self.samples < 1 or any(n < 1 for n in self.lengths):
+            raise ValueError("needle lengths, num_depths and samples must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SuiteConfig:
+    """What is evaluated, and on how much."""
+
+    tasks: tuple[str, ...]
+    """Suites and tasks by name."""
+    data_dir: pathlib.Path | None = None
+    """Folder with TASK/SPLIT.jsonl; None reads from the hub."""
+    limit: int | None = None
+    """First documents of each task; None is all."""
+    num_fewshot: int | None = None
+    """Examples before each question; None is what the task says."""
+    max_length: int | None = None
+    """Most tokens that the model reads; None is data.seq_len."""
+    batch_tokens: int | None = None
+    """Tokens of a batch; None is found from the memory."""
+    log_samples: bool = False
+    """Keep what was asked and answered of each document."""
+    needle: NeedleConfig = dataclasses.field(default_factory=NeedleConfig)

@@ -1,0 +1,160 @@
+"""Log-likelihoods of continuations: common beginnings once, in a handful of compiled shapes.
+
+Shapes: B rows, L row length, N scored tokens, D model.
+"""
+
+import functools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from tlm_jax.config import UserError
+from tlm_jax.distributed.sharding import batch_sharding
+from tlm_jax.evaluation.requests import Batch, Likelihood, Request, make_batches
+from tlm_jax.models import Skeleton, online
+from tlm_jax.models.cross_entropy import token_scores
+
+_LOGIT_POSITIONS = 512
+"""Positions, over all rows, whose float32 logits exist at a time."""
+
+
+class Scorer:
+    """A model that answers requests for log-likelihoods.
+
+    On a mesh, batches are shared out over its data and fsdp axes. With several
+    processes each must ask for the same requests; all get all answers.
+
+    Args:
+      skeleton: the model's structure.
+      params: its parameters, on `mesh`.
+      mesh: the mesh, which must be the current one (`jax.set_mesh`).
+      max_length: most tokens that the model reads; what is too much is cut from the left.
+      batch_tokens: tokens of a batch; halved while a program needs more than `memory_limit`.
+      memory_limit: bytes that a program may use on a device, besides its inputs; None is half
+        of what is free.
+    """
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        params: Any,
+        mesh: Mesh,
+        *,
+        max_length: int,
+        batch_tokens: int | None = None,
+        memory_limit: int | None = None,
+    ) -> None:
+        device = mesh.devices.flat[0]
+        self.skeleton, self.params = skeleton, params
+        self.max_length = max_length
+        # On a CPU more tokens at a time are no faster.
+        self.batch_tokens = batch_tokens or (2048 if device.platform == "cpu" else 1 << 16)
+        self.memory_limit = memory_limit or _free_memory(device) // 2
+        self._rows = batch_sharding(mesh)
+        self._replicated = NamedSharding(mesh, jax.P())
+        self._multiple = mesh.shape["data"] * mesh.shape["fsdp"]
+        config = skeleton.config
+        self._packs = not config.mlp.online_chunks and all(
+            mixer.masks_by_segment for mixer in config.mixers
+        )
+        self._score = jax.jit(functools.partial(_score, skeleton), out_shardings=self._replicated)
+        self.programs: dict[tuple[int, ...], Any] = {}
+        """Compiled programs by B, L and N."""
+
+    def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Likelihood]]:
+        """Yields (index, answer) for all requests, longest first.
+
+        Raises:
+          UserError: not even one row fits into the memory.
+        """
+        todo = dict(enumerate(request.cut(self.max_length) for request in requests))
+        while todo:
+            try:
+                for index, answer in self._answers(dict(todo)):
+                    del todo[index]
+                    yield index, answer
+            except _TooLargeError as error:
+                B, L = error.shape
+                if self._multiple >= B:
+                    raise UserError(
+                        f"a row of {L:,} tokens needs {error.needed / 2**30:.2f} GiB, and "
+                        f"{self.memory_limit / 2**30:.2f} may be used; use a smaller --max_length"
+                    ) from None
+                self.batch_tokens = B * L // 2
+
+    def _answers(self, requests: dict[int, Request]) -> Iterator[tuple[int, Likelihood]]:
+        pending: list[tuple[Batch, Any]] = []
+        for batch in make_batches(
+            requests,
+            pack=self._packs,
+            batch_tokens=self.batch_tokens,
+            multiple=self._multiple,
+        ):
+            pending.append((batch, self._run(batch)))
+            if len(pending) > 1:  # while this one is read, the next one runs
+                done, answer = pending.pop(0)
+                yield from done.answers(*map(np.asarray, answer))
+        for done, answer in pending:
+            yield from done.answers(*map(np.asarray, answer))
+
+    def _run(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        inputs = {name: self._put(a, self._rows) for name, a in batch.arrays.items()}
+        at_N = self._put(batch.at_N, self._replicated)
+        shape = inputs["inputs"].shape
+        key = (*shape, len(at_N))
+        if key not in self.programs:
+            program = self._score.lower(self.params, inputs, at_N).compile()
+            memory = program.memory_analysis()
+            if memory is not None and memory.temp_size_in_bytes > self.memory_limit:
+                raise _TooLargeError(shape, memory.temp_size_in_bytes)
+            self.programs[key] = program
+        return self.programs[key](self.params, inputs, at_N)
+
+    def _put(self, array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        """A global array that every process holds all of."""
+        return jax.make_array_from_callback(array.shape, sharding, lambda at: array[at])
+
+
+class _TooLargeError(Exception):
+    """A program needs more memory than there is."""
+
+    def __init__(self, shape: tuple[int, ...], needed: int) -> None:
+        super().__init__()
+        self.shape, self.needed = shape, needed
+
+
+def _free_memory(device: jax.Device) -> int:
+    """Bytes that are free on a device, or on this machine where devices do not tell."""
+    statistics = device.memory_stats()
+    if statistics and "bytes_limit" in statistics:
+        return statistics["bytes_limit"] - statistics["bytes_in_use"]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _score(
+    skeleton: Skeleton, params: Any, batch: dict[str, jax.Array], at_N: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """nll_N float32 of the targets at these flat positions, and greedy_N, 1 or 0."""
+    if skeleton.config.mlp.online_chunks:
+        nll_BL, greedy_BL, _ = online.online_losses(
+            skeleton, params, batch, chunk=_LOGIT_POSITIONS // 8, losses=token_scores
+        )
+        return nll_BL.reshape(-1)[at_N], greedy_BL.reshape(-1)[at_N]
+    model = skeleton.merge(params)
+    hidden_BLD, _ = model(
+        batch["inputs"], positions_BL=batch["positions"], segment_ids_BL=batch["segment_ids"]
+    )
+    hidden_ND = hidden_BLD.reshape(-1, hidden_BLD.shape[-1])[at_N]
+    targets_N = batch["targets"].reshape(-1)[at_N]
+    nll_1N, greedy_1N = token_scores(
+        hidden_ND[None],
+        model.head_DV,
+        targets_N[None],
+        chunk=math.gcd(len(at_N), _LOGIT_POSITIONS),
+    )
+    return nll_1N[0], greedy_1N[0]

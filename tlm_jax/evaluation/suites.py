@@ -1,0 +1,279 @@
+"""Named suites of tasks, run through lm-eval; offline too, from a folder of JSON lines.
+
+Importing this imports neither lm-eval nor jax.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+import io
+import json
+import logging
+import math
+import os
+import pathlib
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tlm_jax.config import UserError
+
+COMMONSENSE = (
+    "piqa",
+    "hellaswag",
+    "winogrande",
+    "arc_easy",
+    "arc_challenge",
+    "social_iqa",
+    "boolq",
+)
+SUITES: dict[str, tuple[str, ...]] = {
+    "lambada": ("lambada_openai",),
+    "commonsense": COMMONSENSE,
+    "wikitext": ("wikitext",),
+    "niah": ("niah",),
+    "paper": ("wikitext", "lambada_openai", *COMMONSENSE),
+}
+"""Tasks of each suite; `niah` is ours, the others are lm-eval's."""
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "wikitext": ("word_perplexity",),
+    "lambada_openai": ("perplexity", "acc"),
+    "hellaswag": ("acc_norm",),
+    "arc_challenge": ("acc_norm",),
+} | dict.fromkeys(("piqa", "winogrande", "arc_easy", "social_iqa", "boolq"), ("acc",))
+"""The metrics that the paper's tables hold (columns of Titans, arXiv 2501.00663, table 1)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One figure of a task."""
+
+    task: str
+    name: str
+    value: float
+    standard_error: float | None
+    """None where lm-eval gives none."""
+    rows: int
+    """Documents that it is made of."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run of some tasks gave."""
+
+    metrics: tuple[Metric, ...]
+    samples: dict[str, list[dict[str, Any]]]
+    """By task: what was asked and answered for each document; empty unless wanted."""
+    versions: dict[str, Any]
+    """Of each task."""
+
+
+def expand(names: Sequence[str]) -> tuple[str, ...]:
+    """Tasks of suites and tasks, each once, in the order given."""
+    return tuple(dict.fromkeys(t for name in names for t in SUITES.get(name, (name,))))
+
+
+def average(metrics: Sequence[Metric]) -> float | None:
+    """The paper's average: the plain mean of the eight accuracies, LAMBADA included.
+
+    None unless all eight are there.
+    """
+    wanted = [(t, n) for t, names in COLUMNS.items() for n in names if n.startswith("acc")]
+    found = {(m.task, m.name): m.value for m in metrics}
+    if any(key not in found for key in wanted):
+        return None
+    return sum(found[key] for key in wanted) / len(wanted)
+
+
+def require_lm_eval() -> None:
+    """Raises `UserError` where the extra `eval` is missing."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("evaluation suites need lm-eval: pip install 'tlm-jax[eval]'")
+
+
+def load_tasks(names: Sequence[str], data_dir: pathlib.Path | None) -> list[Any]:
+    """lm-eval's tasks by name, read from the hub or from a folder.
+
+    Args:
+      names: of tasks, groups or tags that lm-eval knows.
+      data_dir: a folder with TASK/SPLIT.jsonl (rows with the hub's columns) for each task;
+        None reads from the hub.
+
+    Raises:
+      UserError: an unknown task, a missing or broken file, or a hub out of reach.
+    """
+    with _quiet():
+        from lm_eval.api.task import ConfigurableTask
+        from lm_eval.tasks import TaskManager
+        from lm_eval.tasks._yaml_loader import load_yaml
+
+        manager = TaskManager()
+        unknown = [name for name in names if name not in manager.task_index]
+        if unknown:
+            import difflib
+
+            known = [*SUITES, *manager.all_tasks]
+            near = difflib.get_close_matches(unknown[0], known, 3)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise UserError(f"unknown task or suite {unknown[0]!r}{hint}")
+        tasks = []
+        for name in names:
+            entry = manager.task_index[name]
+            if data_dir is None:
+                tasks += _from_hub(manager, name)
+                continue
+            if entry.yaml_path is None or "task_list" in entry.kind.name.lower():
+                raise UserError(f"{name} is not a single task, so --data_dir cannot serve it")
+            config = dict(load_yaml(entry.yaml_path))
+            splits = _read_folder(data_dir, name)
+            for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
+                if config.get(key) not in splits:
+                    config.pop(key, None)
+            if not config.keys() & {"validation_split", "test_split"}:
+                raise UserError(
+                    f"{data_dir / name} has neither the test nor the validation split of {name}, "
+                    f"only {', '.join(sorted(splits))}"
+                )
+            for key in ("tag", "group", "dataset_path", "dataset_name", "dataset_kwargs"):
+                config.pop(key, None)
+            config["custom_dataset"] = _as_function(splits)
+            tasks.append(ConfigurableTask(config=config))
+        return tasks
+
+
+def _as_function(splits: dict[str, list[dict[str, Any]]]) -> Any:
+    def make(**_: Any) -> Any:
+        import datasets
+
+        return datasets.DatasetDict(
+            {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+        )
+
+    return make
+
+
+def _read_folder(data_dir: pathlib.Path, task: str) -> dict[str, list[dict[str, Any]]]:
+    folder = data_dir / task
+    files = sorted(folder.glob("*.jsonl")) if folder.is_dir() else []
+    if not files:
+        raise UserError(f"{folder} has no SPLIT.jsonl; --data_dir needs a folder for each task")
+    return {file.stem: _read_lines(file) for file in files}
+
+
+def _read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
+    rows = []
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{file}, line {number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{file}, line {number}: not an object with columns")
+            rows.append(row)
+    if not rows:
+        raise UserError(f"{file} is empty")
+    return rows
+
+
+def _from_hub(manager: Any, name: str) -> list[Any]:
+    try:
+        return list(manager.load([name])["tasks"].values())
+    except (ConnectionError, OSError) as error:
+        raise UserError(
+            f"the data of {name} cannot be read from the hub ({type(error).__name__}); "
+            "give a folder of JSON lines with --data_dir"
+        ) from error
+
+
+def run(
+    model: Any,
+    tasks: Sequence[Any],
+    *,
+    limit: int | None,
+    num_fewshot: int | None,
+    log_samples: bool,
+) -> Outcome:
+    """Runs lm-eval's tasks on a `harness.HarnessModel`.
+
+    Args:
+      model: the model.
+      tasks: from `load_tasks`.
+      limit: first documents of each task; None is all.
+      num_fewshot: examples before each question; None is what the task says (mostly 0).
+      log_samples: keep what was asked and answered.
+    """
+    import lm_eval
+
+    with _quiet():
+        results = lm_eval.simple_evaluate(
+            model=model,
+            tasks=list(tasks),
+            limit=limit,
+            num_fewshot=num_fewshot,
+            log_samples=log_samples,
+            bootstrap_iters=1000,
+        )
+    assert results is not None
+    metrics = []
+    for task, values in results["results"].items():
+        rows = results["n-samples"][task]["effective"] if task in results["n-samples"] else 0
+        metrics += list(_metrics(task, values, rows))
+    samples = {
+        task: [_plain(sample) for sample in of_task]
+        for task, of_task in results.get("samples", {}).items()
+    }
+    return Outcome(
+        metrics=tuple(metrics), samples=samples, versions=dict(results.get("versions", {}))
+    )
+
+
+def _metrics(task: str, values: dict[str, Any], rows: int) -> Iterator[Metric]:
+    for key, value in values.items():
+        name, _, chosen = key.partition(",")
+        if not chosen or name.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = values.get(f"{name}_stderr,{chosen}")
+        if not isinstance(error, int | float) or not math.isfinite(error):
+            error = None
+        yield Metric(
+            task=task,
+            name=name if chosen == "none" else f"{name} ({chosen})",
+            value=float(value),
+            standard_error=error,
+            rows=rows,
+        )
+
+
+def _plain(sample: dict[str, Any]) -> dict[str, Any]:
+    """A sample's document, answers and metrics, as JSON values."""
+    kept = {
+        key: sample[key]
+        for key in ("doc_id", "target", "filtered_resps", *sample.get("metrics", ()))
+        if key in sample
+    }
+    return json.loads(json.dumps(kept, default=str))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the log lines and bars of lm-eval and datasets from the terminal."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    names = ("lm_eval", "lm-eval", "datasets", "httpx", "urllib3", "huggingface_hub")
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    try:
+        unseen = io.StringIO()
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(unseen),
+            contextlib.redirect_stdout(unseen),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
