@@ -15,6 +15,7 @@ LETTERS = Tokenizer(
     vocab_size=VOCAB,
     eot_id=VOCAB - 1,
     fingerprint="letters",
+    prefix_ids=(),
     encode=lambda text: [ord(c) - 32 for c in text],
     decode=lambda ids: "".join(chr(32 + i) for i in ids),
 )

@@ -27,6 +27,8 @@ class Tokenizer:
     """The id that separates documents."""
     fingerprint: str
     """16 hex digits that change with the tokenizer's content."""
+    prefix_ids: tuple[int, ...]
+    """What the tokenizer's own template puts before a text, such as a begin-of-text token."""
     encode: Callable[[str], list[int]]
     """Ids of a text. No special tokens are added, and none are read from the text."""
     decode: Callable[[Sequence[int]], str]
@@ -84,6 +86,7 @@ def _bytes() -> Tokenizer:
         vocab_size=BYTES_EOT + 1,
         eot_id=BYTES_EOT,
         fingerprint=_fingerprint(b"bytes, end of text 256"),
+        prefix_ids=(),
         encode=lambda text: list(text.encode("utf-8")),
         decode=decode,
     )
@@ -106,11 +109,15 @@ def _hugging_face(path: pathlib.Path, name: str) -> Tokenizer:
     reader.no_padding()
     # A text that happens to contain "<|endoftext|>" is text.
     reader.encode_special_tokens = True
+    bare = reader.encode("a", add_special_tokens=False).ids
+    template = reader.encode("a").ids
+    template = template[: len(template) - template[::-1].index(bare[-1])]  # less what follows
     return Tokenizer(
         name=name,
         vocab_size=max(vocabulary.values()) + 1,
         eot_id=eot,
         fingerprint=_fingerprint(content),
+        prefix_ids=tuple(template[: len(template) - len(bare)]),
         encode=lambda text: reader.encode(text, add_special_tokens=False).ids,
         decode=lambda ids: reader.decode(list(ids), skip_special_tokens=True),
     )
@@ -133,6 +140,7 @@ def _sentencepiece(path: pathlib.Path, name: str) -> Tokenizer:
         vocab_size=reader.vocab_size(),
         eot_id=eot,
         fingerprint=_fingerprint(content),
+        prefix_ids=(reader.bos_id(),) if reader.bos_id() >= 0 else (),
         encode=lambda text: reader.encode(text, out_type=int),
         decode=lambda ids: reader.decode([int(i) for i in ids]),
     )

@@ -54,7 +54,9 @@ def import_model(
             f"tokenizer {reader.name} has {reader.vocab_size} tokens, but the model has only "
             f"{run.model.vocab_size}; give the right one with --tokenizer FILE"
         )
-    layout = opened.data_layout | {"tokenizer": reader.fingerprint}
+    # A model that was not trained here began its texts as its tokenizer does.
+    layout = {"document_prefix": list(reader.prefix_ids)} if not opened.data_layout else {}
+    layout |= opened.data_layout | {"tokenizer": reader.fingerprint}
     with jax.set_mesh(mesh):
         params = loading.load(structure, opened.source, mesh, native=opened.native)
         metadata = checkpoint.metadata(run, params, layout)

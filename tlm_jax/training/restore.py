@@ -143,9 +143,9 @@ def evaluate_suites(
 def document_prefix(saved: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
     """Token ids that a document began with when the model was trained.
 
-    Models trained here read an end-of-text token first; an imported model's metadata say.
+    Models trained here read an end-of-text token first; with an imported model it is saved.
     """
-    return tuple(saved.get("document_prefix", (tokenizer.eot_id,)))
+    return tuple(saved["data_layout"].get("document_prefix", (tokenizer.eot_id,)))
 
 
 def generate(
@@ -169,12 +169,13 @@ def generate(
     with jax.set_mesh(mesh):
         params = load_params(folder, step, model, tokenizer, mesh)
         ids = tokenizer.encode(prompt)
+        prefix = document_prefix(saved_metadata(folder, step)[1], tokenizer)
         rows = [list(ids) for _ in range(num_samples)]
         ended = [False] * num_samples
         for tokens in sampling.stream(
             model,
             params,
-            np.asarray([[tokenizer.eot_id, *ids]] * num_samples, np.int32),
+            np.asarray([[*prefix, *ids] or [tokenizer.eot_id]] * num_samples, np.int32),
             sampling_config,
             num_tokens=num_tokens,
             vocab_size=tokenizer.vocab_size,
