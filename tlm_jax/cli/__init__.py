@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from tlm_jax.cli import evaluate, generate, plan, train
+from tlm_jax.cli import evaluate, generate, plan, prepare, train
 from tlm_jax.config import UserError
 
 VERBS: dict[str, ModuleType] = {
@@ -18,6 +18,7 @@ VERBS: dict[str, ModuleType] = {
     "eval": evaluate,
     "generate": generate,
     "plan": plan,
+    "prepare": prepare,
 }
 
 

@@ -29,6 +29,8 @@ class Tokenizer:
     """16 hex digits that change with the tokenizer's content."""
     encode: Callable[[str], list[int]]
     """Ids of a text. No special tokens are added, and none are read from the text."""
+    encode_batch: Callable[[list[str]], list[list[int]]]
+    """Ids of many texts, the same as one by one, in less time."""
     decode: Callable[[Sequence[int]], str]
     """Text of ids. Special tokens give nothing, broken UTF-8 gives U+FFFD."""
 
@@ -80,6 +82,7 @@ def _bytes() -> Tokenizer:
         eot_id=BYTES_EOT,
         fingerprint=_fingerprint(b"bytes, end of text 256"),
         encode=lambda text: list(text.encode("utf-8")),
+        encode_batch=lambda texts: [list(text.encode("utf-8")) for text in texts],
         decode=decode,
     )
 
@@ -101,12 +104,18 @@ def _hugging_face(path: pathlib.Path, name: str) -> Tokenizer:
     reader.no_padding()
     # A text that happens to contain "<|endoftext|>" is text.
     reader.encode_special_tokens = True
+
+    def encode_batch(texts: list[str]) -> list[list[int]]:
+        # The fast one leaves out the offsets of tokens in the text, and only these.
+        return [e.ids for e in reader.encode_batch_fast(texts, add_special_tokens=False)]
+
     return Tokenizer(
         name=name,
         vocab_size=max(vocabulary.values()) + 1,
         eot_id=eot,
         fingerprint=_fingerprint(content),
         encode=lambda text: reader.encode(text, add_special_tokens=False).ids,
+        encode_batch=encode_batch,
         decode=lambda ids: reader.decode(list(ids), skip_special_tokens=True),
     )
 
@@ -129,6 +138,7 @@ def _sentencepiece(path: pathlib.Path, name: str) -> Tokenizer:
         eot_id=eot,
         fingerprint=_fingerprint(content),
         encode=lambda text: reader.encode(text, out_type=int),
+        encode_batch=lambda texts: reader.encode(texts, out_type=int, num_threads=1),
         decode=lambda ids: reader.decode([int(i) for i in ids]),
     )
 
