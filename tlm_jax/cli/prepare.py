@@ -74,7 +74,7 @@ def _verify(folder: pathlib.Path, console: Console) -> None:
 
 
 def _prepare(command: Command, name: str, folder: pathlib.Path, console: Console) -> None:
-    from tlm_jax.data import prepare, records, store
+    from tlm_jax.data import prepare, processes, records, store
 
     start = time.monotonic()
     rules = records.Rules(
@@ -86,7 +86,7 @@ def _prepare(command: Command, name: str, folder: pathlib.Path, console: Console
     done = store.is_complete(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with prepare.lock(folder / ".lock", None) as locked:
+        with processes.lock(folder / ".lock", None) as locked:
             if locked:
                 for stale in folder.glob(".*.tmp"):
                     stale.unlink()

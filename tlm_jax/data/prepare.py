@@ -10,7 +10,6 @@ to the byte, however often it was interrupted and however many processes work.
 import concurrent.futures
 import contextlib
 import dataclasses
-import fcntl
 import itertools
 import json
 import multiprocessing
@@ -21,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import rich.console
 import rich.progress
 
 from tlm_jax.config import UserError
@@ -75,15 +73,16 @@ def prepare(job: Job, folder: pathlib.Path, *, processes: int = 1) -> Manifest:
     if not store.is_complete(folder):
         (folder / PARTS).mkdir(exist_ok=True)
         left = [i for i in range(len(units)) if not _is_done(folder, i)]
-        done = sum(unit.size for unit in units) - sum(units[i].size for i in left)
         left.sort(key=lambda i: -units[i].size)  # so that no process has a long one last
-        with _progress(job.source.name, sum(unit.size for unit in units), done) as show:
+        total = sum(unit.size for unit in units)
+        done = total - sum(units[i].size - _bytes_done(folder, units[i], i) for i in left)
+        with _progress(job.source.name, total, done) as advance:
             if processes == 1 or len(left) < 2:
-                with _tokenizer_threads(True):
+                with _tokenizer_threads():
                     for index in left:
-                        done += _write_unit(job, tokenizer, folder, units[index], index, show, done)
+                        _write_unit(job, tokenizer, folder, units[index], index, advance)
             else:
-                _share_out(job, folder, units, left, min(processes, len(left)), show, done)
+                _share_out(job, folder, units, left, min(processes, len(left)), advance)
         _finish(job, tokenizer, folder, len(units))
     return store.open_manifest(folder)
 
@@ -138,33 +137,35 @@ def _is_done(folder: pathlib.Path, index: int) -> bool:
     return bool(parts) and parts[-1]["last"]
 
 
+def _bytes_done(folder: pathlib.Path, unit: Unit, index: int) -> int:
+    """Bytes of text in the parts that are whole, no more than the unit is said to have."""
+    shards = [shard for part in _parts(folder, index) for shard in part["shards"].values()]
+    return min(unit.size, sum(shard["num_bytes"] for shard in shards))
+
+
 def _write_unit(
     job: Job,
     tokenizer: Tokenizer,
     folder: pathlib.Path,
     unit: Unit,
     index: int,
-    show: Callable[[int], None],
-    done: int = 0,
-) -> int:
-    """Writes the parts of a unit that are missing; returns the unit's size.
-
-    `show` is called with `done` and the bytes of text tokenised here.
-    """
+    advance: Callable[[int], None],
+) -> None:
+    """Writes the parts of a unit that are missing; `advance` is told the bytes of text done."""
     parts = _parts(folder, index)
     read = parts[-1]["records"] if parts else 0
     items = itertools.islice(job.source.items(unit), read, None)
-    shown = sum(shard["num_bytes"] for part in parts for shard in part["shards"].values())
+    told = _bytes_done(folder, unit, index)
 
-    def advance(size: int) -> None:
-        nonlocal shown
-        shown += size
-        show(done + min(shown, unit.size))
+    def advance_within(size: int) -> None:
+        nonlocal told
+        advance(min(size, unit.size - told))
+        told += min(size, unit.size - told)
 
     for number in itertools.count(len(parts)):
         part = _Part(job, tokenizer, folder, f"{index:05d}" + (f"-{number:03d}" if number else ""))
         try:
-            last = part.fill(items, advance)
+            last = part.fill(items, advance_within)
             shards = part.close()
         except BaseException:
             part.discard()
@@ -180,7 +181,7 @@ def _write_unit(
         store.write_json(_part_file(folder, index, number), values)
         if last:
             break
-    return unit.size
+    advance(unit.size - told)  # sizes of units are estimates
 
 
 class _Part:
@@ -287,18 +288,15 @@ def _start_worker(job: Job, folder: pathlib.Path, counter: Any) -> None:
 
 
 def _work(unit: Unit, index: int) -> None:
-    counter, before = _worker["counter"], 0
+    counter = _worker["counter"]
 
-    def show(size: int) -> None:
-        nonlocal before
+    def advance(size: int) -> None:
         with counter.get_lock():
             if counter.value < 0:
                 raise _StopWork
-            counter.value += size - before
-        before = size
+            counter.value += size
 
-    job, tokenizer, folder = _worker["job"], _worker["tokenizer"], _worker["folder"]
-    show(_write_unit(job, tokenizer, folder, unit, index, show))
+    _write_unit(_worker["job"], _worker["tokenizer"], _worker["folder"], unit, index, advance)
 
 
 class _StopWork(Exception):
@@ -311,8 +309,7 @@ def _share_out(
     units: list[Unit],
     left: list[int],
     processes: int,
-    show: Callable[[int], None],
-    done: int,
+    advance: Callable[[int], None],
 ) -> None:
     """Has processes write the units `left`."""
     context = multiprocessing.get_context("spawn")
@@ -320,7 +317,7 @@ def _share_out(
     pool = concurrent.futures.ProcessPoolExecutor(
         processes, context, initializer=_start_worker, initargs=(job, folder, counter)
     )
-    pending = set()
+    pending, told = set[concurrent.futures.Future[None]](), 0
     try:
         pending = {pool.submit(_work, units[index], index) for index in left}
         while pending:
@@ -329,7 +326,9 @@ def _share_out(
             )
             for future in finished:
                 future.result()
-            show(done + counter.value)
+            now = counter.value
+            advance(now - told)
+            told = now
     except concurrent.futures.process.BrokenProcessPool as error:
         raise UserError(
             "a process that prepared text was killed, perhaps for want of memory; the same command "
@@ -343,13 +342,13 @@ def _share_out(
 
 
 @contextlib.contextmanager
-def _tokenizer_threads(allowed: bool) -> Iterator[None]:
+def _tokenizer_threads() -> Iterator[None]:
     """Lets Hugging Face tokenizers use threads for a while, unless the user has said."""
     name = "TOKENIZERS_PARALLELISM"
     if name in os.environ:
         yield
         return
-    os.environ[name] = str(allowed).lower()
+    os.environ[name] = "true"
     try:
         yield
     finally:
@@ -357,39 +356,9 @@ def _tokenizer_threads(allowed: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lock(path: pathlib.Path, waiting: str | None) -> Iterator[bool]:
-    """Locks out other processes until this one leaves or dies; yields whether it could.
-
-    Args:
-      path: the file to lock.
-      waiting: what to say before waiting for another; None refuses instead.
-
-    Raises:
-      BlockingIOError: another one has it and `waiting` is None.
-    """
-    with path.open("a") as file:
-        locked = True
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if waiting is None:
-                raise
-            stderr_console().print(waiting)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            locked = False  # no locks on this file system: work is done twice, not wrongly
-        yield locked
-
-
-def stderr_console() -> rich.console.Console:
-    """Where progress is told."""
-    return rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
-
-
-@contextlib.contextmanager
 def _progress(name: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, lines elsewhere; both on stderr. Call it with the bytes done so far."""
-    console, start = stderr_console(), time.monotonic()
+    """A bar on a terminal, lines elsewhere; both on stderr. Call it with bytes just done."""
+    console, start = processes_lib.stderr_console(), time.monotonic()
     what = f"preparing {name}"
     if console.is_terminal:
         columns = (
@@ -401,18 +370,18 @@ def _progress(name: str, total: int, done: int) -> Iterator[Callable[[int], None
         )
         with rich.progress.Progress(*columns, console=console) as bar:
             task = bar.add_task(what, total=total, completed=done)
-            yield lambda size: bar.update(task, completed=size)
-            bar.update(task, completed=total)
+            yield lambda size: bar.advance(task, size)
         return
     before = f", {done / 1e6:.1f} MB of it before" if done else ""
     console.print(f"{what}: {total / 1e6:.1f} MB of text, once{before}")
     said = start
 
-    def show(size: int) -> None:
-        nonlocal said
+    def advance(size: int) -> None:
+        nonlocal said, done
+        done += size
         if time.monotonic() - said >= _LINE_SECONDS:
             said = time.monotonic()
-            console.print(f"prepared {size / 1e6:.1f} of {total / 1e6:.1f} MB")
+            console.print(f"prepared {done / 1e6:.1f} of {total / 1e6:.1f} MB")
 
-    yield show
+    yield advance
     console.print(f"prepared in {time.monotonic() - start:.1f} s")

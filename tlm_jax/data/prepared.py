@@ -10,7 +10,7 @@ from typing import Any
 
 from tlm_jax.config import DataConfig, UserError
 from tlm_jax.data import prepare as prepare_lib
-from tlm_jax.data import store
+from tlm_jax.data import processes, store
 from tlm_jax.data.sources import EmbeddedSource, FilesSource
 from tlm_jax.data.tokenizers import Tokenizer
 
@@ -45,7 +45,7 @@ def prepare_cached(config: DataConfig, tokenizer: Tokenizer) -> pathlib.Path:
         try:
             root.mkdir(parents=True, exist_ok=True)
             waiting = "waiting for another process that prepares the same text"
-            with prepare_lib.lock(root / f"{folder.name}.lock", waiting) as locked:
+            with processes.lock(root / f"{folder.name}.lock", waiting) as locked:
                 if not store.is_complete(folder):
                     if locked:
                         _sweep(folder)

@@ -181,7 +181,8 @@ def sections(
       cuts: all windows of the file, in order.
     """
     with open_bytes(path) as file:
-        file.seek(start)
+        if start:  # files that are packed cannot seek
+            file.seek(start)
         buffer, at = b"", start
         for low, high in cuts:
             if start <= low and high < end:
