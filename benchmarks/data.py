@@ -153,7 +153,8 @@ def measure_prepare(options: argparse.Namespace, folder: pathlib.Path) -> str:
     return (
         f"{report.table(['', 's', 'MB/s', 'over ours'], rows)}\n\n"
         f"Medians of {options.rounds} alternating runs over {what} ({tokens.pop():,} tokens) with "
-        f"{with_}, {options.processes} processes; ratios are medians over pairs. {report.machine()}."
+        f"{with_}, {options.processes} processes; ratios are medians over pairs. "
+        f"{report.machine()}."
     )
 
 
@@ -210,9 +211,9 @@ def measure_loader(options: argparse.Namespace, folder: pathlib.Path) -> str:
     header = ["packing", "reader processes", "tokens/s", "times what the model takes", "padding"]
     return (
         f"{report.table(header, rows)}\n\n"
-        f"Medians of {options.rounds} runs of {options.seconds:g} s, the package's own prose, batches "
-        f"of {TINY_ROWS} rows of {TINY_LENGTH}. The model of configs/tiny.py takes {model:,.0f} "
-        f"tokens/s here (median of {options.steps} steps). {report.machine()}."
+        f"Medians of {options.rounds} runs of {options.seconds:g} s, the package's own prose, "
+        f"batches of {TINY_ROWS} rows of {TINY_LENGTH}. The model of configs/tiny.py takes "
+        f"{model:,.0f} tokens/s here (median of {options.steps} steps). {report.machine()}."
     )
 
 

@@ -33,7 +33,7 @@ class Command:
     seed: int = 0
     """Seed of the choice of records that are held out."""
     shard_mb: int = 64
-    """Megabytes of text in a shard, about; batches do not depend on it."""
+    """Megabytes of text in a shard, at most; batches do not depend on it."""
     max_document_mb: int = 16
     """Records of more megabytes than this are refused; a process needs some 50 times as much."""
     skip_corrupt: bool = False

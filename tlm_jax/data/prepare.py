@@ -32,6 +32,8 @@ from tlm_jax.data.tokenizers import Tokenizer, load_tokenizer
 PLAN = "plan.json"
 PARTS = "parts"
 SHARD_BYTES = 64 * 2**20
+MIN_UNITS = 64
+MIN_UNIT_BYTES = 2**20
 LISTED_FAULTS = 20
 _BATCH_BYTES = 2**20
 _BATCH_DOCUMENTS = 512
@@ -49,7 +51,7 @@ class Job:
     rules: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What the source was told, as JSON values, for plan and manifest."""
     shard_bytes: int = SHARD_BYTES
-    """Text of a shard, about."""
+    """Text of a shard at most, about; less where a source would make too few to share out."""
     skip_corrupt: bool = False
     """Leave out and count records that cannot be used, instead of stopping."""
 
@@ -115,7 +117,9 @@ def _settle_plan(job: Job, tokenizer: Tokenizer, folder: pathlib.Path) -> dict[s
         return plan
     if any(not entry.name.startswith(".") for entry in folder.iterdir()):
         raise UserError(f"{folder} is not empty and has no {PLAN}; choose another folder")
-    plan = {"key": key, "units": [dataclasses.asdict(u) for u in job.source.units(job.shard_bytes)]}
+    # Enough units to share out, though not so many that shards are tiny.
+    size = min(job.shard_bytes, max(MIN_UNIT_BYTES, job.source.num_bytes // MIN_UNITS))
+    plan = {"key": key, "units": [dataclasses.asdict(u) for u in job.source.units(size)]}
     store.write_json(path, plan)
     return plan
 

@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -125,6 +126,13 @@ class LinesSource(FileRecordSource):
 
     suffixes = LINES_SUFFIXES
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(
+            file.stat().st_size * (_PACKED_RATIO if streams.is_packed(file) else 1)
+            for _, file in self._files
+        )
+
     def units(self, size: int) -> list[Unit]:
         units = []
         for number, (_, file) in enumerate(self._files):
@@ -170,17 +178,30 @@ class ParquetSource(FileRecordSource):
 
     suffixes = PARQUET_SUFFIXES
 
-    def units(self, size: int) -> list[Unit]:
-        units = []
-        for number, (_, file) in enumerate(self._files):
+    @property
+    def num_bytes(self) -> int:
+        return sum(size for groups in self._groups for _, size in groups)
+
+    @functools.cached_property
+    def _groups(self) -> list[list[tuple[int, int]]]:
+        """(rows, bytes of text) of each row group of each file."""
+        found = []
+        for _, file in self._files:
             metadata = self._open(file).metadata
             names = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
             column = names.index(self.rules.column)
+            groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+            found.append([(g.num_rows, g.column(column).total_uncompressed_size) for g in groups])
+        return found
+
+    def units(self, size: int) -> list[Unit]:
+        units = []
+        for number, groups in enumerate(self._groups):
             start, filled, row, rows = 0, 0, 0, 0
-            for group in range(metadata.num_row_groups):
-                filled += metadata.row_group(group).column(column).total_uncompressed_size
-                rows += metadata.row_group(group).num_rows
-                if filled >= size or group + 1 == metadata.num_row_groups:
+            for group, (group_rows, group_bytes) in enumerate(groups):
+                filled += group_bytes
+                rows += group_rows
+                if filled >= size or group + 1 == len(groups):
                     units.append(Unit(size=filled, what=[number, start, group + 1, row]))
                     start, filled, row = group + 1, 0, rows
         return units
@@ -234,14 +255,13 @@ class ParquetSource(FileRecordSource):
 class _IndexedSource(RecordSource):
     """A sequence of records; units are index ranges."""
 
-    @abc.abstractmethod
-    def _length_and_bytes(self) -> tuple[int, int]: ...
+    num_records: int
 
     @abc.abstractmethod
     def _values(self, start: int, end: int) -> Iterator[Any]: ...
 
     def units(self, size: int) -> list[Unit]:
-        length, total = self._length_and_bytes()
+        length, total = self.num_records, self.num_bytes
         if not length:
             raise UserError(f"{self.name} has no records")
         count = min(length, max(1, round(total / size)))
@@ -269,16 +289,15 @@ class TFDSSource(_IndexedSource):
 
         try:
             self._builder = tfds.builder(name)
-            self._length = self._builder.info.splits[self._split].num_examples
-            self._num_bytes = self._builder.info.splits[self._split].num_bytes
-            first = self._open()[0] if self._length else {}
+            self.num_records = self._builder.info.splits[self._split].num_examples
+            first = self._open()[0] if self.num_records else {}
         except Exception as error:  # TFDS raises all sorts
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(
                 f"{self.name} cannot be opened: {reason} (it must have been prepared as "
                 "array_record below TFDS_DATA_DIR)"
             ) from error
-        if self._length and self.rules.column not in first:
+        if self.num_records and self.rules.column not in first:
             raise UserError(f"{self.name} has no {self.rules.column!r}; it has {', '.join(first)}")
 
     def __reduce__(self) -> Any:
@@ -287,13 +306,15 @@ class TFDSSource(_IndexedSource):
     @property
     def identity(self) -> dict[str, Any]:
         info = self._builder.info
-        return {"version": str(info.version), "records": self._length, "bytes": self._num_bytes}
+        counts = {"records": self.num_records, "bytes": self.num_bytes}
+        return {"version": str(info.version), **counts}
 
     def _open(self) -> Any:
         return self._builder.as_data_source(split=self._split)
 
-    def _length_and_bytes(self) -> tuple[int, int]:
-        return self._length, self._num_bytes
+    @property
+    def num_bytes(self) -> int:
+        return int(self._builder.info.splits[self._split].num_bytes)
 
     def _values(self, start: int, end: int) -> Iterator[Any]:
         records = self._open()
@@ -321,13 +342,15 @@ class HuggingFaceSource(_IndexedSource):
             names = ", ".join(self._records.column_names)
             raise UserError(f"hf:{spec} has no {self.rules.column!r}; it has {names}")
         self._records = self._records.select_columns([self.rules.column])
+        self.num_records = len(self._records)
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"records": len(self._records), "bytes": self._records.data.nbytes}
+        return {"records": self.num_records, "bytes": self.num_bytes}
 
-    def _length_and_bytes(self) -> tuple[int, int]:
-        return len(self._records), self._records.data.nbytes
+    @property
+    def num_bytes(self) -> int:
+        return int(self._records.data.nbytes)
 
     def _values(self, start: int, end: int) -> Iterator[Any]:
         for first in range(start, end, 64):

@@ -1,12 +1,14 @@
 """Documents and where they come from; here the prose that the package carries, and text files."""
 
 import abc
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import json
 import lzma
 import math
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -97,6 +99,11 @@ class Source(abc.ABC):
     def identity(self) -> dict[str, Any]:
         """JSON values by name that change when the source does, without reading all of it."""
 
+    @property
+    @abc.abstractmethod
+    def num_bytes(self) -> int:
+        """Bytes of text, about."""
+
     @abc.abstractmethod
     def units(self, size: int) -> list[Unit]:
         """The source in parts of about `size` bytes; the order of documents is that of units."""
@@ -123,8 +130,12 @@ class EmbeddedSource(Source):
         # Of the packed file, because this happens at every start.
         return {"sha256": hashlib.sha256(EMBEDDED.read_bytes()).hexdigest()}
 
+    @property
+    def num_bytes(self) -> int:
+        return sum(len(r["text"].encode()) for r in self._records)
+
     def units(self, size: int) -> list[Unit]:
-        return [Unit(size=sum(len(r["text"].encode()) for r in self._records), what=[])]
+        return [Unit(size=self.num_bytes, what=[])]
 
     def items(self, unit: Unit) -> Iterator[Document | Fault]:
         for record in self._records:
@@ -170,8 +181,10 @@ class FilesSource(Source):
         self._fraction = validation_fraction
         self._files: list[_File] = []
         empty = []
-        for name, file in files_below(path, TEXT_SUFFIXES, option).items():
-            size, has_text = streams.measure(file)
+        found = files_below(path, TEXT_SUFFIXES, option)
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # to unpack them
+            measured = list(pool.map(streams.measure, found.values()))
+        for (name, file), (size, has_text) in zip(found.items(), measured, strict=True):
             if has_text:
                 self._files.append(_File(path=file, name=name, size=size))
             else:
@@ -182,17 +195,20 @@ class FilesSource(Source):
             print(f"note: in {path}, {_listed(empty)} empty and skipped", file=sys.stderr)
         self._whole = len(self._files) >= WHOLE_FILES_FROM
         self._held_out = _choose(self._files, validation_fraction) if self._whole else set()
-        total = sum(f.size for f in self._files)
         needed = math.ceil(MIN_SPLIT_BYTES / min(validation_fraction, 1 - validation_fraction))
-        if total < needed:
+        if self.num_bytes < needed:
             raise UserError(
-                f"{option} {path} has {total:,} bytes of text; with "
+                f"{option} {path} has {self.num_bytes:,} bytes of text; with "
                 f"validation_fraction={validation_fraction} at least {needed:,} are needed"
             )
 
     @property
     def identity(self) -> dict[str, Any]:
         return {f.name: [f.path.stat().st_size, f.path.stat().st_mtime_ns] for f in self._files}
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(f.size for f in self._files)
 
     def content_identity(self) -> dict[str, Any]:
         """Like `identity`, of what the files say: reads all of them."""

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from tlm_jax.config import UserError
 
 PIECE_BYTES = 64 * 1024
-BLOCK_BYTES = 16 * 1024 * 1024
+BLOCK_BYTES = 4 * 1024 * 1024
 """A text is always cut near multiples of this, so that its blocks can be cut apart from others."""
 _BLOCK_WINDOW = 32 * 1024
 _READ_BYTES = 1024 * 1024
