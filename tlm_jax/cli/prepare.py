@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Sequence
 
@@ -35,7 +36,7 @@ class Command:
     shard_mb: int = 64
     """Megabytes of text in a shard, at most; batches do not depend on it."""
     max_document_mb: int = 16
-    """Records of more megabytes than this are refused; a process needs some 50 times as much."""
+    """Refuse records of more megabytes than this; a process may need 100 times as much memory."""
     skip_corrupt: bool = False
     """Leave out and count records that cannot be used, instead of stopping at the first."""
     verify: pathlib.Path | None = None
@@ -61,7 +62,12 @@ def run(argv: Sequence[str], prog: str) -> int:
     elif command.source is None or command.out is None:
         raise UserError(f"{prog} needs SOURCE --out FOLDER, or --verify FOLDER")
     else:
-        _prepare(command, command.source, command.out, console)
+        try:
+            _prepare(command, command.source, command.out, console)
+        except KeyboardInterrupt:
+            message = "error: interrupted; the same command goes on from the shards that are whole"
+            print(message, file=sys.stderr)
+            return 130
     return 0
 
 
