@@ -109,8 +109,8 @@ class DataConfig:
 
     path: str | None = None
     """Text file, folder of them, or one of `tlm prepare`; None is the package's own prose."""
-    mixture: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Folders of `tlm prepare` and each one's share of the training tokens, instead of a path."""
+    mixture: tuple[tuple[str, float], ...] = ()
+    """Instead of a path: folders of `tlm prepare`, each with its share of the training rows."""
     tokenizer: str | None = None
     """tokenizer.json, SentencePiece .model, or bytes; None is the package's own 4,096-token BPE."""
     seq_len: int = 256
@@ -143,11 +143,17 @@ class DataConfig:
             self.path is None or not self.mixture,
             f"data.path={self.path} and data.mixture exclude each other; use one of them",
         )
-        for folder, weight in self.mixture.items():
+        # Pairs that went through JSON are lists.
+        object.__setattr__(self, "mixture", tuple((name, w) for name, w in self.mixture))
+        for folder, weight in self.mixture:
             require(
                 0 < weight < math.inf,
                 f"mixture weight {weight} of {folder} must be a positive number",
             )
+        require(
+            len(dict(self.mixture)) == len(self.mixture),
+            f"mixture {self.mixture} names a folder twice",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import grain
 import numpy as np
 import pytest
 import tyro
+from orbax.checkpoint import v1 as ocp
 
 from tlm_jax import config_io
 from tlm_jax.config import DataConfig, RunConfig, UserError
@@ -43,7 +44,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def dataset(*paths: str, weights: tuple[float, ...] = (), **options: Any) -> Dataset:
     values: dict[str, Any] = {"tokenizer": "bytes", "seq_len": LENGTH, "batch_size": 2} | options
     if weights:
-        values["mixture"] = dict(zip(paths, weights, strict=True))
+        values["mixture"] = tuple(zip(paths, weights, strict=True))
     else:
         values["path"] = paths[0]
     return open_dataset(DataConfig(**values), 257)
@@ -141,6 +142,19 @@ def test_resume_is_exact(kind: str, steps: int, folders: tuple[str, str]) -> Non
             np.testing.assert_array_equal(got[name], expected[name])
 
 
+def test_state_goes_through_orbax(folders: tuple[str, str], tmp_path: pathlib.Path) -> None:
+    data = dataset(*folders, weights=(3, 1), packing="best_fit")
+    iterator = data.train_iterator()
+    rows(iterator, 50)
+    ocp.save_checkpointables(tmp_path / "checkpoint", {"data": iterator})
+    expected = rows(iterator, 100)
+    resumed = data.train_iterator()
+    ocp.load_checkpointables(tmp_path / "checkpoint", {"data": resumed})
+    got = rows(resumed, 100)
+    for name in expected:
+        np.testing.assert_array_equal(got[name], expected[name])
+
+
 def test_workers_of_a_mixture_resume_exactly(folders: tuple[str, str]) -> None:
     data = dataset(*folders, weights=(3, 1), packing="best_fit", num_workers=2)
     iterator = data.train_iterator()
@@ -197,7 +211,7 @@ def metadata(config: DataConfig) -> dict[str, Any]:
 
 def test_changes_are_refused_by_name(folders: tuple[str, str], tmp_path: pathlib.Path) -> None:
     """Batches, workers, packing, weights, the content of a folder: each by its name."""
-    base = DataConfig(tokenizer="bytes", mixture={folders[0]: 1.0, folders[1]: 3.0})
+    base = DataConfig(tokenizer="bytes", mixture=((folders[0], 1.0), (folders[1], 3.0)))
     saved = json.loads(json.dumps(metadata(base)))
     assert checkpoint.differences(saved, metadata(base)) == []
     changes: dict[str, Any] = {
@@ -207,7 +221,7 @@ def test_changes_are_refused_by_name(folders: tuple[str, str], tmp_path: pathlib
         "seq_len": 128,
         "seed": 1,
         "skip_corrupt": True,
-        "mixture": {folders[0]: 1.0, folders[1]: 2.0},
+        "mixture": ((folders[0], 1.0), (folders[1], 2.0)),
     }
     for name, value in changes.items():
         found = checkpoint.differences(saved, metadata(dataclasses.replace(base, **{name: value})))
@@ -216,7 +230,7 @@ def test_changes_are_refused_by_name(folders: tuple[str, str], tmp_path: pathlib
     found = checkpoint.differences(saved, metadata(base) | {"data_layout": processes})
     assert found == ["data layout, process_count: 1 -> 2"]
     other = write(tmp_path / "other", "a", 50, 20)
-    content = open_dataset(dataclasses.replace(base, mixture={}, path=other), 4096).layout()
+    content = open_dataset(dataclasses.replace(base, mixture=(), path=other), 4096).layout()
     found = checkpoint.differences(saved, metadata(base) | {"data_layout": content})
     assert any(line.startswith("data layout, dataset: ") for line in found)
     assert any(line.startswith("data layout, mixture: ") for line in found)
@@ -224,15 +238,17 @@ def test_changes_are_refused_by_name(folders: tuple[str, str], tmp_path: pathlib
 
 def test_mixture_on_the_command_line_and_in_json() -> None:
     words = ["--mixture", "web", "0.7", "my books", "0.3", "--packing", "best_fit"]
-    config = tyro.cli(DataConfig, args=words)
-    assert config.mixture == {"web": 0.7, "my books": 0.3}
+    for default in (DataConfig(), DataConfig(mixture=(("other", 1.0),))):
+        config = tyro.cli(DataConfig, args=words, default=default)
+        assert config.mixture == (("web", 0.7), ("my books", 0.3))
     run = RunConfig(data=config)
     assert config_io.from_dict(json.loads(json.dumps(config_io.to_dict(run)))) == run
     for values, message in (
-        ({"mixture": {"a": 0.0}}, "mixture weight 0.0 of a must be a positive number"),
-        ({"mixture": {"a": 1.0}, "path": "b"}, "exclude each other"),
+        ({"mixture": (("a", 0.0),)}, "mixture weight 0.0 of a must be a positive number"),
+        ({"mixture": (("a", 1.0), ("a", 2.0))}, "names a folder twice"),
+        ({"mixture": (("a", 1.0),), "path": "b"}, "exclude each other"),
     ):
         with pytest.raises(ValueError, match=message):
             DataConfig(**values)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="has no manifest"):
-        open_dataset(DataConfig(mixture={"nowhere": 1.0}), 4096)
+        open_dataset(DataConfig(mixture=(("nowhere", 1.0),)), 4096)

@@ -262,4 +262,4 @@ def test_manifests_that_do_not_fit(folder: pathlib.Path, tmp_path: pathlib.Path)
     assert "is not finished; the same tlm prepare command goes on" in refusal(folder)
     empty = tmp_path / "empty"
     with pytest.raises(UserError, match="has no manifest"):
-        dataset(folder, path=None, mixture={str(empty): 1.0})
+        dataset(folder, path=None, mixture=((str(empty), 1.0),))

@@ -53,7 +53,7 @@ def open_dataset(config: DataConfig, vocab_size: int) -> "Dataset":
             f"is {vocab_size}; use --model.vocab_size {tokenizer.vocab_size}"
         )
     if config.mixture:
-        folders = {pathlib.Path(name).expanduser(): w for name, w in config.mixture.items()}
+        folders = {pathlib.Path(name).expanduser(): w for name, w in config.mixture}
     elif config.path is not None and _is_prepared(pathlib.Path(config.path).expanduser()):
         folders = {pathlib.Path(config.path).expanduser(): 1.0}
     else:
