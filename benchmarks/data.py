@@ -77,7 +77,9 @@ class Tokenize:
         if self._encode is None:
             import tokenizers
 
-            self._encode = getattr(tokenizers.Tokenizer.from_file(self.path), self.method)
+            reader = tokenizers.Tokenizer.from_file(self.path)
+            reader.encode_special_tokens = True  # as ours: a text that names one is text
+            self._encode = getattr(reader, self.method)
         return {"ids": [e.ids for e in self._encode(batch["text"], add_special_tokens=False)]}
 
 

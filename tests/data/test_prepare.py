@@ -264,6 +264,21 @@ def test_sigkill_loses_and_redoes_no_shard(packed: bool, tmp_path: pathlib.Path)
     assert contents(killed) == contents(whole)
 
 
+def test_the_seed_chooses_what_is_held_out(lines: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """By the text, so that equal documents are never in both splits."""
+    doubled = write_lines(tmp_path / "doubled.jsonl", [*TEXTS, *reversed(TEXTS)])
+    held_out = []
+    for seed in (0, 1):
+        out = tmp_path / f"{seed}"
+        make(doubled, out, seed=seed)
+        train, validation = (set(documents(out, split)) for split in store.SPLITS)
+        assert not train & validation
+        held_out.append(validation)
+        make(lines, tmp_path / f"single-{seed}", seed=seed)
+        assert set(documents(tmp_path / f"single-{seed}", "validation")) == validation
+    assert len(held_out[0] & held_out[1]) < 0.5 * min(map(len, held_out))
+
+
 def test_another_plan_is_refused_by_name(lines: pathlib.Path, tmp_path: pathlib.Path) -> None:
     source = tmp_path / "a.jsonl"
     shutil.copy(lines, source)

@@ -1,3 +1,4 @@
+import itertools
 import json
 import pathlib
 
@@ -150,3 +151,30 @@ def test_text_that_is_not_utf8(tmp_path: pathlib.Path) -> None:
     file.write_bytes(b"line\n" * 2000 + b"caf\xe9\n")
     message = f"{file} is not UTF-8: byte 0xe9 at offset 10003, line 2001"
     check_error(file, message, cache)
+
+
+@pytest.mark.parametrize("goal", [2_000, 15_000, 20_050, 21_000, 29_999, 30_100, 59_000, 60_001])
+def test_sections_from_any_cut_are_those_of_the_whole(
+    goal: int, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the tail that is held out begins near a multiple of the block size."""
+    for name, value in (("BLOCK_BYTES", 10_000), ("_BLOCK_WINDOW", 2_000)):
+        monkeypatch.setattr(streams, name, value)
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"{i}\n" + "\n" * (i % 3 == 0) for i in range(11_000))[:60_100])
+    tail = (goal - 1500, goal)
+    windows = streams.windows(60_100, tail)
+    assert tail in windows
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(windows))
+    whole = list(streams.sections(path, 0, 60_100, windows))
+    assert b"".join(section for _, section in whole) == path.read_bytes()
+    starts = [offset for offset, _ in whole]
+    assert starts == [0, *(streams.cut_in(path, window) for window in windows)]
+    assert sum(tail[0] < start <= tail[1] for start in starts) == 1
+    assert max(len(section) for _, section in whole) < 14_000
+    for start, end in itertools.pairwise([*starts, 60_100]):
+        assert list(streams.sections(path, start, end, windows)) == [
+            (start, path.read_bytes()[start:end])
+        ]
+        later = list(streams.sections(path, start, 60_100, windows))
+        assert later == [(offset, section) for offset, section in whole if offset >= start]
