@@ -230,7 +230,7 @@ def start(source: pathlib.Path, out: pathlib.Path, *words: str) -> subprocess.Po
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_sigkill_loses_and_redoes_no_shard(packed: bool, tmp_path: pathlib.Path) -> None:
-    """Killed twice with two processes, the store is the same to the byte, and whole shards stay."""
+    """Killed and then interrupted, the store is the same to the byte, and whole shards stay."""
     texts = [
         f"{i} a line of text that is long enough, {i * 7919 % 10007}\n" * 40 for i in range(2500)
     ]
@@ -239,15 +239,21 @@ def test_sigkill_loses_and_redoes_no_shard(packed: bool, tmp_path: pathlib.Path)
     process = start(source, whole)
     assert process.wait(60) == 0, process.communicate()
     kept: dict[str, int] = {}
-    for parts in (1, 2):
+    for parts, number in ((1, signal.SIGKILL), (2, signal.SIGINT)):
         process = start(source, killed, "--processes", "2")
         until = time.monotonic() + 60
         while len(list(killed.glob("parts/*.json"))) < parts:
             assert time.monotonic() < until
             assert process.poll() is None
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()  # returns when the workers, which hold the pipes, are gone too
+        process.send_signal(number)
+        # Returns when the workers, which hold the pipes, are gone too.
+        _, err = process.communicate(timeout=60)
+        if number == signal.SIGINT:
+            assert process.returncode == 130
+            message = "interrupted; the same command goes on from the shards that are whole"
+            assert only_error(err) == message
+            assert not list(killed.glob(".*.tmp"))
         assert not store.is_complete(killed), "killed too late to prove anything"
         for path, modified in kept.items():
             assert (killed / path).stat().st_mtime_ns == modified, f"{path} was written again"
