@@ -125,7 +125,7 @@ class DataConfig:
     """Seed of the order of documents."""
     num_workers: int = 0
     """Reader processes; batches depend on it, so it is fixed for a run."""
-    skip_corrupt: bool = False
+    skip_corrupt: bool = _may_change(False)
     """Skip damaged records of prepared text, with a note for each, instead of stopping."""
     cache_dir: str | None = None
     """Where prepared text is kept; None is $XDG_CACHE_HOME/tlm_jax or ~/.cache/tlm_jax."""

@@ -220,12 +220,13 @@ def test_changes_are_refused_by_name(folders: tuple[str, str], tmp_path: pathlib
         "num_workers": 1,
         "seq_len": 128,
         "seed": 1,
-        "skip_corrupt": True,
         "mixture": ((folders[0], 1.0), (folders[1], 2.0)),
     }
     for name, value in changes.items():
         found = checkpoint.differences(saved, metadata(dataclasses.replace(base, **{name: value})))
         assert any(line.startswith(f"data.{name}: ") for line in found), (name, found)
+    skipping = dataclasses.replace(base, skip_corrupt=True)  # nothing was skipped without it
+    assert checkpoint.differences(saved, metadata(skipping)) == []
     processes = open_dataset(base, 4096).layout(process_count=2)
     found = checkpoint.differences(saved, metadata(base) | {"data_layout": processes})
     assert found == ["data layout, process_count: 1 -> 2"]

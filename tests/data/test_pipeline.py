@@ -225,7 +225,6 @@ def test_layout(many: Dataset) -> None:
         "seed": 0,
         "packing": "concat",
         "mixture": None,
-        "skip_corrupt": False,
         "version": 2,
     }
 

@@ -167,22 +167,34 @@ def test_flipped_byte(
     flip(shard, first + record)
     data = dataset(folder)
     message = f"{shard}, record {record}: "
+    iterator, states = data.train_iterator(), list[str]()
+
+    def go_on() -> None:
+        while len(states) < 200:
+            states.append(json.dumps(iterator.get_state()))
+            next(iterator)
+
     with pytest.raises(UserError) as error:
-        for _ in itertools.islice(data.train_iterator(), 200):
-            pass
+        go_on()
+    before = len(states) - 1
+    assert before > 5
     assert str(error.value).startswith(message)
     assert cli.main(["prepare", "--verify", str(folder)]) == 1
     assert only_error(capfd.readouterr().err).startswith(message)
 
     epoch = data.statistics["train"].num_targets
     skipping = dataset(folder, skip_corrupt=True)
-    assert skipping.layout() == data.layout() | {"skip_corrupt": True}
-    for _ in itertools.islice(skipping.train_iterator(), 2 * epoch // 128 + 2):
-        pass
+    assert skipping.layout() == data.layout()
+    batches = list(itertools.islice(skipping.train_iterator(), 2 * epoch // 128 + 2))
     notes = capfd.readouterr().err.splitlines()
     assert notes[0].startswith(f"note: {message}")
     assert notes[0].endswith("skipped (1 so far)")
     assert notes[1].endswith("skipped (2 so far)")  # in the second epoch
+    # A run that stopped at the record goes on with what comes after it.
+    resumed = skipping.train_iterator()
+    resumed.set_state(json.loads(states[-1]))
+    for expected, got in zip(batches[before : before + 5], resumed, strict=False):
+        np.testing.assert_array_equal(got["inputs"], expected["inputs"])
 
 
 def test_damaged_validation_document(

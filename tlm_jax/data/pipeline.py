@@ -135,8 +135,9 @@ class Dataset:
 
         Store it with a checkpoint and compare it before an iterator's state is
         restored: Grain takes the state of another layout without complaint and
-        goes on with other data. How many shards hold the documents is not in it:
-        another number gives the same batches.
+        goes on with other data. Not in it are how many shards hold the documents, as
+        another number gives the same batches, and `skip_corrupt`, as without it no
+        iterator has passed a damaged record.
         """
         mixture = [[part.manifest.fingerprint, part.weight] for part in self.parts]
         return {
@@ -149,7 +150,6 @@ class Dataset:
             "process_count": process_count,
             "seed": self.config.seed,
             "packing": self.config.packing,
-            "skip_corrupt": self.config.skip_corrupt,
             "version": LAYOUT_VERSION,
         }
 
