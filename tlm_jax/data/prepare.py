@@ -86,6 +86,7 @@ def prepare(job: Job, folder: pathlib.Path, *, processes: int = 1) -> Manifest:
             else:
                 _share_out(job, folder, units, left, min(processes, len(left)), advance)
         _finish(job, tokenizer, folder, len(units))
+    shutil.rmtree(folder / PARTS, ignore_errors=True)  # also what a run killed right here has left
     return store.open_manifest(folder)
 
 
@@ -256,7 +257,7 @@ class _Part:
 
 
 def _finish(job: Job, tokenizer: Tokenizer, folder: pathlib.Path, num_units: int) -> None:
-    """Writes the manifest and removes what only an unfinished store needs."""
+    """Writes the manifest, with which the store is whole."""
     shards: dict[Split, list[Shard]] = {split: [] for split in SPLITS}
     skipped: dict[str, int] = {}
     places: list[str] = []
@@ -277,7 +278,6 @@ def _finish(job: Job, tokenizer: Tokenizer, folder: pathlib.Path, num_units: int
         skipped=skipped,
         skipped_places=tuple(places[:LISTED_FAULTS]),
     ).save(folder)
-    shutil.rmtree(folder / PARTS)
 
 
 # What a working process has; it does one job in its life.
