@@ -30,10 +30,11 @@ format: $(READY)          ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)           ## compile time, step time and neural memory, written to docs/speed.md
+bench: $(READY)           ## compile time, step time, neural memory and data, written to docs/speed.md
 	$(BIN)/python -m benchmarks.compile_time
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.neural_memory
+	$(BIN)/python -m benchmarks.data
 
 clean:                    ## remove the environment and caches; runs/ stays
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -9,6 +9,7 @@ them; all others must stay as they were when the run began.
 
 import dataclasses
 import itertools
+import math
 from typing import Any, Literal
 
 from tlm_jax import taper as taper_lib
@@ -107,11 +108,15 @@ class DataConfig:
     """Text, tokenizer and batches."""
 
     path: str | None = None
-    """A text file or a folder of them; None is the prose that the package carries."""
+    """Text file, folder of them, or one of `tlm prepare`; None is the package's own prose."""
+    mixture: tuple[tuple[str, float], ...] = ()
+    """Instead of a path: folders of `tlm prepare`, each with its share of the training rows."""
     tokenizer: str | None = None
     """tokenizer.json, SentencePiece .model, or bytes; None is the package's own 4,096-token BPE."""
     seq_len: int = 256
     """Tokens in a sequence."""
+    packing: Literal["concat", "best_fit"] = "concat"
+    """Cut documents at row ends, or keep those that fit in a row whole and pad (train split)."""
     batch_size: int = 16
     """Sequences in a step, over all devices."""
     validation_fraction: float = 0.05
@@ -120,6 +125,8 @@ class DataConfig:
     """Seed of the order of documents."""
     num_workers: int = 0
     """Reader processes; batches depend on it, so it is fixed for a run."""
+    skip_corrupt: bool = _may_change(False)
+    """Skip damaged records of prepared text, with a note for each, instead of stopping."""
     cache_dir: str | None = None
     """Where prepared text is kept; None is $XDG_CACHE_HOME/tlm_jax or ~/.cache/tlm_jax."""
 
@@ -131,6 +138,21 @@ class DataConfig:
         require(
             0.0 < self.validation_fraction < 1.0,
             f"validation_fraction={self.validation_fraction} must lie between 0 and 1",
+        )
+        require(
+            self.path is None or not self.mixture,
+            f"data.path={self.path} and data.mixture exclude each other; use one of them",
+        )
+        # Pairs that went through JSON are lists.
+        object.__setattr__(self, "mixture", tuple((name, w) for name, w in self.mixture))
+        for folder, weight in self.mixture:
+            require(
+                0 < weight < math.inf,
+                f"mixture weight {weight} of {folder} must be a positive number",
+            )
+        require(
+            len(dict(self.mixture)) == len(self.mixture),
+            f"mixture {self.mixture} names a folder twice",
         )
 
 

@@ -56,8 +56,9 @@ def texts(data: Dataset, folder: pathlib.Path, split: str) -> list[str]:
     """What the files say, apart from how it was prepared."""
     from tlm_jax.data import sources
 
-    titles = [d.title for d in sources.open_source(data.config).documents(split)]  # type: ignore[arg-type]
-    return [(folder / title).read_text() for title in titles]
+    source = sources.FilesSource(str(folder), data.config.validation_fraction)
+    items = [item for unit in source.units(10**9) for item in source.items(unit)]
+    return [pathlib.Path(d.place).read_text() for d in items if d.split == split]  # type: ignore[union-attr]
 
 
 def check_rows(batches: list[Batch]) -> None:
@@ -222,8 +223,9 @@ def test_layout(many: Dataset) -> None:
         "num_workers": 0,
         "process_count": 2,
         "seed": 0,
-        "packing": "concat_then_split",
-        "version": 1,
+        "packing": "concat",
+        "mixture": None,
+        "version": 2,
     }
 
 

@@ -12,8 +12,7 @@ import time
 import pytest
 
 from tlm_jax.config import DataConfig, UserError
-from tlm_jax.data import open_dataset, prepared
-from tlm_jax.data import sources as sources_lib
+from tlm_jax.data import open_dataset, prepare, prepared, store
 from tlm_jax.data import tokenizers as tokenizers_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -58,7 +57,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def test_killed_while_preparing(text_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
     process = start(text_file, "", tmp_path)
     until = time.monotonic() + 60
-    while not (files := list(tmp_path.glob("*.incomplete-*/*/*/*array_record*"))):
+    while not (files := list(tmp_path.glob("*.incomplete-*/.*.arrayrecord.*"))):
         assert time.monotonic() < until
         assert process.poll() is None
         time.sleep(0.005)
@@ -71,8 +70,8 @@ def test_killed_while_preparing(text_file: pathlib.Path, tmp_path: pathlib.Path)
     data = open_dataset(config, 4096)
     assert sum(s.num_bytes for s in data.statistics.values()) == text_file.stat().st_size
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        data.fingerprint,
-        f"{data.fingerprint}.lock",
+        folder := data.parts[0].folder.name,
+        f"{folder}.lock",
     ]
     decoded = [data.tokenizer.decode(b["targets"].ravel()) for b in data.validation_batches()]
     assert text_file.read_text().endswith("".join(decoded).rstrip("\0")[-1000:])
@@ -91,27 +90,26 @@ def test_two_prepare_at_once(text_file: pathlib.Path, tmp_path: pathlib.Path) ->
 def test_another_was_first_without_locks(
     many_files: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tlm_jax.data import builder
-
-    source = sources_lib.open_source(DataConfig(path=str(many_files)))
+    config = DataConfig(path=str(many_files), tokenizer="bytes", cache_dir=str(tmp_path))
     tokenizer = tokenizers_lib.load_tokenizer("bytes")
-    build = builder.build
+    real, others = prepare.prepare, []
 
-    def build_late(folder: pathlib.Path, *args: object) -> None:
-        build(folder, *args)  # type: ignore[arg-type]
-        shutil.copytree(folder, folder.with_name(folder.name.split(".")[0]))
+    def prepare_late(job: prepare.Job, folder: pathlib.Path) -> store.Manifest:
+        made = real(job, folder)
+        final = folder.with_name(folder.name.split(".")[0])
+        shutil.copytree(folder, final)
+        others.append(final.with_name(f"{final.name}.incomplete-1"))
+        others[0].mkdir()
+        return made
 
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(builder, "build", build_late)
+    monkeypatch.setattr(prepare, "prepare", prepare_late)
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    fingerprint = prepared.fingerprint_of(source, tokenizer)
-    others = tmp_path / f"{fingerprint}.incomplete-1"
-    others.mkdir()
-    made = prepared.prepare(source, tokenizer, str(tmp_path))
-    assert made.statistics["train"].num_documents > 0
-    assert list(tmp_path.glob("*incomplete*")) == [others]
+    folder = prepared.prepare_cached(config, tokenizer)
+    assert store.open_manifest(folder).statistics["train"].num_documents > 0
+    assert list(tmp_path.glob("*incomplete*")) == others
 
 
 def test_is_done_once(
@@ -125,11 +123,11 @@ def test_is_done_once(
     assert len(lines.err.splitlines()) == 2
     second = open_dataset(config, 257)
     assert capfd.readouterr() == ("", "")
-    assert second.prepared == first.prepared
+    assert second.parts == first.parts
 
     # Someone cleans up half of it.
-    next(first.prepared.folder.rglob("metadata.json")).unlink()
-    assert open_dataset(config, 257).prepared == first.prepared
+    (first.parts[0].folder / store.MANIFEST).unlink()
+    assert open_dataset(config, 257).parts == first.parts
     assert "preparing" in capfd.readouterr().err
 
 

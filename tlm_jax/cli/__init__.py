@@ -10,7 +10,17 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from tlm_jax.cli import align, evaluate, export, generate, import_model, plan, report, train
+from tlm_jax.cli import (
+    align,
+    evaluate,
+    export,
+    generate,
+    import_model,
+    plan,
+    prepare,
+    report,
+    train,
+)
 from tlm_jax.config import UserError
 
 VERBS: dict[str, ModuleType] = {
@@ -18,6 +28,7 @@ VERBS: dict[str, ModuleType] = {
     "eval": evaluate,
     "generate": generate,
     "plan": plan,
+    "prepare": prepare,
     "report": report,
     "import": import_model,
     "export": export,

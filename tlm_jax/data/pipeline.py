@@ -6,28 +6,31 @@ wherever rows are cut.
 """
 
 import dataclasses
+import hashlib
 import itertools
+import json
 import math
-import multiprocessing
-import os
-import signal
-import threading
+import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tlm_jax.config import DataConfig, UserError
+from tlm_jax.data import prepare as prepare_lib
 from tlm_jax.data import prepared as prepared_lib
-from tlm_jax.data import sources
+from tlm_jax.data import processes as processes_lib
+from tlm_jax.data import store
 from tlm_jax.data import tokenizers as tokenizers_lib
+from tlm_jax.data.store import SPLITS, Split, SplitStatistics
 
 if TYPE_CHECKING:
     import grain
 
 Batch = dict[str, np.ndarray]
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
+_ARRAYS = ("inputs", "targets", "segment_ids", "positions")
 _READ_THREADS = 4
 _READ_AHEAD = 16  # documents
 
@@ -40,7 +43,8 @@ def open_dataset(config: DataConfig, vocab_size: int) -> "Dataset":
       vocab_size: rows of the model's embedding table.
 
     Raises:
-      UserError: the tokenizer does not fit the model, or a fault in text or cache.
+      UserError: the tokenizer does not fit the model or the prepared text, or a fault
+        in text, prepared text or cache.
     """
     tokenizer = tokenizers_lib.load_tokenizer(config.tokenizer)
     if tokenizer.vocab_size > vocab_size:
@@ -48,9 +52,52 @@ def open_dataset(config: DataConfig, vocab_size: int) -> "Dataset":
             f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, but model.vocab_size "
             f"is {vocab_size}; use --model.vocab_size {tokenizer.vocab_size}"
         )
-    source = sources.open_source(config)
-    prepared = prepared_lib.prepare(source, tokenizer, config.cache_dir)
-    return Dataset(config=config, tokenizer=tokenizer, prepared=prepared)
+    if config.mixture:
+        folders = {pathlib.Path(name).expanduser(): w for name, w in config.mixture}
+    elif config.path is not None and _is_prepared(pathlib.Path(config.path).expanduser()):
+        folders = {pathlib.Path(config.path).expanduser(): 1.0}
+    else:
+        folders = {prepared_lib.prepare_cached(config, tokenizer): 1.0}
+    parts = tuple(_open_part(folder, weight, tokenizer) for folder, weight in folders.items())
+    return Dataset(config=config, tokenizer=tokenizer, parts=parts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """A store and its share of the training rows."""
+
+    folder: pathlib.Path
+    manifest: store.Manifest
+    weight: float
+
+
+def _is_prepared(folder: pathlib.Path) -> bool:
+    """Whether a folder is one of `tlm prepare`, finished or not."""
+    return store.is_complete(folder) or (folder / prepare_lib.PLAN).is_file()
+
+
+def _open_part(folder: pathlib.Path, weight: float, tokenizer: tokenizers_lib.Tokenizer) -> Part:
+    if not store.is_complete(folder):
+        if _is_prepared(folder):
+            raise UserError(
+                f"{folder} is not finished; the same tlm prepare command goes on with it"
+            )
+        raise UserError(
+            f"{folder} has no {store.MANIFEST}; make it with tlm prepare TEXT --out {folder}"
+        )
+    manifest = store.open_manifest(folder)
+    if manifest.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{folder / store.MANIFEST} is of tokenizer {manifest.tokenizer} "
+            f"({manifest.tokenizer_fingerprint}), but data.tokenizer is {tokenizer.name} "
+            f"({tokenizer.fingerprint}); give the same --data.tokenizer, or prepare the text again"
+        )
+    for split, statistics in manifest.statistics.items():
+        if not statistics.num_documents:
+            raise UserError(
+                f"{folder} has no {split} documents; prepare it with another --validation_fraction"
+            )
+    return Part(folder=folder, manifest=manifest, weight=weight)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,34 +106,50 @@ class Dataset:
 
     config: DataConfig
     tokenizer: tokenizers_lib.Tokenizer
-    prepared: prepared_lib.Prepared
+    parts: tuple[Part, ...]
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that change with text, splits and tokenizer."""
-        return self.prepared.fingerprint
+        """16 hex digits that change with text, splits and tokenizer, not with the shards."""
+        prints = [part.manifest.fingerprint for part in self.parts]
+        if len(prints) == 1:
+            return prints[0]
+        return hashlib.sha256(json.dumps(prints).encode()).hexdigest()[:16]
 
     @property
-    def statistics(self) -> dict[sources.Split, prepared_lib.SplitStatistics]:
+    def statistics(self) -> dict[Split, SplitStatistics]:
         """Counts of documents, tokens and bytes by split."""
-        return self.prepared.statistics
+        names = [f.name for f in dataclasses.fields(SplitStatistics)]
+        return {
+            split: SplitStatistics(
+                **{
+                    n: sum(getattr(p.manifest.statistics[split], n) for p in self.parts)
+                    for n in names
+                }
+            )
+            for split in SPLITS
+        }
 
     def layout(self, *, process_count: int = 1) -> dict[str, Any]:
         """All that the content of the n-th batch depends on, as JSON values.
 
         Store it with a checkpoint and compare it before an iterator's state is
         restored: Grain takes the state of another layout without complaint and
-        goes on with other data.
+        goes on with other data. Not in it are how many shards hold the documents, as
+        another number gives the same batches, and `skip_corrupt`, as without it no
+        iterator has passed a damaged record.
         """
+        mixture = [[part.manifest.fingerprint, part.weight] for part in self.parts]
         return {
             "dataset": self.fingerprint,
+            "mixture": mixture if len(mixture) > 1 else None,
             "tokenizer": self.tokenizer.fingerprint,
             "seq_len": self.config.seq_len,
             "batch_size": self.config.batch_size,
             "num_workers": self.config.num_workers,
             "process_count": process_count,
             "seed": self.config.seed,
-            "packing": "concat_then_split",
+            "packing": self.config.packing,
             "version": LAYOUT_VERSION,
         }
 
@@ -94,6 +157,8 @@ class Dataset:
         self, *, process_index: int = 0, process_count: int = 1
     ) -> "grain.DatasetIterator":
         """Endless batches of the train split, documents reshuffled in each epoch.
+
+        Of several parts, each fills rows of its own; these are mixed by the parts' weights.
 
         With `num_workers` > 0, reader processes import the main module: its code
         must stand under `if __name__ == "__main__"`. Call the iterator's `close()`
@@ -117,14 +182,25 @@ class Dataset:
 
         from tlm_jax.data import packing
 
-        documents = grain.MapDataset.source(self._documents("train"))
-        documents = documents.seed(self.config.seed % 2**32).shuffle().repeat()
-        documents = documents[process_index::process_count]
-        rows = packing.PackedRows(
-            documents.to_iter_dataset(grain.ReadOptions(_READ_THREADS, _READ_AHEAD)),
-            self.config.seq_len,
-        )
-        batches = rows.batch(batch_size, drop_remainder=True)
+        rows = [
+            packing.PackedRows(
+                # Each part is shared out by itself: in a mixture of rows or documents, every
+                # n-th one could come from the same part.
+                grain.MapDataset.source(documents)
+                .seed((self.config.seed + number) % 2**32)
+                .shuffle()
+                .repeat()[process_index::process_count]
+                .to_iter_dataset(grain.ReadOptions(_READ_THREADS, _READ_AHEAD)),
+                self.config.seq_len,
+                best_fit=self.config.packing == "best_fit",
+                seed=(self.config.seed + number) % 2**32,
+            )
+            for number, documents in enumerate(self._documents("train"))
+        ]
+        mixed: grain.IterDataset = rows[0]
+        if len(rows) > 1:
+            mixed = grain.IterDataset.mix(rows, [part.weight for part in self.parts])
+        batches = mixed.batch(batch_size, drop_remainder=True)
         if self.config.num_workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags; we have none
@@ -153,10 +229,11 @@ class Dataset:
             dataset=self, batch_size=size, process_index=process_index, process_count=process_count
         )
 
-    def _documents(self, split: sources.Split) -> Any:
+    def _documents(self, split: Split) -> list[Any]:
         from tlm_jax.data import packing
 
-        return packing.TokenDocuments(self.prepared.folder, split, self.tokenizer.eot_id)
+        eot, skip = self.tokenizer.eot_id, self.config.skip_corrupt
+        return [packing.TokenDocuments(p.folder, split, eot, skip) for p in self.parts]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,7 +258,9 @@ class ValidationBatches:
 
         from tlm_jax.data import packing
 
-        documents = grain.MapDataset.source(self.dataset._documents("validation"))
+        documents = grain.MapDataset.concatenate(
+            [grain.MapDataset.source(d) for d in self.dataset._documents("validation")]
+        )
         rows = iter(
             packing.PackedRows(
                 documents.to_iter_dataset(grain.ReadOptions(_READ_THREADS, _READ_AHEAD)),
@@ -190,8 +269,10 @@ class ValidationBatches:
         )
         local = self.batch_size // self.process_count
         mine = slice(self.process_index * local, (self.process_index + 1) * local)
-        while group := list(itertools.islice(rows, self.batch_size)):
-            padding = {name: np.zeros_like(array) for name, array in group[0].items()}
+        length = self.dataset.config.seq_len
+        padding = dict.fromkeys(_ARRAYS, np.zeros(length, np.int32))
+        for _ in range(len(self)):  # also when damaged records were skipped: processes keep step
+            group = list(itertools.islice(rows, self.batch_size))
             group += [padding] * (self.batch_size - len(group))
             yield {name: np.stack([row[name] for row in group[mine]]) for name in padding}
 
@@ -199,14 +280,7 @@ class ValidationBatches:
 def _start_reader(index: int, count: int) -> None:
     """In a reader process: leave Ctrl-C to the parent, and end with it even if it is killed."""
     del index, count
-
-    def end_with_parent() -> None:
-        if (parent := multiprocessing.parent_process()) is not None:
-            parent.join()
-            os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    processes_lib.end_with_parent()
 
 
 def _local_size(batch_size: int, process_count: int) -> int:

@@ -31,6 +31,8 @@ class Tokenizer:
     """What the tokenizer's own template puts before a text, such as a begin-of-text token."""
     encode: Callable[[str], list[int]]
     """Ids of a text. No special tokens are added, and none are read from the text."""
+    encode_batch: Callable[[list[str]], list[list[int]]]
+    """Ids of many texts, the same as one by one, in less time."""
     decode: Callable[[Sequence[int]], str]
     """Text of ids. Special tokens give nothing, broken UTF-8 gives U+FFFD."""
 
@@ -88,6 +90,7 @@ def _bytes() -> Tokenizer:
         fingerprint=_fingerprint(b"bytes, end of text 256"),
         prefix_ids=(),
         encode=lambda text: list(text.encode("utf-8")),
+        encode_batch=lambda texts: [list(text.encode("utf-8")) for text in texts],
         decode=decode,
     )
 
@@ -109,18 +112,29 @@ def _hugging_face(path: pathlib.Path, name: str) -> Tokenizer:
     reader.no_padding()
     # A text that happens to contain "<|endoftext|>" is text.
     reader.encode_special_tokens = True
-    bare = reader.encode("a", add_special_tokens=False).ids
-    template = reader.encode("a").ids
-    template = template[: len(template) - template[::-1].index(bare[-1])]  # less what follows
+
+    def encode_batch(texts: list[str]) -> list[list[int]]:
+        # The fast one leaves out the offsets of tokens in the text, and only these.
+        return [e.ids for e in reader.encode_batch_fast(texts, add_special_tokens=False)]
+
     return Tokenizer(
         name=name,
         vocab_size=max(vocabulary.values()) + 1,
         eot_id=eot,
         fingerprint=_fingerprint(content),
-        prefix_ids=tuple(template[: len(template) - len(bare)]),
+        prefix_ids=_template_prefix(reader),
         encode=lambda text: reader.encode(text, add_special_tokens=False).ids,
+        encode_batch=encode_batch,
         decode=lambda ids: reader.decode(list(ids), skip_special_tokens=True),
     )
+
+
+def _template_prefix(reader: Any) -> tuple[int, ...]:
+    """Ids that a tokenizer.json's post-processor puts before a text."""
+    bare, whole = (reader.encode("a", add_special_tokens=special).ids for special in (False, True))
+    starts = range(len(whole) - len(bare) + 1)
+    found = next((at for at in starts if whole[at : at + len(bare)] == bare), 0)
+    return tuple(whole[:found])
 
 
 def _sentencepiece(path: pathlib.Path, name: str) -> Tokenizer:
@@ -142,6 +156,7 @@ def _sentencepiece(path: pathlib.Path, name: str) -> Tokenizer:
         fingerprint=_fingerprint(content),
         prefix_ids=(reader.bos_id(),) if reader.bos_id() >= 0 else (),
         encode=lambda text: reader.encode(text, out_type=int),
+        encode_batch=lambda texts: reader.encode(texts, out_type=int, num_threads=1),
         decode=lambda ids: reader.decode([int(i) for i in ids]),
     )
 

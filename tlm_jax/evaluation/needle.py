@@ -134,7 +134,7 @@ def read_prose(path: pathlib.Path | None) -> str:
     if path is None:
         from tlm_jax.data.sources import EmbeddedSource
 
-        return "\n".join(d.text for d in EmbeddedSource().documents("validation"))
+        return "\n".join(EmbeddedSource().texts("validation"))
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

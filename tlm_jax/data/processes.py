@@ -1,0 +1,54 @@
+"""What processes share: a console, locks, and how those that this package starts begin and end."""
+
+import contextlib
+import fcntl
+import multiprocessing
+import os
+import pathlib
+import signal
+import threading
+from collections.abc import Iterator
+
+import rich.console
+
+
+def stderr_console() -> rich.console.Console:
+    """Where progress is told."""
+    return rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def lock(path: pathlib.Path, waiting: str | None) -> Iterator[bool]:
+    """Locks out other processes until this one leaves or dies; yields whether it could.
+
+    Args:
+      path: the file to lock.
+      waiting: what to say before waiting for another; None refuses instead.
+
+    Raises:
+      BlockingIOError: another one has it and `waiting` is None.
+    """
+    with path.open("a") as file:
+        locked = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting is None:
+                raise
+            stderr_console().print(waiting)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            locked = False  # no locks on this file system: work is done twice, not wrongly
+        yield locked
+
+
+def end_with_parent() -> None:
+    """Leaves Ctrl-C to the parent, and ends this process with it even if that is killed."""
+
+    def wait() -> None:
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=wait, daemon=True).start()
