@@ -126,9 +126,8 @@ def test_mistakes_are_one_line(
 ) -> None:
     """Unknown tasks, missing and broken files."""
     base = ("eval", "--checkpoint", folder, "--data_dir", data_dir, "--tasks")
-    assert fails(capsys, *base, "lambda") == (
-        "unknown task or suite 'lambda'; did you mean lambada, lambada_cloze, lambada_mt?"
-    ) or "did you mean lambada" in fails(capsys, *base, "lambda")
+    unknown = fails(capsys, *base, "lambda")
+    assert unknown.startswith("unknown task or suite 'lambda'; did you mean lambada, ")
     assert "has no SPLIT.jsonl" in fails(capsys, *base, "openbookqa")
     (data_dir / "piqa" / "validation.jsonl").write_text('{"goal": "x"}\n{"goal"\n')
     assert "validation.jsonl, line 2: not JSON" in fails(capsys, *base, "piqa")

@@ -113,7 +113,7 @@ def load_tasks(names: Sequence[str], data_dir: pathlib.Path | None) -> list[Any]
         if unknown:
             import difflib
 
-            known = [*SUITES, *manager.all_tasks]
+            known = sorted({*SUITES, *manager.all_tasks})
             near = difflib.get_close_matches(unknown[0], known, 3)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise UserError(f"unknown task or suite {unknown[0]!r}{hint}")

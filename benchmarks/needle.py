@@ -1,0 +1,80 @@
+"""Trains a small model to find needles in noise, and draws what it finds.
+
+    python -m benchmarks.needle [--workdir runs/needle] [--examples 20000]
+
+Makes texts of questions with their answers (keys and values of other seeds than those that are
+evaluated), prepares them, trains configs/needle.py and evaluates S-NIAH-1. Steps that are done are
+not repeated. The heat map goes to docs/images/needle.png, the figures to docs/results/needle.json.
+"""
+
+import argparse
+import json
+import pathlib
+import random
+import shutil
+
+from tlm_jax import cli
+from tlm_jax.data import load_tokenizer
+from tlm_jax.evaluation import needle
+
+ROOT = pathlib.Path(__file__).parents[1]
+LENGTHS = (256, 320, 384, 448, 512)
+"""Of prompt and answer; 128 of these tokens are left for the answer."""
+SHORTEST, LONGEST = 80, 500
+"""Tokens of the texts that are trained on."""
+
+
+def write_texts(path: pathlib.Path, examples: int) -> None:
+    """Questions followed by their answers, needles at random depths, as JSON lines."""
+    tokenizer = load_tokenizer(None)
+    with path.open("w", encoding="utf-8") as file:
+        for index in range(examples):
+            rng = random.Random(f"train {index}")
+            example = needle.make_example(
+                "niah_single_1",
+                rng.randint(SHORTEST, LONGEST),
+                rng.random(),
+                tokenizer,
+                (),
+                rng,
+                answer_tokens=0,
+            )
+            file.write(json.dumps({"text": f"{example.prompt} {example.answer}."}) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--workdir", type=pathlib.Path, default=ROOT / "runs" / "needle")
+    parser.add_argument("--examples", type=int, default=20_000)
+    options = parser.parse_args()
+    workdir: pathlib.Path = options.workdir
+    workdir.mkdir(parents=True, exist_ok=True)
+    texts, prepared = workdir / "needles.jsonl", workdir / "prepared"
+    if not texts.is_file():
+        write_texts(texts.with_suffix(".part"), options.examples)
+        texts.with_suffix(".part").rename(texts)
+    run(["prepare", str(texts), "--out", str(prepared)])
+    config = ["--config", str(ROOT / "configs" / "needle.py"), "--workdir", str(workdir)]
+    run(["train", *config, "--data.path", str(prepared)])
+    wanted = ["--needle.variants", "niah_single_1", "--needle.num_depths", "10"]
+    lengths = ["--needle.lengths", *map(str, LENGTHS)]
+    run(
+        ["eval", "--checkpoint", str(workdir), "--tasks", "niah", *wanted, *lengths]
+        + ["--needle.samples", "5"]
+    )
+    (record,) = (workdir / "eval").glob("niah-*.json")
+    found = json.loads(record.read_text())
+    kept = {key: found[key] for key in ("step", "metrics", "settings", "versions")}
+    target = ROOT / "docs" / "results" / "needle.json"
+    target.write_text(json.dumps(kept, indent=1) + "\n")
+    shutil.copy(record.with_suffix(".png"), ROOT / "docs" / "images" / "needle.png")
+
+
+def run(words: list[str]) -> None:
+    """Runs a verb of `tlm`; ends this program if it fails."""
+    if status := cli.main(words):
+        raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

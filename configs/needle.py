@@ -1,0 +1,38 @@
+"""A small tapered model that learns to find a number in noise (S-NIAH-1).
+
+Command:   python -m benchmarks.needle        (makes the texts, trains, evaluates, draws)
+Hardware:  a CPU
+Expected:  see docs/evaluation.md
+
+Proves that the needle task can be measured: a model trained for it solves it.
+"""
+
+from tlm_jax.config import (
+    AttentionConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TaperConfig,
+    TrainingConfig,
+)
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        name="needle",
+        model=ModelConfig(
+            vocab_size=4096,
+            num_layers=4,
+            d_model=128,
+            mlp_width=256,
+            taper=TaperConfig(schedule="cosine", start=1.5, end=0.5, multiple_of=16),
+            mixer=AttentionConfig(num_heads=4),
+            remat="none",
+        ),
+        data=DataConfig(seq_len=512, batch_size=16, packing="best_fit"),
+        optimizer=OptimizerConfig(learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=50),
+        training=TrainingConfig(
+            num_steps=1500, eval_every=100, eval_batches=8, checkpoint_every=100, sample_tokens=0
+        ),
+    )
