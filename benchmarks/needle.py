@@ -20,7 +20,7 @@ from tlm_jax.evaluation import needle
 ROOT = pathlib.Path(__file__).parents[1]
 LENGTHS = (256, 320, 384, 448, 512)
 """Of prompt and answer; 128 of these tokens are left for the answer."""
-SHORTEST, LONGEST = 80, 500
+SHORTEST, LONGEST = 120, 500
 """Tokens of the texts that are trained on."""
 
 
@@ -57,11 +57,8 @@ def main() -> None:
     config = ["--config", str(ROOT / "configs" / "needle.py"), "--workdir", str(workdir)]
     run(["train", *config, "--data.path", str(prepared)])
     wanted = ["--needle.variants", "niah_single_1", "--needle.num_depths", "10"]
-    lengths = ["--needle.lengths", *map(str, LENGTHS)]
-    run(
-        ["eval", "--checkpoint", str(workdir), "--tasks", "niah", *wanted, *lengths]
-        + ["--needle.samples", "5"]
-    )
+    lengths = ["--needle.lengths", *map(str, LENGTHS), "--needle.samples", "5"]
+    run(["eval", "--checkpoint", str(workdir), "--tasks", "niah", *wanted, *lengths])
     (record,) = (workdir / "eval").glob("niah-*.json")
     found = json.loads(record.read_text())
     kept = {key: found[key] for key in ("step", "metrics", "settings", "versions")}
