@@ -48,6 +48,10 @@ class HarnessModel(TemplateLM):
         self._prefix, self._journal, self._advance = tuple(prefix), journal, advance
         self._questions: list[int] = []
 
+    def forget(self) -> None:
+        """Lets go of the answers so far, so that they are computed anew."""
+        self._journal = Journal(None, {})
+
     @property
     def eot_token_id(self) -> int:
         """What lm-eval puts before an empty context."""

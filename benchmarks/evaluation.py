@@ -1,0 +1,191 @@
+"""Throughput of evaluation suites: ours, and lm-eval's own Hugging Face backend.
+
+    python -m benchmarks.evaluation --checkpoint RUN --data_dir FOLDER [--torch_python X/bin/python]
+
+RUN is a Llama-like run folder, such as `tlm import` makes of SmolLM2; it is exported for the other
+arms, which need an environment X with lm-eval, transformers and PyTorch (the extra `reference`).
+FOLDER holds TASK/SPLIT.jsonl. MKL keeps its AVX-512 kernels from processors of other makers; in the
+arm "unlocked" a preloaded library lifts that (needs a C compiler).
+
+All arms answer the same rows of the same lm-eval tasks in float32 on all cores, each in a process
+of its own, in turn. Seconds are those of lm-eval's whole run of a task: building requests,
+tokenising, the model, metrics; loading is left out. Ours compiles in the first round.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+TASKS = ("hellaswag", "piqa", "lambada_openai")
+OURS, THEIRS, UNLOCKED = "tlm-jax", "transformers", "transformers, MKL unlocked"
+
+
+def our_model(folder: pathlib.Path) -> Any:
+    """A harness model of a run folder."""
+    import jax
+
+    from tlm_jax.data import load_tokenizer
+    from tlm_jax.distributed import mesh as mesh_lib
+    from tlm_jax.evaluation.generation import Generator
+    from tlm_jax.evaluation.harness import HarnessModel
+    from tlm_jax.evaluation.journal import Journal
+    from tlm_jax.evaluation.scoring import Scorer
+    from tlm_jax.models import skeleton
+    from tlm_jax.training import restore
+
+    step, metadata = restore.saved_metadata(folder, None)
+    config = restore.saved_config(metadata)
+    mesh = mesh_lib.single_device_mesh()
+    jax.set_mesh(mesh)
+    tokenizer, model = load_tokenizer(config.data.tokenizer), skeleton(config.model)
+    params = restore.load_params(folder, step, model, tokenizer, mesh)
+    return HarnessModel(
+        Scorer(model, params, mesh, max_length=config.data.seq_len),
+        Generator(model, params, tokenizer, mesh, max_length=config.data.seq_len),
+        tokenizer,
+        prefix=restore.document_prefix(metadata, tokenizer),
+        journal=Journal(None, {}),
+        advance=lambda *_: None,
+    )
+
+
+def their_model(folder: pathlib.Path, batch_size: int) -> Any:
+    """lm-eval's Hugging Face backend."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=batch_size)
+
+
+def serve(make: Callable[[], Any], data_dir: pathlib.Path, limit: int) -> None:
+    """For each task named on standard input: seconds, requests and metrics, as JSON."""
+    import lm_eval
+
+    from tlm_jax.evaluation import suites
+
+    model = make()
+    tasks = dict(zip(TASKS, suites.load_tasks(TASKS, data_dir), strict=True))
+    answers = sys.stdout
+    sys.stdout = sys.stderr
+    for line in sys.stdin:
+        name = line.strip()
+        if hasattr(model, "forget"):
+            model.forget()  # every round answers anew
+        begin = time.perf_counter()
+        results = lm_eval.simple_evaluate(
+            model=model, tasks=[tasks[name]], limit=limit, bootstrap_iters=0, log_samples=False
+        )
+        seconds = time.perf_counter() - begin
+        assert results is not None
+        values = {k: v for k, v in results["results"][name].items() if isinstance(v, float)}
+        requests = len(tasks[name].instances)
+        print(json.dumps([seconds, requests, values]), file=answers, flush=True)
+
+
+def unlock(folder: str) -> dict[str, str]:
+    """Builds the library that lifts MKL's check; returns what to preload."""
+    source = pathlib.Path(folder) / "unlock.c"
+    source.write_text("int mkl_serv_intel_cpu_true(void) { return 1; }\n")
+    library = source.with_suffix(".so")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    return {"LD_PRELOAD": str(library)}
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Publishes the table."""
+    from benchmarks import report
+    from tlm_jax import cli
+
+    with tempfile.TemporaryDirectory() as temporary:
+        exported = f"{temporary}/exported"
+        assert cli.main(["export", "--checkpoint", str(options.checkpoint), "--out", exported]) == 0
+        environments = {OURS: {}, THEIRS: {}, UNLOCKED: unlock(temporary)}
+        workers = {}
+        for arm, variables in environments.items():
+            python = sys.executable if arm == OURS else options.torch_python
+            model = options.checkpoint if arm == OURS else exported
+            words = ["--arm", arm, "--checkpoint", str(model), "--data_dir", str(options.data_dir)]
+            workers[arm] = subprocess.Popen(
+                [python, "-m", "benchmarks.evaluation", *words, "--limit", str(options.limit)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env=os.environ | variables,
+            )
+        times: dict[tuple[str, str], list[float]] = {}
+        requests: dict[str, int] = {}
+        for turn in range(options.rounds):
+            for task in TASKS:
+                for arm in list(workers) if turn % 2 == 0 else list(workers)[::-1]:
+                    worker = workers[arm]
+                    assert worker.stdin is not None
+                    assert worker.stdout is not None
+                    worker.stdin.write(f"{task}\n")
+                    worker.stdin.flush()
+                    seconds, requests[task], values = json.loads(worker.stdout.readline())
+                    times.setdefault((task, arm), []).append(seconds)
+                    print(f"{task} {arm}: {requests[task] / seconds:.1f} requests/s {values}")
+        for worker in workers.values():
+            worker.communicate()
+    rows = []
+    for task in TASKS:
+        cells = [task, f"{requests[task]:,}"]
+        ours = times[task, OURS]
+        for arm in workers:
+            first, *later = times[task, arm]
+            steady = statistics.median(later or [first])
+            cells.append(f"{requests[task] / steady:.1f}")
+            if arm == OURS:
+                cells.append(f"{requests[task] / first:.1f}")
+            else:
+                both = zip(times[task, arm][1:], ours[1:], strict=True)
+                cells.append(f"{statistics.median(a / b for a, b in both):.2f}")
+        rows.append(cells)
+    header = [
+        "task",
+        "requests",
+        "ours, per s",
+        "first round",
+        "transformers, per s",
+        "ours over it",
+    ]
+    header += ["MKL unlocked, per s", "ours over it"]
+    report.publish(
+        "evaluation",
+        f"{report.table(header, rows)}\n\nThe first {options.limit} rows of each task; requests a "
+        f"second, medians over {options.rounds - 1} alternating rounds after the first, in which "
+        f"ours compiles. Batch size of the others: {options.batch_size}. {report.machine()}.",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=pathlib.Path, required=True)
+    parser.add_argument("--data_dir", type=pathlib.Path, required=True)
+    parser.add_argument("--torch_python", default=sys.executable)
+    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch_size", type=int, default=16, help="of the Hugging Face backend")
+    parser.add_argument("--arm", help="run as one of the processes")
+    options = parser.parse_args()
+    if options.arm == OURS:
+        serve(lambda: our_model(options.checkpoint), options.data_dir, options.limit)
+    elif options.arm:
+        make = lambda: their_model(options.checkpoint, options.batch_size)  # noqa: E731
+        serve(make, options.data_dir, options.limit)
+    else:
+        compare(options)
+
+
+if __name__ == "__main__":
+    main()
