@@ -43,7 +43,8 @@ def our_model(folder: pathlib.Path) -> Any:
 
     step, metadata = restore.saved_metadata(folder, None)
     config = restore.saved_config(metadata)
-    mesh = mesh_lib.single_device_mesh()
+    mesh_lib.one_device_a_core()
+    mesh = mesh_lib.device_mesh(config.mesh)
     jax.set_mesh(mesh)
     tokenizer, model = load_tokenizer(config.data.tokenizer), skeleton(config.model)
     params = restore.load_params(folder, step, model, tokenizer, mesh)

@@ -18,9 +18,9 @@ from tlm_jax.data import load_tokenizer
 from tlm_jax.evaluation import needle
 
 ROOT = pathlib.Path(__file__).parents[1]
-LENGTHS = (256, 320, 384, 448, 512)
+LENGTHS = (256, 288, 320, 352, 384)
 """Of prompt and answer; 128 of these tokens are left for the answer."""
-SHORTEST, LONGEST = 120, 500
+SHORTEST, LONGEST = 100, 280
 """Tokens of the texts that are trained on."""
 
 

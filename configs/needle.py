@@ -23,16 +23,21 @@ def get_config() -> RunConfig:
         name="needle",
         model=ModelConfig(
             vocab_size=4096,
-            num_layers=4,
+            num_layers=3,
             d_model=128,
             mlp_width=256,
             taper=TaperConfig(schedule="cosine", start=1.5, end=0.5, multiple_of=16),
             mixer=AttentionConfig(num_heads=4),
             remat="none",
         ),
-        data=DataConfig(seq_len=512, batch_size=16, packing="best_fit"),
+        data=DataConfig(seq_len=288, batch_size=16, packing="best_fit"),
         optimizer=OptimizerConfig(learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=50),
         training=TrainingConfig(
-            num_steps=1500, eval_every=100, eval_batches=8, checkpoint_every=100, sample_tokens=0
+            num_steps=1500,
+            loss_chunk=96,
+            eval_every=100,
+            eval_batches=8,
+            checkpoint_every=100,
+            sample_tokens=0,
         ),
     )

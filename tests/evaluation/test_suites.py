@@ -47,7 +47,7 @@ def test_all_columns_offline_and_resumed_after_a_kill(
     assert whole.returncode == 0, whole.stderr
     expected = metrics(folder)
     assert expected.keys() >= PAPER_METRICS
-    assert not list((folder / "eval").glob("answers-*"))
+    assert not list((folder / "eval").glob("*.answers.jsonl"))
     assert "scored" in whole.stderr
     record = json.loads((folder / "eval" / "paper-20.json").read_text())
     accuracies = [v for (t, n), v in expected.items() if (t, n) in PAPER_METRICS and "acc" in n]
@@ -69,7 +69,7 @@ def test_all_columns_offline_and_resumed_after_a_kill(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    answers = again / "eval" / "answers-20.jsonl"
+    answers = again / "eval" / "paper-20.answers.jsonl"
     deadline = time.monotonic() + 200
     while not (answers.is_file() and answers.stat().st_size > 2000):
         assert process.poll() is None, process.communicate()

@@ -48,8 +48,11 @@ def run(argv: Sequence[str], prog: str) -> int:
     """Runs `tlm eval`; returns the exit status."""
     folder = path_after("--checkpoint", argv, prog)
     quiet_libraries()
+    from tlm_jax.distributed import mesh
     from tlm_jax.training import restore
 
+    if "--tasks" in argv:
+        mesh.one_device_a_core()
     wanted = option_value("--step", argv) or ""
     step, metadata = restore.saved_metadata(folder, int(wanted) if wanted.isdigit() else None)
     defaults = restore.saved_config(metadata)

@@ -4,6 +4,7 @@ Auto, because a user's own layer must work without sharding annotations.
 """
 
 import math
+import os
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -58,12 +59,24 @@ def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mes
 
 
 def device_mesh(config: MeshConfig) -> Mesh:
-    """A mesh over all devices for parameters alone, without a batch.
+    """A mesh over all devices, or as many as its sizes ask for; no batch need fit it.
 
     Raises:
       UserError: the mesh does not fit the devices.
     """
-    return _mesh(mesh_shape(config, len(jax.devices())), jax.devices())
+    sizes = (config.data, config.fsdp, config.tensor)
+    devices = jax.devices() if -1 in sizes else jax.devices()[: math.prod(sizes)]
+    return _mesh(mesh_shape(config, len(devices)), devices)
+
+
+def one_device_a_core() -> None:
+    """On a CPU, makes a device of each core (of the first 4), before anything asks for devices.
+
+    Rows that are shared out over them run side by side from beginning to end: a quarter faster
+    than one device that shares out each operation. JAX_NUM_CPU_DEVICES says otherwise.
+    """
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+        jax.config.update("jax_num_cpu_devices", min(4, os.cpu_count() or 1))
 
 
 def single_device_mesh() -> Mesh:

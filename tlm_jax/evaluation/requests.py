@@ -206,11 +206,10 @@ def _fill(
                 begin, end = len(scored), row * length + column
                 scored.extend(range(end - len(request.continuation), end))
                 spans.append((key, begin, len(scored)))
-    room = next(
-        n
-        for n in (number * length // 16, number * length // 4, number * length)
-        if n >= len(scored)
-    )
+    # Eighths of all positions, so that there are few sizes; a sixteenth for single words.
+    total = number * length
+    eighths = -(-8 * len(scored) // total)
+    room = total // 16 if 16 * len(scored) <= total else eighths * total // 8
     at_N = np.zeros((room,), np.int32)
     at_N[: len(scored)] = scored
     return Batch(arrays=arrays, at_N=at_N, spans=tuple(spans))

@@ -17,7 +17,7 @@ from tlm_jax.models import registry
 from tlm_jax.models.layers import RMSNorm, dense, rotary, weight
 from tlm_jax.validation import require
 
-_QUERY_BLOCK, _MOST_BLOCKS = 128, 8
+_QUERY_BLOCK, _MOST_BLOCKS = 64, 8
 """Least length of a block of queries, and most blocks of a row."""
 
 

@@ -106,7 +106,7 @@ def evaluate_suites(
     Raises:
       UserError: see `load_params` and `Evaluator`.
     """
-    mesh = mesh_lib.make_mesh(config)
+    mesh = mesh_lib.device_mesh(config.mesh)
     tokenizer = load_tokenizer(config.data.tokenizer)
     model = skeleton(config.model)
     _, saved = saved_metadata(folder, step)
@@ -117,7 +117,8 @@ def evaluate_suites(
         "tokenizer": tokenizer.fingerprint,
         "max_length": how.max_length or config.data.seq_len,
     }
-    path: pathlib.Path | None = folder / records.FOLDER / f"answers-{step}.jsonl"
+    name = f"{records.file_name(how.tasks, step)}.answers.jsonl"
+    path: pathlib.Path | None = folder / records.FOLDER / name
     try:
         make_writable(folder / records.FOLDER)
     except UserError:  # a read-only run can still be evaluated
