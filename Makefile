@@ -8,6 +8,7 @@ READY := $(VENV)/.ready
 CONFIG ?= configs/tiny.py
 WORKDIR ?= runs/tiny
 ARGS ?=
+EXTRAS ?= dev
 
 .PHONY: train test lint format bench clean setup help
 
@@ -46,5 +47,5 @@ $(READY): pyproject.toml
 	  { echo "tlm-jax needs Python 3.11 or 3.12, and $(PYTHON) is $(VERSION): make PYTHON=python3.12 ..."; exit 1; }
 	@echo "Setting up $(VENV) (a few minutes, once)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
 	@touch $@

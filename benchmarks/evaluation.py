@@ -58,13 +58,19 @@ def our_model(folder: pathlib.Path) -> Any:
     )
 
 
-def their_model(folder: pathlib.Path, batch_size: int) -> Any:
+def their_model(folder: pathlib.Path, batch_size: int, max_length: int | None = None) -> Any:
     """lm-eval's Hugging Face backend."""
     import torch
     from lm_eval.models.huggingface import HFLM
 
     torch.set_num_threads(os.cpu_count() or 1)
-    return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=batch_size)
+    return HFLM(
+        pretrained=str(folder),
+        device="cpu",
+        dtype="float32",
+        batch_size=batch_size,
+        max_length=max_length,
+    )
 
 
 def serve(make: Callable[[], Any], data_dir: pathlib.Path, limit: int) -> None:

@@ -18,6 +18,8 @@ class Command:
 
     runs: Annotated[tuple[pathlib.Path, ...], tyro.conf.Positional] = ()
     """Run folders, or JSON files that tlm eval wrote."""
+    markdown: bool = False
+    """Print Markdown."""
 
 
 def run(argv: Sequence[str], prog: str) -> int:
@@ -28,5 +30,8 @@ def run(argv: Sequence[str], prog: str) -> int:
     from tlm_jax.evaluation import records
 
     found = [one for folder in command.runs for one in records.read(folder)]
-    Console().print(records.table(found))
+    if command.markdown:
+        print(records.markdown(found))
+    else:
+        Console().print(records.table(found))
     return 0

@@ -53,6 +53,11 @@ class HarnessModel(TemplateLM):
         self._journal = Journal(None, {})
 
     @property
+    def max_length(self) -> int:
+        """Most tokens that the model reads."""
+        return self._scorer.max_length
+
+    @property
     def eot_token_id(self) -> int:
         """What lm-eval puts before an empty context."""
         return self._tokenizer.eot_id

@@ -87,8 +87,17 @@ def parsed(record: dict[str, Any]) -> dict[str, Any]:
     return record | {"metrics": [Metric(**m) for m in record["metrics"]]}
 
 
-def table(records: Sequence[dict[str, Any]]) -> Table:
-    """Figures with standard errors, a column for each checkpoint.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Cell:
+    text: str
+    best: bool = False
+
+
+_Rows = list[tuple[str, str, list[_Cell]]]
+
+
+def _rows(records: Sequence[dict[str, Any]]) -> tuple[list[str], _Rows]:
+    """Names of the checkpoints, and (task, metric, a cell for each) in the order of the records.
 
     Of several records of one checkpoint and step, the newest figure counts.
     """
@@ -96,36 +105,50 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
     for one in records:
         metrics = columns.setdefault((one["checkpoint"], one["step"]), {})
         metrics.update({(m.task, m.name): m for m in one["metrics"]})
+    rows: _Rows = []
+    for task, name in dict.fromkeys(key for metrics in columns.values() for key in metrics):
+        found = [metrics.get((task, name)) for metrics in columns.values()]
+        best = _best([m.value if m else None for m in found], name)
+        cells = [_Cell(text=_text(m), best=b) for m, b in zip(found, best, strict=True)]
+        rows.append((task, name, cells))
+    averages = [suites.average(list(metrics.values())) for metrics in columns.values()]
+    if any(a is not None for a in averages):
+        texts = ["" if a is None else f"{a:.4f}" for a in averages]
+        rows.append(("average", "of eight accuracies", [_Cell(text=t) for t in texts]))
+    return [f"{name}, step {step}" for name, step in columns], rows
+
+
+def table(records: Sequence[dict[str, Any]]) -> Table:
+    """Figures with standard errors, a column for each checkpoint; the paper's metrics in bold."""
+    names, rows = _rows(records)
     result = Table()
     result.add_column("task")
     result.add_column("metric")
-    for name, step in columns:
-        result.add_column(f"{name}, step {step}", justify="right")
-    keys = dict.fromkeys(key for metrics in columns.values() for key in metrics)
-    for task, metric in keys:
-        cells = [metrics.get((task, metric)) for metrics in columns.values()]
-        marks = _best([c.value if c else None for c in cells], metric)
-        paper = metric in suites.COLUMNS.get(task, ())
+    for name in names:
+        result.add_column(name, justify="right")
+    for task, metric, cells in rows:
         result.add_row(
             task,
-            f"[bold]{metric}[/]" if paper else metric,
-            *(_cell(c, mark) for c, mark in zip(cells, marks, strict=True)),
+            f"[bold]{metric}[/]" if metric in suites.COLUMNS.get(task, ()) else metric,
+            *(f"[green]{c.text}[/]" if c.best else c.text for c in cells),
         )
-    averages = [suites.average(list(metrics.values())) for metrics in columns.values()]
-    if any(a is not None for a in averages):
-        result.add_section()
-        texts = ["" if a is None else f"{a:.4f}" for a in averages]
-        result.add_row("average", "of eight accuracies", *texts)
     return result
 
 
-def _cell(metric: Metric | None, best: bool) -> str:
+def markdown(records: Sequence[dict[str, Any]]) -> str:
+    """The same as a Markdown table."""
+    names, rows = _rows(records)
+    lines = [["task", "metric", *names], ["---"] * (2 + len(names))]
+    for task, metric, cells in rows:
+        lines.append([task, metric, *(f"**{c.text}**" if c.best else c.text for c in cells)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _text(metric: Metric | None) -> str:
     if metric is None:
         return ""
     text = f"{metric.value:,.4f}"
-    if metric.standard_error is not None:
-        text += f" ± {metric.standard_error:.4f}"
-    return f"[green]{text}[/]" if best else text
+    return text if metric.standard_error is None else f"{text} ± {metric.standard_error:.4f}"
 
 
 def _best(values: Sequence[float | None], metric: str) -> list[bool]:

@@ -36,7 +36,7 @@ class Scorer:
       max_length: most tokens that the model reads; what is too much is cut from the left.
       batch_tokens: tokens of a batch; halved while a program needs more than `memory_limit`.
       memory_limit: bytes that a program may use on a device, besides its inputs; None is half
-        of what is free.
+        of what is free (with several processes, of what is free on the first).
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class Scorer:
         batch_tokens: int | None = None,
         memory_limit: int | None = None,
     ) -> None:
-        device = mesh.devices.flat[0]
+        device = mesh.local_devices[0]
         self.skeleton, self.params = skeleton, params
         self.max_length = max_length
         # On a CPU more tokens at a time are no faster.
         self.batch_tokens = batch_tokens or (2048 if device.platform == "cpu" else 1 << 16)
-        self.memory_limit = memory_limit or _free_memory(device) // 2
+        self.memory_limit = memory_limit or _agreed(_free_memory(device) // 2)
         self._rows = batch_sharding(mesh)
         self._replicated = NamedSharding(mesh, jax.P())
         self._multiple = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -126,6 +126,16 @@ class _TooLargeError(Exception):
     def __init__(self, shape: tuple[int, ...], needed: int) -> None:
         super().__init__()
         self.shape, self.needed = shape, needed
+
+
+def _agreed(number: int) -> int:
+    """The first process's number, so that all lay out the same batches."""
+    if jax.process_count() == 1:
+        return number
+    from jax.experimental import multihost_utils
+
+    mebibytes = np.int32(number >> 20)  # jax has no 64-bit integers by default
+    return int(multihost_utils.broadcast_one_to_all(mebibytes)) << 20
 
 
 def _free_memory(device: jax.Device) -> int:

@@ -103,7 +103,7 @@ def load_tasks(names: Sequence[str], data_dir: pathlib.Path | None) -> list[Any]
     Raises:
       UserError: an unknown task, a missing or broken file, or a hub out of reach.
     """
-    with _quiet():
+    with quiet():
         from lm_eval.api.task import ConfigurableTask
         from lm_eval.tasks import TaskManager
         from lm_eval.tasks._yaml_loader import load_yaml
@@ -206,7 +206,7 @@ def run(
     """
     import lm_eval
 
-    with _quiet():
+    with quiet():
         results = lm_eval.simple_evaluate(
             model=model,
             tasks=list(tasks),
@@ -257,7 +257,7 @@ def _plain(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps the log lines and bars of lm-eval and datasets from the terminal."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
