@@ -233,7 +233,8 @@ def test_decoding_with_a_cache_equals_the_full_pass():
 
     expected = full(params, ids)
     assert jnp.std(expected) > 0.3
-    np.testing.assert_allclose(decode(params, ids), expected, rtol=1e-4, atol=1e-4)
+    scale = float(jnp.abs(expected).max())
+    np.testing.assert_allclose(decode(params, ids), expected, rtol=0, atol=1e-4 * scale)
 
 
 def test_bfloat16_training_with_periods_stays_finite():

@@ -68,8 +68,7 @@ def make_examples(
         config.variants, lengths, depths, range(config.samples)
     ):
         rng = random.Random(f"{config.seed} {variant} {length} {depth:.4f} {sample}")
-        example = make_example(variant, length - taken, depth, tokenizer, sentences, rng)
-        yield dataclasses.replace(example, length=length)
+        yield make_example(variant, length, depth, tokenizer, sentences, rng, taken=taken)
 
 
 def make_example(
@@ -80,9 +79,10 @@ def make_example(
     sentences: Sequence[str],
     rng: random.Random,
     *,
+    taken: int = 0,
     answer_tokens: int = ANSWER_TOKENS,
 ) -> Example:
-    """An example whose prompt leaves room for `answer_tokens` within `length` tokens."""
+    """An example whose prompt leaves room for `taken` and `answer_tokens` in `length` tokens."""
     key = rng.choice(WORDS)
     what = "UUID" if variant == "niah_single_3" else "number"
     answer = (
@@ -107,11 +107,11 @@ def make_example(
             f"What is the special magic {what} for {key}? The special magic {what} for {key} is:"
         )
 
-    room = length - answer_tokens
+    room = length - taken - answer_tokens
     if len(tokenizer.encode(prompt(0))) > room:
         raise UserError(
             f"a needle does not fit into {length} tokens: the question and {answer_tokens} tokens "
-            f"for the answer need {len(tokenizer.encode(prompt(0))) + answer_tokens}"
+            f"for the answer need {len(tokenizer.encode(prompt(0))) + taken + answer_tokens}"
         )
     if not noise and not sentences:
         raise UserError("the haystack has no sentences")
