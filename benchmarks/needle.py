@@ -3,7 +3,8 @@
     python -m benchmarks.needle [--workdir runs/needle] [--examples 20000]
 
 Makes texts of questions with their answers (keys and values of other seeds than those that are
-evaluated), prepares them, trains configs/needle.py and evaluates S-NIAH-1. Steps that are done are
+evaluated), prepares them, trains configs/needle.py and evaluates S-NIAH-1. Half of the texts hide
+several needles and ask for each, which teaches sooner what an answer is made of. Steps that are done are
 not repeated. The heat map goes to docs/images/needle.png, the figures to docs/results/needle.json.
 """
 
@@ -14,7 +15,7 @@ import random
 import shutil
 
 from tlm_jax import cli
-from tlm_jax.data import load_tokenizer
+from tlm_jax.data import Tokenizer, load_tokenizer
 from tlm_jax.evaluation import needle
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -30,16 +31,29 @@ def write_texts(path: pathlib.Path, examples: int) -> None:
     with path.open("w", encoding="utf-8") as file:
         for index in range(examples):
             rng = random.Random(f"train {index}")
-            example = needle.make_example(
-                "niah_single_1",
-                rng.randint(SHORTEST, LONGEST),
-                rng.random(),
-                tokenizer,
-                (),
-                rng,
-                answer_tokens=0,
-            )
-            file.write(json.dumps({"text": f"{example.prompt} {example.answer}."}) + "\n")
+            size = rng.randint(SHORTEST, LONGEST)
+            text = several(size, rng) if index % 2 else single(size, tokenizer, rng)
+            file.write(json.dumps({"text": text}) + "\n")
+
+
+def single(size: int, tokenizer: Tokenizer, rng: random.Random) -> str:
+    """A text like those that are evaluated, with its answer."""
+    example = needle.make_example(
+        "niah_single_1", size, rng.random(), tokenizer, (), rng, answer_tokens=0
+    )
+    return f"{example.prompt} {example.answer}."
+
+
+def several(size: int, rng: random.Random) -> str:
+    """Two to five needles among little noise, each asked for, in another order."""
+    keys = rng.sample(needle.WORDS, rng.randint(2, 5))
+    values = {key: str(rng.randint(10**6, 10**7 - 1)) for key in keys}
+    lines = [f"One of the special magic numbers for {k} is: {v}." for k, v in values.items()]
+    for sentence in needle.NOISE[: size % len(needle.NOISE)]:
+        lines.insert(rng.randrange(len(lines) + 1), sentence)
+    rng.shuffle(keys)
+    asked = [f"The special magic number for {key} is: {values[key]}." for key in keys]
+    return "\n".join([*lines, *asked])
 
 
 def main() -> None:

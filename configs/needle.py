@@ -30,10 +30,10 @@ def get_config() -> RunConfig:
             mixer=AttentionConfig(num_heads=4),
             remat="none",
         ),
-        data=DataConfig(seq_len=288, batch_size=16, packing="best_fit"),
+        data=DataConfig(seq_len=288, batch_size=12, packing="best_fit"),
         optimizer=OptimizerConfig(learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=50),
         training=TrainingConfig(
-            num_steps=1500,
+            num_steps=1200,
             loss_chunk=96,
             eval_every=100,
             eval_batches=8,

@@ -33,13 +33,14 @@ def test_what_a_token_sees_is_its_request(pack: bool) -> None:
     """Reading a row by the rule of branches gives back every request and all its targets."""
     requests = random_requests(0)
     seen = {}
-    for batch in make_batches(requests, pack=pack, batch_tokens=1024, multiple=2):
+    for batch in make_batches(requests, pack=pack, batch_tokens=1024, parts=2):
         arrays = batch.arrays
         B, L = arrays["inputs"].shape
         assert B % 2 == 0
-        for key, begin, end in batch.spans:
+        assert batch.at_PN.shape[0] == 2
+        for key, part, begin, end in batch.spans:
             request = requests[key]
-            flat = batch.at_N[begin:end]
+            flat = batch.at_PN[part, begin:end] + part * B * L // 2
             row, last = divmod(int(flat[-1]), L)
             segment = arrays["segment_ids"][row, last]
             assert segment > 0

@@ -174,6 +174,22 @@ def test_a_mesh_of_eight_gives_the_same() -> None:
         assert answers[index].is_greedy == answer.is_greedy
 
 
+def test_devices_that_share_rows_do_not_talk() -> None:
+    """Without collectives, a busy machine cannot make one device wait for another in vain."""
+    model = skeleton(model_config(**MODELS["attention"]))
+    mesh = mesh_lib.device_mesh(MeshConfig(data=4))
+    assert mesh.shape["data"] == 4
+    with jax.set_mesh(mesh):
+        where = sharding.param_shardings(model.shapes, model.logical_axes, mesh)
+        params = jax.device_put(model.init(jax.random.key(1)), where)
+        scorer = Scorer(model, params, mesh, max_length=512)
+        list(scorer.score(questions()))
+        for program in scorer.programs.values():
+            text = program.as_text()
+            assert "all-reduce" not in text
+            assert "all-gather" not in text
+
+
 def test_batches_shrink_to_the_memory() -> None:
     """A limit below what a batch needs halves it; one below a row's need is an error."""
     model = skeleton(model_config(**MODELS["attention"]))

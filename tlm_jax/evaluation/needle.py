@@ -23,7 +23,7 @@ LENGTHS = (1024, 2048, 4096, 8192, 16384)
 """Tokens of prompt and answer."""
 ANSWER_TOKENS = 128
 
-_NOISE = (
+NOISE = (
     "The grass is green.",
     "The sky is blue.",
     "The sun is yellow.",
@@ -97,7 +97,7 @@ def make_example(
 
     def prompt(count: int) -> str:
         if noise:
-            hay = [_NOISE[i % len(_NOISE)] for i in range(count)]
+            hay = [NOISE[i % len(NOISE)] for i in range(count)]
         else:
             hay = [sentences[(first + i) % len(sentences)] for i in range(count)]
         hay.insert(round(depth * count), needle)

@@ -5,7 +5,8 @@ in one row, their common beginning is a trunk that is read once, and each goes o
 branch that sees the trunk and itself (`models.attention.BRANCH`). Rows are filled with
 as many questions as fit. Nothing here needs jax.
 
-Legend: B rows, L row length, N scored tokens.
+Legend: B rows, L row length, P parts of equally many rows (one a device), N scored tokens of
+a part.
 """
 
 import dataclasses
@@ -74,25 +75,23 @@ class Batch:
 
     arrays: dict[str, np.ndarray]
     """int32 (B, L): inputs, targets, positions, segment_ids."""
-    at_N: np.ndarray
-    """int32 (N,): scored positions of the flattened rows, 0 where there are fewer."""
-    spans: tuple[tuple[int, int, int], ...]
-    """(request, begin, end): its part of `at_N`."""
+    at_PN: np.ndarray
+    """int32: scored positions among the flattened rows of each part, 0 where there are fewer."""
+    spans: tuple[tuple[int, int, int, int], ...]
+    """(request, part, begin, end): its positions in `at_PN`."""
 
-    def answers(self, nll_N: np.ndarray, greedy_N: np.ndarray) -> Iterator[tuple[int, Likelihood]]:
+    def answers(
+        self, nll_PN: np.ndarray, greedy_PN: np.ndarray
+    ) -> Iterator[tuple[int, Likelihood]]:
         """The answers of the requests in the batch."""
-        for key, begin, end in self.spans:
-            yield (
-                key,
-                Likelihood(
-                    log_likelihood=-float(np.sum(nll_N[begin:end], dtype=np.float64)),
-                    is_greedy=bool(np.all(greedy_N[begin:end] > 0)),
-                ),
-            )
+        for key, part, begin, end in self.spans:
+            total = np.sum(nll_PN[part, begin:end], dtype=np.float64)
+            greedy = np.all(greedy_PN[part, begin:end] > 0)
+            yield key, Likelihood(log_likelihood=-float(total), is_greedy=bool(greedy))
 
 
 def make_batches(
-    requests: Mapping[int, Request], *, pack: bool, batch_tokens: int, multiple: int = 1
+    requests: Mapping[int, Request], *, pack: bool, batch_tokens: int, parts: int = 1
 ) -> Iterator[Batch]:
     """Lays out requests in batches of few shapes, longest rows first.
 
@@ -103,14 +102,14 @@ def make_batches(
       pack: share trunks and fill rows; False gives each request a row from its start, for
         models to which it matters where in a row a token stands.
       batch_tokens: most tokens of a batch, as nearly as can be.
-      multiple: the number of rows is a multiple of this (devices that share a batch).
+      parts: of a batch, for as many devices that share it.
     """
     rows = _pack(_groups(requests)) if pack else _one_by_one(requests)
     for length, run in itertools.groupby(rows, key=lambda row: row[0]):
         alike = [groups for _, groups in run]
-        number = -(-max(1, batch_tokens // length) // multiple) * multiple
+        number = -(-max(1, batch_tokens // length) // parts) * parts
         for start in range(0, len(alike), number):
-            yield _fill(requests, alike[start : start + number], number, length)
+            yield _fill(requests, alike[start : start + number], number, length, parts)
 
 
 _Row = tuple[int, list[Group]]
@@ -177,12 +176,17 @@ def _pack(groups: Sequence[Group]) -> list[_Row]:
 
 
 def _fill(
-    requests: Mapping[int, Request], rows: Sequence[Sequence[Group]], number: int, length: int
+    requests: Mapping[int, Request],
+    rows: Sequence[Sequence[Group]],
+    number: int,
+    length: int,
+    parts: int,
 ) -> Batch:
     names = ("inputs", "targets", "positions", "segment_ids")
     arrays = {name: np.zeros((number, length), np.int32) for name in names}
-    scored: list[int] = []
+    scored: list[list[int]] = [[] for _ in range(parts)]
     spans = []
+    total = number * length // parts  # positions of a part
 
     def put(row: int, column: int, tokens: Sequence[int], position: int, segment: int) -> int:
         """Writes all tokens but the last, which is a target only; returns the next column."""
@@ -203,13 +207,14 @@ def _fill(
                 request = requests[key]
                 segment = document + (branch + 1) * BRANCH if group.trunk else document
                 column = put(row, column, request.tokens[group.trunk :], group.trunk, segment)
-                begin, end = len(scored), row * length + column
-                scored.extend(range(end - len(request.continuation), end))
-                spans.append((key, begin, len(scored)))
+                part, end = divmod(row * length + column - 1, total)
+                begin, size = len(scored[part]), len(request.continuation)
+                scored[part].extend(range(end + 1 - size, end + 1))
+                spans.append((key, part, begin, begin + size))
     # Eighths of all positions, so that there are few sizes; a sixteenth for single words.
-    total = number * length
-    eighths = -(-8 * len(scored) // total)
-    room = total // 16 if 16 * len(scored) <= total else eighths * total // 8
-    at_N = np.zeros((room,), np.int32)
-    at_N[: len(scored)] = scored
-    return Batch(arrays=arrays, at_N=at_N, spans=tuple(spans))
+    most = max(len(of_part) for of_part in scored)
+    room = total // 16 if 16 * most <= total else -(-8 * most // total) * total // 8
+    at_PN = np.zeros((parts, room), np.int32)
+    for part, positions in enumerate(scored):
+        at_PN[part, : len(positions)] = positions
+    return Batch(arrays=arrays, at_PN=at_PN, spans=tuple(spans))

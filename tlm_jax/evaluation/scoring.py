@@ -1,6 +1,7 @@
 """Log-likelihoods of continuations: common beginnings once, in a handful of compiled shapes.
 
-Shapes: B rows, L row length, N scored tokens, D model.
+Shapes: B rows, L row length, P parts of the rows (one a device), N scored tokens of a part,
+D model.
 """
 
 import functools
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
@@ -56,15 +58,19 @@ class Scorer:
         self.batch_tokens = batch_tokens or (2048 if device.platform == "cpu" else 1 << 16)
         self.memory_limit = memory_limit or _agreed(_free_memory(device) // 2)
         self._rows = batch_sharding(mesh)
-        self._replicated = NamedSharding(mesh, jax.P())
-        self._multiple = mesh.shape["data"] * mesh.shape["fsdp"]
+        self._parts = mesh.shape["data"] * mesh.shape["fsdp"]
         config = skeleton.config
         self._packs = not config.mlp.online_chunks and all(
             mixer.masks_by_segment for mixer in config.mixers
         )
-        self._score = jax.jit(functools.partial(_score, skeleton), out_shardings=self._replicated)
+        # Where one process sees all devices, they need not talk to each other at all.
+        everywhere = NamedSharding(mesh, jax.P())
+        self._score = jax.jit(
+            functools.partial(_score, skeleton),
+            out_shardings=self._rows if jax.process_count() == 1 else everywhere,
+        )
         self.programs: dict[tuple[int, ...], Any] = {}
-        """Compiled programs by B, L and N."""
+        """Compiled programs by B, L, P and N."""
 
     def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Likelihood]]:
         """Yields (index, answer) for all requests, longest first.
@@ -80,7 +86,7 @@ class Scorer:
                     yield index, answer
             except _TooLargeError as error:
                 B, L = error.shape
-                if self._multiple >= B:
+                if self._parts >= B:
                     raise UserError(
                         f"a row of {L:,} tokens needs {error.needed / 2**30:.2f} GiB, and "
                         f"{self.memory_limit / 2**30:.2f} may be used; use a smaller --max_length"
@@ -93,7 +99,7 @@ class Scorer:
             requests,
             pack=self._packs,
             batch_tokens=self.batch_tokens,
-            multiple=self._multiple,
+            parts=self._parts,
         ):
             pending.append((batch, self._run(batch)))
             if len(pending) > 1:  # while this one is read, the next one runs
@@ -103,21 +109,21 @@ class Scorer:
             yield from done.answers(*map(np.asarray, answer))
 
     def _run(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        inputs = {name: self._put(a, self._rows) for name, a in batch.arrays.items()}
-        at_N = self._put(batch.at_N, self._replicated)
+        inputs = {name: self._put(a) for name, a in batch.arrays.items()}
+        at_PN = self._put(batch.at_PN)
         shape = inputs["inputs"].shape
-        key = (*shape, len(at_N))
+        key = (*shape, *at_PN.shape)
         if key not in self.programs:
-            program = self._score.lower(self.params, inputs, at_N).compile()
+            program = self._score.lower(self.params, inputs, at_PN).compile()
             memory = program.memory_analysis()
             if memory is not None and memory.temp_size_in_bytes > self.memory_limit:
                 raise _TooLargeError(shape, memory.temp_size_in_bytes)
             self.programs[key] = program
-        return self.programs[key](self.params, inputs, at_N)
+        return self.programs[key](self.params, inputs, at_PN)
 
-    def _put(self, array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-        """A global array that every process holds all of."""
-        return jax.make_array_from_callback(array.shape, sharding, lambda at: array[at])
+    def _put(self, array: np.ndarray) -> jax.Array:
+        """A global array of rows (or parts), which every process holds all of."""
+        return jax.make_array_from_callback(array.shape, self._rows, lambda at: array[at])
 
 
 class _TooLargeError(Exception):
@@ -147,24 +153,24 @@ def _free_memory(device: jax.Device) -> int:
 
 
 def _score(
-    skeleton: Skeleton, params: Any, batch: dict[str, jax.Array], at_N: jax.Array
+    skeleton: Skeleton, params: Any, batch: dict[str, jax.Array], at_PN: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """nll_N float32 of the targets at these flat positions, and greedy_N, 1 or 0."""
+    """nll_PN float32 of the targets at these positions of the parts, and greedy_PN, 1 or 0."""
+    parts, N = at_PN.shape
+
+    def pick(a_BL: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(a_BL.reshape(parts, -1), at_PN, axis=1)
+
     if skeleton.config.mlp.online_chunks:
         nll_BL, greedy_BL, _ = online.online_losses(
             skeleton, params, batch, chunk=_LOGIT_POSITIONS // 8, losses=token_scores
         )
-        return nll_BL.reshape(-1)[at_N], greedy_BL.reshape(-1)[at_N]
+        return pick(nll_BL), pick(greedy_BL)
     model = skeleton.merge(params)
     hidden_BLD, _ = model(
         batch["inputs"], positions_BL=batch["positions"], segment_ids_BL=batch["segment_ids"]
     )
-    hidden_ND = hidden_BLD.reshape(-1, hidden_BLD.shape[-1])[at_N]
-    targets_N = batch["targets"].reshape(-1)[at_N]
-    nll_1N, greedy_1N = token_scores(
-        hidden_ND[None],
-        model.head_DV,
-        targets_N[None],
-        chunk=math.gcd(len(at_N), _LOGIT_POSITIONS),
-    )
-    return nll_1N[0], greedy_1N[0]
+    hidden_PSD = hidden_BLD.reshape(parts, -1, hidden_BLD.shape[-1])
+    hidden_PND = jnp.take_along_axis(hidden_PSD, at_PN[:, :, None], axis=1)
+    chunk = math.gcd(N, _LOGIT_POSITIONS)
+    return token_scores(hidden_PND, model.head_DV, pick(batch["targets"]), chunk=chunk)
