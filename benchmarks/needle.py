@@ -5,7 +5,8 @@
 Makes texts of questions with their answers (keys and values of other seeds than those that are
 evaluated), prepares them, trains configs/needle.py and evaluates S-NIAH-1. Half of the texts hide
 several needles and ask for each, which teaches sooner what an answer is made of. Steps that are
-done are not repeated. The heat map goes to docs/images/needle.png, the figures to docs/results/needle.json.
+done are not repeated. The heat map goes to docs/images/needle.png, the figures to
+docs/results/needle.json.
 """
 
 import argparse

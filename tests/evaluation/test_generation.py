@@ -31,8 +31,8 @@ def test_equals_one_prompt_at_a_time(name: str) -> None:
     how = sampling.SamplingConfig(temperature=0.0)
     prompts = PROMPTS if name in ("attention", "gated") else PROMPTS[::2]
     expected = []
+    sample = jax.jit(sampling.make_sampler(model, how, num_tokens=20, vocab_size=VOCAB))
     for prompt in prompts:
-        sample = jax.jit(sampling.make_sampler(model, how, num_tokens=20, vocab_size=VOCAB))
         tokens = sample(params, jnp.asarray([prompt], jnp.int32), jax.random.key(0))[0].tolist()
         end = tokens.index(VOCAB - 1) if VOCAB - 1 in tokens else 20
         expected.append(LETTERS.decode(tokens[:end]))

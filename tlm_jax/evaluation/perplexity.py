@@ -4,7 +4,6 @@ Shapes: B batch, L length.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -108,13 +107,15 @@ def score_dataset(
         process_count=jax.process_count(),
     )
 
-    stride = max(1, len(batches) // limit) if limit else 1
+    total = len(batches)
+    wanted = min(limit or total, total)
 
     def placed() -> Iterator[dict[str, jax.Array]]:
-        for batch in itertools.islice(batches, 0, stride * limit if limit else None, stride):
-            yield to_devices(batch, mesh)
-            if stop:
-                return
+        for index, batch in enumerate(batches):
+            if index * wanted % total < wanted:  # `wanted` of them, from beginning to end
+                yield to_devices(batch, mesh)
+                if stop:
+                    return
 
     return score(
         step,
