@@ -14,6 +14,7 @@ from typing import Any
 from benchmarks import report
 from benchmarks.evaluation import our_model, their_model
 from tlm_jax import cli
+from tlm_jax.distributed import mesh
 from tlm_jax.evaluation import suites
 
 RESULTS = pathlib.Path(__file__).parents[1] / "docs" / "results.md"
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=100)
     parser.add_argument("--rolling", type=int, default=5, help="pages of wikitext")
     options = parser.parse_args()
+    mesh.one_device_a_core()
     rows = []
     with tempfile.TemporaryDirectory() as exported:
         words = ["--checkpoint", str(options.checkpoint), "--out", f"{exported}/hf"]

@@ -3,9 +3,9 @@
     python -m benchmarks.needle [--workdir runs/needle] [--examples 20000]
 
 Makes texts of questions with their answers (keys and values of other seeds than those that are
-evaluated), prepares them, trains configs/needle.py and evaluates S-NIAH-1. Half of the texts hide
-several needles and ask for each, which teaches sooner what an answer is made of. Steps that are
-done are not repeated. The heat map goes to docs/images/needle.png, the figures to
+evaluated), prepares them, trains configs/needle.py and evaluates S-NIAH-1. A third of the texts
+hide several needles and ask for each, a third repeat random numbers: they teach to copy. Steps that
+are done are not repeated. The heat map goes to docs/images/needle.png, the figures to
 docs/results/needle.json.
 """
 
@@ -33,7 +33,7 @@ def write_texts(path: pathlib.Path, examples: int) -> None:
         for index in range(examples):
             rng = random.Random(f"train {index}")
             size = rng.randint(SHORTEST, LONGEST)
-            text = several(size, rng) if index % 2 else single(size, tokenizer, rng)
+            text = (single(size, tokenizer, rng), several(size, rng), copies(rng))[index % 3]
             file.write(json.dumps({"text": text}) + "\n")
 
 
@@ -43,6 +43,12 @@ def single(size: int, tokenizer: Tokenizer, rng: random.Random) -> str:
         "niah_single_1", size, rng.random(), tokenizer, (), rng, answer_tokens=0
     )
     return f"{example.prompt} {example.answer}."
+
+
+def copies(rng: random.Random) -> str:
+    """Random numbers, two or three times over: all but the first time can be foreseen."""
+    numbers = " ".join(str(rng.randint(10**6, 10**7 - 1)) for _ in range(rng.randint(2, 8)))
+    return "\n".join([numbers] * rng.randint(2, 3))
 
 
 def several(size: int, rng: random.Random) -> str:

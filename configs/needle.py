@@ -31,7 +31,7 @@ def get_config() -> RunConfig:
             remat="none",
         ),
         data=DataConfig(seq_len=288, batch_size=12, packing="best_fit"),
-        optimizer=OptimizerConfig(learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=50),
+        optimizer=OptimizerConfig(learning_rate=2e-3, final_learning_rate=2e-4, warmup_steps=50),
         training=TrainingConfig(
             num_steps=1200,
             loss_chunk=96,

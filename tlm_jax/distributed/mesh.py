@@ -3,6 +3,7 @@
 Auto, because a user's own layer must work without sharding annotations.
 """
 
+import contextlib
 import math
 import os
 
@@ -75,7 +76,9 @@ def one_device_a_core() -> None:
     Rows that are shared out over them run side by side from beginning to end: a quarter faster
     than one device that shares out each operation. JAX_NUM_CPU_DEVICES says otherwise.
     """
-    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+    if "JAX_NUM_CPU_DEVICES" in os.environ:
+        return
+    with contextlib.suppress(RuntimeError):  # devices that were asked for already stay
         jax.config.update("jax_num_cpu_devices", min(4, os.cpu_count() or 1))
 
 
