@@ -2,9 +2,9 @@
 
 Command:   python -m benchmarks.needle        (makes the texts, trains, evaluates, draws)
 Hardware:  a CPU
-Expected:  see docs/evaluation.md
+Expected:  see docs/results.md
 
-Proves that the needle task can be measured: a model trained for it solves it.
+Meant to prove that the needle task can be measured; it has not solved it yet.
 """
 
 from tlm_jax.config import (
