@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import rows
 from helpers import command, environment, run
 
 from tlm_jax import cli
+from tlm_jax.config import UserError
 from tlm_jax.evaluation import suites
 from tlm_jax.evaluation.suites import Metric
 
@@ -156,3 +158,25 @@ def test_suites_while_training(
     assert [line["step"] for line in logged] == [22, 23]
     assert logged[0].keys() >= {"lambada_openai/perplexity", "piqa/acc", "piqa/acc_norm"}
     assert logged[0]["lambada_openai/perplexity"] != logged[1]["lambada_openai/perplexity"]
+
+
+def test_tasks_that_draw_at_random_are_refused() -> None:
+    """They would be answered greedily without a word."""
+    from lm_eval.api.instance import Instance
+
+    from tlm_jax.data import load_tokenizer
+    from tlm_jax.evaluation.harness import HarnessModel
+    from tlm_jax.evaluation.journal import Journal
+
+    model: Any = HarnessModel(
+        cast(Any, None),
+        cast(Any, None),
+        load_tokenizer(None),
+        prefix=(),
+        journal=Journal(None, {}),
+        advance=lambda *_: None,
+    )
+    how = {"until": ["."], "do_sample": True, "temperature": 0.7}
+    request = Instance("generate_until", {}, ("The", how), 0, ("poems", 0, 1))
+    with pytest.raises(UserError, match=r"task poems draws its texts at random"):
+        model.generate_until([request])

@@ -5,13 +5,14 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 
 from tlm_jax.cli.parsing import Run, option_value, parse, path_after, quiet_libraries
 from tlm_jax.config import UserError
-from tlm_jax.evaluation.options import NeedleConfig, SuiteConfig
+from tlm_jax.evaluation.options import SuiteConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,21 +28,9 @@ class Command:
     run: Run
     step: int | None = None
     """Step of the checkpoint; None is the newest."""
-    tasks: tuple[str, ...] = ()
-    """Suites and tasks, such as: paper, or lambada piqa."""
-    data_dir: pathlib.Path | None = None
-    """Folder with TASK/SPLIT.jsonl; None reads the tasks' data from the hub."""
-    limit: int | None = None
-    """First documents of each task; None is all."""
-    num_fewshot: int | None = None
-    """Examples before each question; None is what the task says."""
-    max_length: int | None = None
-    """Most tokens the model reads; None is data.seq_len."""
-    batch_tokens: int | None = None
-    """Tokens of a batch; None is found from the memory."""
-    log_samples: bool = False
-    """Write what was asked and answered, with log-likelihoods, to eval/*.samples.jsonl."""
-    needle: NeedleConfig = dataclasses.field(default_factory=NeedleConfig)
+    suites: Annotated[SuiteConfig, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=SuiteConfig
+    )
 
 
 def run(argv: Sequence[str], prog: str) -> int:
@@ -57,7 +46,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     step, metadata = restore.saved_metadata(folder, int(wanted) if wanted.isdigit() else None)
     defaults = restore.saved_config(metadata)
     command = parse(Command, argv, prog, checkpoint=tyro.MISSING, run=defaults)
-    if command.tasks:
+    if command.suites.tasks:
         return _suites(folder, step, command)
     return _held_out(folder, step, command)
 
@@ -83,10 +72,9 @@ def _suites(folder: pathlib.Path, step: int, command: Command) -> int:
     from tlm_jax.evaluation import records
     from tlm_jax.training import restore
 
-    if command.data_dir is not None and not command.data_dir.is_dir():
-        raise UserError(f"--data_dir {command.data_dir} is not a folder")
-    fields = [f.name for f in dataclasses.fields(SuiteConfig)]
-    how = SuiteConfig(**{name: getattr(command, name) for name in fields})
+    how = command.suites
+    if how.data_dir is not None and not how.data_dir.is_dir():
+        raise UserError(f"--data_dir {how.data_dir} is not a folder")
     outcome = restore.evaluate_suites(folder, step, command.run, how)
     if jax.process_index():
         return 0

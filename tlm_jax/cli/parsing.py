@@ -71,7 +71,7 @@ def _one_line(box: str) -> str:
     lines = [line.strip("│╭╮╰╯|+ ") for line in box.splitlines()]
     body = itertools.dropwhile(is_rule, lines[1:])
     text = " ".join(itertools.takewhile(lambda line: not is_rule(line), body))
-    text = re.sub(r"Error parsing (run\.?)?", "", text)
+    text = re.sub(r"Error parsing ((run|suites)\.?)?", "", text)
     text = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is no whole number", text)
     text = re.sub(r"could not convert string to float: (.*)", r"\1 is no number", text)
     if suggestion := re.search(r"Perhaps you meant:.*?(--[^\s,]+)", box, re.DOTALL):

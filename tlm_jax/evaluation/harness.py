@@ -11,6 +11,7 @@ from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
+from tlm_jax.config import UserError
 from tlm_jax.data import Tokenizer
 from tlm_jax.evaluation.generation import Generator
 from tlm_jax.evaluation.journal import Journal
@@ -126,7 +127,11 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations up to a stop text."""
+        """Greedy continuations up to a stop text.
+
+        Raises:
+          UserError: a task that draws at random.
+        """
         prompts, stops, lengths = [], [], []
         for instance in requests:
             context, how = instance.args
@@ -135,7 +140,10 @@ class HarnessModel(TemplateLM):
             lengths.append(int(how.get("max_gen_toks", 256)))
             prompts.append((*self._prefix, *self.tok_encode(context)))
             if how.get("do_sample") and how.get("temperature", 0.0) > 0:
-                raise NotImplementedError("only greedy generation is evaluated")
+                raise UserError(
+                    f"task {instance.task_name} draws its texts at random (do_sample), and only "
+                    "greedy generation is evaluated"
+                )
         requests_ = zip(prompts, stops, lengths, strict=True)
         keys = [json.dumps(["generate", *request]) for request in requests_]
         known = self._journal.known(keys)

@@ -34,10 +34,10 @@ class NeedleConfig:
 class SuiteConfig:
     """What is evaluated, and on how much."""
 
-    tasks: tuple[str, ...]
-    """Suites and tasks by name."""
+    tasks: tuple[str, ...] = ()
+    """Suites and tasks, such as: paper, or lambada piqa."""
     data_dir: pathlib.Path | None = None
-    """Folder with TASK/SPLIT.jsonl; None reads from the hub."""
+    """Folder with TASK/SPLIT.jsonl; None reads the tasks' data from the hub."""
     limit: int | None = None
     """First documents of each task; None is all."""
     num_fewshot: int | None = None
@@ -47,5 +47,5 @@ class SuiteConfig:
     batch_tokens: int | None = None
     """Tokens of a batch; None is found from the memory."""
     log_samples: bool = False
-    """Keep what was asked and answered of each document."""
+    """Write what was asked and answered, with log-likelihoods, to eval/*.samples.jsonl."""
     needle: NeedleConfig = dataclasses.field(default_factory=NeedleConfig)
