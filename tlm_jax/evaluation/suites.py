@@ -283,6 +283,9 @@ def quiet() -> Iterator[None]:
     """Keeps the log lines and bars of lm-eval and datasets from the terminal."""
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # lm-eval would fork this process for its bootstrap: copies of a multi-threaded process that
+    # heed our SIGTERM handler instead of ending.
+    os.environ["DISABLE_MULTIPROC"] = "1"
     names = ("lm_eval", "lm-eval", "datasets", "httpx", "urllib3", "huggingface_hub")
     before = {name: logging.getLogger(name).level for name in names}
     for name in names:
