@@ -62,7 +62,7 @@ def finished(finished_run: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path
         ("--data.batch_size 12", "data.batch_size=12", "8 devices"),
         ("--data.batch_size 12", "data.batch_size=12", "use data.batch_size=16"),
         ("--data.batch_size 0", "batch_size is 0", "at least 1"),
-        ("--mesh.fsdp 3", "'fsdp': 3", "there are 8"),
+        ("--mesh.fsdp 3", "fsdp=3", "there are 8"),
         ("--data.seq_len 200", "data.seq_len=200", "one of [1, 2, 4,"),
         ("--model.vocab_size 100", "257", "--model.vocab_size 257"),
         ("--data.path nowhere/at/all", "nowhere/at/all", "does not exist"),

@@ -241,20 +241,27 @@ class TrainingConfig:
 class MeshConfig:
     """Devices along each mesh axis; -1 takes what is left."""
 
-    data: int = -1
+    data: int = _may_change(-1)
     """Batch split, parameters copied."""
-    fsdp: int = 1
+    fsdp: int = _may_change(1)
     """Batch and parameters split, gathered layer by layer."""
-    tensor: int = 1
+    sequence: int = _may_change(1)
+    """Each row's tokens split; keys and values are gathered (attention mixers only)."""
+    tensor: int = _may_change(1)
     """Heads and MLP units split."""
 
     def __post_init__(self) -> None:
-        sizes = (self.data, self.fsdp, self.tensor)
+        sizes = self.sizes
         require(
-            all(s == -1 or s > 0 for s in sizes) and sizes.count(-1) <= 1,
-            f"mesh data={self.data} fsdp={self.fsdp} tensor={self.tensor}: sizes must be positive, "
-            "at most one of them -1",
+            all(s == -1 or s > 0 for s in sizes.values()) and [*sizes.values()].count(-1) <= 1,
+            f"mesh {' '.join(f'{axis}={size}' for axis, size in sizes.items())}: sizes must be "
+            "positive, at most one of them -1",
         )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Devices along each axis, the outermost (slowest) first."""
+        return dataclasses.asdict(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

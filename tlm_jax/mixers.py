@@ -120,6 +120,8 @@ class MixerConfig:
     True of attention that masks keys; not of mixers that count tokens from the row's start.
     Evaluation then packs its rows.
     """
+    splits_sequence: ClassVar[bool] = False
+    """Whether a row may be split over the mesh axis `sequence`."""
 
     def layers(self, num_layers: int, d_model: int) -> tuple["MixerConfig", ...]:
         """The mixer of each layer; a mixer that tapers gives configs that differ."""
@@ -168,6 +170,7 @@ class AttentionConfig(MixerConfig):
     """Multi-head or grouped-query softmax attention with rotary positions."""
 
     masks_by_segment: ClassVar[bool] = True
+    splits_sequence: ClassVar[bool] = True
 
     num_heads: int = 4
     """Query heads."""

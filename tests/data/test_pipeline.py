@@ -1,4 +1,3 @@
-import collections
 import itertools
 import json
 import pathlib
@@ -119,21 +118,6 @@ def test_order_depends_on_the_seed_only(many: Dataset, many_files: pathlib.Path,
     assert other.layout() | {"seed": 0} == many.layout()
 
 
-def test_processes_share_the_documents(many: Dataset, many_files: pathlib.Path) -> None:
-    train = texts(many, many_files, "train")
-    per_process = [take(many.train_iterator(process_index=i, process_count=2), 200) for i in (0, 1)]
-    seen: collections.Counter[str] = collections.Counter()
-    for batches in per_process:
-        assert batches[0]["inputs"].shape == (2, 16)
-        stream = np.concatenate([b["targets"].ravel() for b in batches])
-        ends = np.flatnonzero(stream == EOT)[: len(train) // 2]
-        seen.update(documents(batches, int(ends[-1]) + 1))
-    if len(train) % 2 == 0:
-        assert seen == collections.Counter(train)
-    else:  # the epoch ends in the middle of a round
-        assert len(seen) == len(train) - 1
-
-
 @pytest.mark.parametrize("steps", range(6))
 def test_resume_is_exact(equal_files: pathlib.Path, cache_dir: str, steps: int) -> None:
     """Rows end with documents here, which is where Grain alone loses one."""
@@ -176,17 +160,6 @@ def test_workers_resume_exactly(equal_files: pathlib.Path, cache_dir: str) -> No
     assert len({bytes(s.astype(np.uint8)) for s in starts}) == 48
 
 
-def test_state_goes_through_orbax(many: Dataset, tmp_path: pathlib.Path) -> None:
-    ocp = pytest.importorskip("orbax.checkpoint").v1
-    iterator = many.train_iterator()
-    take(iterator, 3)
-    ocp.save_checkpointables(tmp_path / "checkpoint", {"data": iterator})
-    expected = take(iterator, 5)
-    resumed = many.train_iterator()
-    ocp.load_checkpointables(tmp_path / "checkpoint", {"data": resumed})
-    assert_same(take(resumed, 5), expected)
-
-
 @pytest.mark.parametrize("batch_size", [1, 6, 1000])
 def test_validation_scores_each_target_once(
     many: Dataset, many_files: pathlib.Path, batch_size: int
@@ -204,16 +177,8 @@ def test_validation_scores_each_target_once(
     assert documents(got, targets) == texts(many, many_files, "validation")
 
 
-def test_processes_share_validation_batches(many: Dataset) -> None:
-    whole = list(many.validation_batches(batch_size=6))
-    parts = [list(many.validation_batches(batch_size=6, process_index=i, process_count=3))
-             for i in range(3)]  # fmt: skip
-    joined = [{k: np.concatenate([p[k] for p in row]) for k in row[0]} for row in zip(*parts, strict=True)]  # fmt: skip  # noqa: E501
-    assert_same(joined, whole)
-
-
 def test_layout(many: Dataset) -> None:
-    layout = many.layout(process_count=2)
+    layout = many.layout()
     assert json.loads(json.dumps(layout)) == layout
     assert layout == {
         "dataset": many.fingerprint,
@@ -221,7 +186,6 @@ def test_layout(many: Dataset) -> None:
         "seq_len": 16,
         "batch_size": 4,
         "num_workers": 0,
-        "process_count": 2,
         "seed": 0,
         "packing": "concat",
         "mixture": None,
@@ -237,15 +201,6 @@ def test_tokenizer_must_fit_the_model(tmp_path: pathlib.Path) -> None:
         "tokenizer bytes has 257 tokens, but model.vocab_size is 256; use --model.vocab_size 257"
     )
     assert not cache.exists()  # nothing was prepared in vain
-
-
-def test_batches_that_cannot_be_shared(many: Dataset) -> None:
-    for call in (many.train_iterator, many.validation_batches):
-        with pytest.raises(UserError) as error:
-            call(process_count=3)
-        assert str(error.value) == (
-            "data.batch_size=4 does not divide among 3 processes; use --data.batch_size 6"
-        )
 
 
 def test_never_needs_jax(many_files: pathlib.Path, cache_dir: str) -> None:

@@ -9,6 +9,8 @@ from rich.console import Console
 
 from tlm_jax import config_io
 from tlm_jax.cli.parsing import Run, parse, path_after, quiet_libraries
+from tlm_jax.distributed import start
+from tlm_jax.distributed.start import ProcessesConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +24,7 @@ class Command:
     """Run folder: checkpoints, metrics, samples, curves. None is runs/NAME."""
     allow_config_change: bool = False
     """Continue a run although its config has changed."""
+    processes: ProcessesConfig = dataclasses.field(default_factory=ProcessesConfig)
 
 
 def run(argv: Sequence[str], prog: str) -> int:
@@ -30,6 +33,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     command = parse(Command, argv, prog, config=tyro.MISSING, run=defaults)
     workdir = command.workdir or pathlib.Path("runs") / command.run.name
     quiet_libraries()
+    start.join(command.processes)
     from tlm_jax.analysis import plan, plots
     from tlm_jax.training import loop, metrics
 

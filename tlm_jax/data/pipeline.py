@@ -130,14 +130,14 @@ class Dataset:
             for split in SPLITS
         }
 
-    def layout(self, *, process_count: int = 1) -> dict[str, Any]:
+    def layout(self) -> dict[str, Any]:
         """All that the content of the n-th batch depends on, as JSON values.
 
         Store it with a checkpoint and compare it before an iterator's state is
         restored: Grain takes the state of another layout without complaint and
-        goes on with other data. Not in it are how many shards hold the documents, as
-        another number gives the same batches, and `skip_corrupt`, as without it no
-        iterator has passed a damaged record.
+        goes on with other data. Not in it are how many shards hold the documents and how
+        many processes train, as other numbers give the same batches, and `skip_corrupt`, as
+        without it no iterator has passed a damaged record.
         """
         mixture = [[part.manifest.fingerprint, part.weight] for part in self.parts]
         return {
@@ -147,36 +147,27 @@ class Dataset:
             "seq_len": self.config.seq_len,
             "batch_size": self.config.batch_size,
             "num_workers": self.config.num_workers,
-            "process_count": process_count,
             "seed": self.config.seed,
             "packing": self.config.packing,
             "version": LAYOUT_VERSION,
         }
 
-    def train_iterator(
-        self, *, process_index: int = 0, process_count: int = 1
-    ) -> "grain.DatasetIterator":
+    def train_iterator(self) -> "grain.DatasetIterator":
         """Endless batches of the train split, documents reshuffled in each epoch.
 
         Of several parts, each fills rows of its own; these are mixed by the parts' weights.
+        With several processes each makes all batches, and puts its own rows on its devices:
+        reading is much cheaper than training, and batches do not depend on their number.
 
         With `num_workers` > 0, reader processes import the main module: its code
         must stand under `if __name__ == "__main__"`. Call the iterator's `close()`
         at the end, which stops them.
 
-        Args:
-          process_index: this process among those that share the batch.
-          process_count: their number. Process p reads every process_count-th document.
-
         Returns:
           A Grain iterator, with `get_state` and `set_state`, of dicts of int32 arrays
-          (B / process_count, L): `inputs`, `targets`, `segment_ids` (1, 2, ... for the
-          documents of a row) and `positions` (from 0 in each segment).
-
-        Raises:
-          UserError: batch_size cannot be shared out evenly.
+          (B, L): `inputs`, `targets`, `segment_ids` (1, 2, ... for the documents of a row)
+          and `positions` (from 0 in each segment).
         """
-        batch_size = _local_size(self.config.batch_size, process_count)
         import grain
         from absl import flags
 
@@ -184,12 +175,10 @@ class Dataset:
 
         rows = [
             packing.PackedRows(
-                # Each part is shared out by itself: in a mixture of rows or documents, every
-                # n-th one could come from the same part.
                 grain.MapDataset.source(documents)
                 .seed((self.config.seed + number) % 2**32)
                 .shuffle()
-                .repeat()[process_index::process_count]
+                .repeat()
                 .to_iter_dataset(grain.ReadOptions(_READ_THREADS, _READ_AHEAD)),
                 self.config.seq_len,
                 best_fit=self.config.packing == "best_fit",
@@ -200,7 +189,7 @@ class Dataset:
         mixed: grain.IterDataset = rows[0]
         if len(rows) > 1:
             mixed = grain.IterDataset.mix(rows, [part.weight for part in self.parts])
-        batches = mixed.batch(batch_size, drop_remainder=True)
+        batches = mixed.batch(self.config.batch_size, drop_remainder=True)
         if self.config.num_workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags; we have none
@@ -210,24 +199,13 @@ class Dataset:
             )
         return iter(batches)
 
-    def validation_batches(
-        self, *, batch_size: int | None = None, process_index: int = 0, process_count: int = 1
-    ) -> "ValidationBatches":
+    def validation_batches(self, *, batch_size: int | None = None) -> "ValidationBatches":
         """One pass over the validation split in fixed order; each target occurs once.
 
         Args:
-          batch_size: rows over all processes; None is the config's.
-          process_index: this process among those that share the batch.
-          process_count: their number.
-
-        Raises:
-          UserError: batch_size cannot be shared out evenly.
+          batch_size: rows; None is the config's.
         """
-        size = self.config.batch_size if batch_size is None else batch_size
-        _local_size(size, process_count)
-        return ValidationBatches(
-            dataset=self, batch_size=size, process_index=process_index, process_count=process_count
-        )
+        return ValidationBatches(dataset=self, batch_size=batch_size or self.config.batch_size)
 
     def _documents(self, split: Split) -> list[Any]:
         from tlm_jax.data import packing
@@ -238,7 +216,7 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValidationBatches:
-    """Iterate over it as often as needed; all processes get equally many batches.
+    """Iterate over it as often as needed; every process gets all rows of all batches.
 
     Yields what the train iterator yields. Rows that fill up the last batch, and the
     end of the last row, have segment id 0 and are not to be scored.
@@ -246,8 +224,6 @@ class ValidationBatches:
 
     dataset: Dataset
     batch_size: int
-    process_index: int
-    process_count: int
 
     def __len__(self) -> int:
         targets = self.dataset.statistics["validation"].num_targets
@@ -267,26 +243,15 @@ class ValidationBatches:
                 self.dataset.config.seq_len,
             )
         )
-        local = self.batch_size // self.process_count
-        mine = slice(self.process_index * local, (self.process_index + 1) * local)
         length = self.dataset.config.seq_len
         padding = dict.fromkeys(_ARRAYS, np.zeros(length, np.int32))
-        for _ in range(len(self)):  # also when damaged records were skipped: processes keep step
+        for _ in range(len(self)):  # as many when damaged records were skipped
             group = list(itertools.islice(rows, self.batch_size))
             group += [padding] * (self.batch_size - len(group))
-            yield {name: np.stack([row[name] for row in group[mine]]) for name in padding}
+            yield {name: np.stack([row[name] for row in group]) for name in padding}
 
 
 def _start_reader(index: int, count: int) -> None:
     """In a reader process: leave Ctrl-C to the parent, and end with it even if it is killed."""
     del index, count
     processes_lib.end_with_parent()
-
-
-def _local_size(batch_size: int, process_count: int) -> int:
-    if batch_size % process_count:
-        raise UserError(
-            f"data.batch_size={batch_size} does not divide among {process_count} processes; "
-            f"use --data.batch_size {-(-batch_size // process_count) * process_count}"
-        )
-    return batch_size // process_count

@@ -1,4 +1,4 @@
-"""Device meshes: axes data, fsdp and tensor, all in GSPMD's Auto mode.
+"""Device meshes: axes data, fsdp, sequence and tensor, all in GSPMD's Auto mode.
 
 Auto, because a user's own layer must work without sharding annotations.
 """
@@ -8,55 +8,73 @@ import math
 import os
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from tlm_jax.config import MeshConfig, RunConfig, UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = tuple(MeshConfig().sizes)
 
 
-def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, int, int]:
-    """Sizes of (data, fsdp, tensor), with -1 replaced by what is left.
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+    """Sizes of the axes, with -1 replaced by what is left.
 
     Raises:
       UserError: the sizes do not multiply to `num_devices`.
     """
-    sizes = [config.data, config.fsdp, config.tensor]
-    if -1 in sizes:
-        fixed = math.prod(s for s in sizes if s != -1)
-        if num_devices % fixed:
-            raise UserError(
-                f"mesh {dict(zip(AXES, sizes, strict=True))} needs a multiple of {fixed} devices, "
-                f"and there are {num_devices}"
-            )
-        sizes[sizes.index(-1)] = num_devices // fixed
-    if math.prod(sizes) != num_devices:
+    sizes = config.sizes
+    wanted = " ".join(f"{axis}={size}" for axis, size in sizes.items() if size != 1) or "data=1"
+    fixed = math.prod(s for s in sizes.values() if s != -1)
+    if num_devices % fixed or (-1 not in sizes.values() and fixed != num_devices):
+        rule = "a multiple of " if -1 in sizes.values() else ""
         raise UserError(
-            f"mesh {dict(zip(AXES, sizes, strict=True))} needs {math.prod(sizes)} devices, "
-            f"and there are {num_devices}; set one size to -1"
+            f"mesh {wanted} needs {rule}{fixed} devices, and there are {num_devices}; "
+            + ("use smaller sizes" if rule else "set one size to -1")
         )
-    data, fsdp, tensor = sizes
-    return data, fsdp, tensor
+    return tuple(num_devices // fixed if s == -1 else s for s in sizes.values())
 
 
 def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """The mesh of a run over all devices (or those given).
 
     Raises:
-      UserError: the mesh does not fit the devices, or the batch not the mesh.
+      UserError: the mesh does not fit the devices, or the batch or the model not the mesh.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config.mesh, len(devices))
+    sizes = dict(zip(AXES, shape, strict=True))
     parts = config.training.grad_accumulation
-    rows, batch_shards = config.data.batch_size // parts, shape[0] * shape[1]
+    rows, batch_shards = config.data.batch_size // parts, sizes["data"] * sizes["fsdp"]
     if rows % batch_shards:
         fits = -(-rows // batch_shards) * batch_shards * parts
         raise UserError(
             f"data.batch_size={config.data.batch_size} in {parts} part(s) does not divide over "
-            f"{batch_shards} devices (mesh data={shape[0]} fsdp={shape[1]}); "
+            f"{batch_shards} devices (mesh data={sizes['data']} fsdp={sizes['fsdp']}); "
             f"use data.batch_size={fits}"
         )
+    _check_sequence(config, sizes["sequence"])
     return _mesh(shape, devices)
+
+
+def _check_sequence(config: RunConfig, shards: int) -> None:
+    if shards == 1:
+        return
+    model = config.model
+    whole = [m for m in model.mixers if not m.splits_sequence]
+    if whole or model.mlp.online_chunks:
+        what = whole[0].describe(model.d_model) if whole else "mlp.online_chunks"
+        raise UserError(
+            f"mesh sequence={shards}: {what} reads a row from its beginning to its end and cannot "
+            "split it; use the axes data, fsdp and tensor"
+        )
+    for name, size in (("data.seq_len", config.data.seq_len), ("training.loss_chunk", 0)):
+        size = size or min(config.training.loss_chunk, config.data.seq_len)
+        if size % shards:
+            raise UserError(
+                f"{name}={size} does not divide over mesh sequence={shards}; "
+                f"use {-(-size // shards) * shards}"
+            )
 
 
 def device_mesh(config: MeshConfig) -> Mesh:
@@ -65,7 +83,7 @@ def device_mesh(config: MeshConfig) -> Mesh:
     Raises:
       UserError: the mesh does not fit the devices.
     """
-    sizes = (config.data, config.fsdp, config.tensor)
+    sizes = config.sizes.values()
     devices = jax.devices() if -1 in sizes else jax.devices()[: math.prod(sizes)]
     return _mesh(mesh_shape(config, len(devices)), devices)
 
@@ -84,9 +102,29 @@ def one_device_a_core() -> None:
 
 def single_device_mesh() -> Mesh:
     """The first device alone."""
-    return _mesh((1, 1, 1), jax.devices()[:1])
+    return _mesh((1,) * len(AXES), jax.devices()[:1])
 
 
-def _mesh(shape: tuple[int, int, int], devices: list[jax.Device]) -> Mesh:
-    # make_mesh would give Explicit axes by default.
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+def _mesh(shape: tuple[int, ...], devices: list[jax.Device]) -> Mesh:
+    auto = (AxisType.Auto,) * len(AXES)  # make_mesh would give Explicit axes by default
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=auto, devices=devices)
+    return Mesh(_over_slices(shape, devices, slices), AXES, axis_types=auto)
+
+
+def _over_slices(shape: tuple[int, ...], devices: list[jax.Device], slices: int) -> np.ndarray:
+    """Devices of several TPU slices: only the data axis crosses the slow network between them.
+
+    Raises:
+      UserError: the data axis does not divide over the slices.
+    """
+    data, *inner = shape
+    if data % slices:
+        raise UserError(
+            f"mesh data={data} does not divide over {slices} slices, and no other axis may cross "
+            f"them; use data={slices} or a multiple, with {len(devices) // slices} devices a slice"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *inner), (slices, *(1 for _ in inner)), devices
+    )

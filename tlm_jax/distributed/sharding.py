@@ -5,8 +5,9 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from tlm_jax.config import UserError
 
@@ -18,6 +19,7 @@ class ShardingRules:
     """The mesh axis (or axes) of each logical axis; None is not split."""
 
     batch: MeshAxes = ("data", "fsdp")
+    sequence: MeshAxes = "sequence"
     vocab: MeshAxes = "tensor"
     embed: MeshAxes = "fsdp"
     heads: MeshAxes = "tensor"
@@ -65,8 +67,7 @@ def param_shardings(
     def sharding(path: Any, shape: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> Any:
         spec = rules.spec(axes)
         for size, name, axis in zip(shape.shape, axes, spec, strict=True):
-            names = axis if isinstance(axis, tuple) else (axis,)
-            parts = math.prod(mesh.shape[a] for a in names if a)
+            parts = mesh_size(mesh, axis)
             if size % parts:
                 where = "/".join(str(key.key) for key in path)
                 raise UserError(
@@ -99,11 +100,51 @@ def _is_masked(leaf: Any) -> bool:
 
 
 def batch_sharding(mesh: Mesh, rules: ShardingRules = RULES) -> NamedSharding:
-    """Rows of a batch over the data and fsdp axes."""
-    return NamedSharding(mesh, PartitionSpec(rules.batch))
+    """Rows over the data and fsdp axes; each row whole."""
+    return NamedSharding(mesh, rules.spec(("batch",)))
 
 
-def to_devices(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Makes global arrays of this process's rows of a batch."""
-    sharding = batch_sharding(mesh)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+def token_sharding(mesh: Mesh, rules: ShardingRules = RULES) -> NamedSharding:
+    """Rows over the data and fsdp axes, the tokens of a row over the sequence axis."""
+    return NamedSharding(mesh, rules.spec(("batch", "sequence")))
+
+
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Global arrays of a batch (B, L), of which every process holds all rows.
+
+    Each process copies what its devices need, so that batches depend neither on the number of
+    processes nor on the mesh.
+    """
+    where = token_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(a.shape, where, a.__getitem__)
+        for name, a in batch.items()
+    }
+
+
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """Says how an activation lies on the mesh that is set; a dim that does not divide is not split.
+
+    Without it GSPMD may choose to split the model's width, or to add up partial products where
+    weights should be gathered.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    axes = [
+        axis if size % mesh_size(mesh, axis) == 0 else None
+        for size, axis in zip(x.shape, RULES.spec(logical_axes), strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+
+
+def sequence_shards() -> int:
+    """Parts that the mesh that is set makes of a row."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh_size(mesh, RULES.sequence)
+
+
+def mesh_size(mesh: Mesh | AbstractMesh, axes: MeshAxes) -> int:
+    """Devices along one or several axes; 1 for None."""
+    names = axes if isinstance(axes, tuple) else (axes,)
+    return math.prod(mesh.shape.get(name, 1) for name in names if name)

@@ -102,9 +102,7 @@ def score_dataset(
       stop: scoring ends early, after at least one batch, once this has an element.
     """
     batches = dataset.validation_batches(
-        batch_size=config.data.batch_size // config.training.grad_accumulation,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        batch_size=config.data.batch_size // config.training.grad_accumulation
     )
 
     total = len(batches)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tlm_jax.branches import BRANCH
+from tlm_jax.distributed.sharding import constrain, sequence_shards
 from tlm_jax.mixers import AttentionConfig, GatedAttentionConfig
 from tlm_jax.models import registry
 from tlm_jax.models.layers import RMSNorm, dense, rotary, weight
@@ -87,7 +88,8 @@ def attend(
     # Heads outside, so that the products are plain ones: on a CPU several times as fast.
     q_BNGLK = (q_BLHK * K**-0.5).reshape(B, L, N, H // N, K).transpose(0, 2, 3, 1, 4)
     k_BNKS, v_BNSK = k_BSNK.transpose(0, 2, 3, 1), v_BSNK.transpose(0, 2, 1, 3)
-    block = max(_QUERY_BLOCK, L // _MOST_BLOCKS) if causal and L % _QUERY_BLOCK == 0 else L
+    in_blocks = causal and L % _QUERY_BLOCK == 0 and sequence_shards() == 1
+    block = max(_QUERY_BLOCK, L // _MOST_BLOCKS) if in_blocks else L
     blocks = []
     for begin in range(0, L, block):
         end = min(begin + block, L)
@@ -176,6 +178,9 @@ class Attention(nnx.Module):
             keys, values, key_segments = cache.k_BSNK, cache.v_BSNK, cache.segment_ids_BS
         causal_LS = query_index[:, None] >= jnp.arange(keys.shape[1])[None, :]
         mask_BLS = causal_LS & sees(segment_ids_BL, key_segments)
+        # The queries of a split row stay where they are and see the keys of all of it.
+        q_BLHK = constrain(q_BLHK, "batch", "sequence", "heads", None)
+        keys, values = (constrain(a, "batch", None, "kv_heads", None) for a in (keys, values))
         y_BLHK = attend(q_BLHK, keys, values, mask_BLS, causal=cache is None)
         y_BLHK = self.gate_heads(x_BLD, y_BLHK)
 

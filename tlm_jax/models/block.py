@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tlm_jax.config import ModelConfig
+from tlm_jax.distributed.sharding import constrain
 from tlm_jax.mixers import MixerConfig
 from tlm_jax.models import attention as _attention  # noqa: F401 (registers itself)
 from tlm_jax.models import registry
@@ -74,6 +75,7 @@ class Block(nnx.Module):
         cache: Any = None,
     ) -> tuple[jax.Array, Any]:
         """Returns the residual stream after the layer, and the mixer's new cache."""
+        x_BLD = constrain(x_BLD, "batch", "sequence", None)
         x_BLD, cache = self.mix(x_BLD, positions_BL, segment_ids_BL, cache)
         with jax.named_scope("mlp"):
             for level in self.mlp.values():

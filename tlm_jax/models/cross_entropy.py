@@ -74,12 +74,13 @@ def _in_chunks(
     if chunk == 0 or chunk >= L:
         return one_chunk(hidden_BLD, targets_BL)
     chunks = L // chunk
+    # Chunk i takes positions i, i + chunks, ...: each device of a split row keeps its own.
     _, (first, second) = jax.lax.scan(
         lambda _, xs: (None, jax.checkpoint(one_chunk, prevent_cse=False)(*xs)),
         None,
         (
-            hidden_BLD.reshape(B, chunks, chunk, D).swapaxes(0, 1),
-            targets_BL.reshape(B, chunks, chunk).swapaxes(0, 1),
+            jnp.moveaxis(hidden_BLD.reshape(B, chunk, chunks, D), 2, 0),
+            jnp.moveaxis(targets_BL.reshape(B, chunk, chunks), 2, 0),
         ),
     )
-    return first.swapaxes(0, 1).reshape(B, L), second.swapaxes(0, 1).reshape(B, L)
+    return jnp.moveaxis(first, 0, 2).reshape(B, L), jnp.moveaxis(second, 0, 2).reshape(B, L)

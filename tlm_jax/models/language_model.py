@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tlm_jax.config import ModelConfig
+from tlm_jax.distributed.sharding import constrain
 from tlm_jax.models import segments
 from tlm_jax.models.block import Block, layer_specs
 from tlm_jax.models.layers import RMSNorm, weight
@@ -108,6 +109,7 @@ class LanguageModel(nnx.Module):
                     scan=config.scan_layers,
                 )
             new_cache.append(segment_cache)
+        x_BLD = constrain(x_BLD, "batch", "sequence", None)
         return self.final_norm(x_BLD), None if cache is None else new_cache
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:

@@ -6,12 +6,13 @@ this program may continue it: the resolved config, widths, shapes, the data
 layout. Orbax writes into a temporary folder and renames it when it is whole.
 """
 
+import asyncio
 import json
 import os
 import pathlib
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -145,7 +146,7 @@ class Checkpoints:
         with self._save_reported():
             self._pending = self._checkpointer.save_checkpointables_async(
                 step,
-                {"state": _as_dict(state), "data": iterator},
+                {"state": _as_dict(state), "data": _Position(iterator)},
                 custom_metadata=metadata,
                 force=True,
             )
@@ -193,7 +194,7 @@ class Checkpoints:
         """Loads a step; `state` has shapes and shardings, `iterator` is moved to its place."""
         with self._reported(f"load step {step}", damaged=step):
             loaded = self._checkpointer.load_checkpointables(
-                step, {"state": _as_dict(state), "data": iterator}
+                step, {"state": _as_dict(state), "data": _Position(iterator)}
             )
         return TrainState(**loaded["state"])
 
@@ -253,6 +254,36 @@ class Checkpoints:
         except UserError:
             if kind is None:  # do not hide the error that is on its way
                 raise
+
+
+class _Position:
+    """Where the data iterator stands, as Orbax saves and loads it.
+
+    One file, whatever the number of processes: all of them read the same batches. (Grain's own
+    way is a file for each process, which no other number of them can read.)
+    """
+
+    FILE = "position.json"
+
+    def __init__(self, iterator: Any) -> None:
+        self._iterator = iterator
+
+    async def save(self, directory: Any) -> Awaitable[None]:
+        state = json.dumps(self._iterator.get_state())  # now; written later
+
+        async def write() -> None:
+            folder = await directory.await_creation()
+            if jax.process_index() == 0:
+                await asyncio.to_thread((folder / self.FILE).write_text, state)
+
+        return write()
+
+    async def load(self, directory: Any) -> Awaitable[None]:
+        async def read() -> None:
+            text = await asyncio.to_thread((directory / self.FILE).read_text)
+            self._iterator.set_state(json.loads(text))
+
+        return read()
 
 
 def _chain(error: BaseException) -> list[BaseException]:

@@ -24,7 +24,7 @@ from tlm_jax import config_io, costs
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.data import open_dataset
 from tlm_jax.distributed import mesh as mesh_lib
-from tlm_jax.distributed.sharding import to_devices
+from tlm_jax.distributed.sharding import to_devices, token_sharding
 from tlm_jax.evaluation import perplexity
 from tlm_jax.evaluation.evaluator import Evaluator
 from tlm_jax.evaluation.journal import Journal
@@ -72,12 +72,8 @@ class Trainer:
             config.optimizer, config.training.num_steps, config.model.mlp.periods
         )
         self.shardings = step.state_shardings(self.skeleton, self.tx, self.mesh)
-        self.iterator = self.dataset.train_iterator(
-            process_index=jax.process_index(), process_count=jax.process_count()
-        )
-        self.metadata = checkpoint.metadata(
-            config, self.skeleton.shapes, self.dataset.layout(process_count=jax.process_count())
-        )
+        self.iterator = self.dataset.train_iterator()
+        self.metadata = checkpoint.metadata(config, self.skeleton.shapes, self.dataset.layout())
 
     def run(self) -> Outcome:
         """Trains from the newest checkpoint, or from the start, to `num_steps`."""
@@ -199,8 +195,8 @@ class Trainer:
     def _compile_train_step(self, state: Any) -> Any:
         begin = time.perf_counter()
         length, rows = self.config.data.seq_len, self.config.data.batch_size
-        sharding = jax.sharding.NamedSharding(self.mesh, jax.P(("data", "fsdp")))
-        shape = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=sharding)
+        where = token_sharding(self.mesh)
+        shape = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=where)
         batch = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), shape)
         replicated = jax.sharding.NamedSharding(self.mesh, jax.P())
         compiled = (

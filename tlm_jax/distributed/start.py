@@ -1,0 +1,99 @@
+"""Joins the processes of a job: one on each host of a TPU slice, or one on each GPU or node."""
+
+import dataclasses
+import os
+import re
+from typing import Literal
+
+from tlm_jax.config import UserError
+from tlm_jax.validation import require
+
+HEARTBEAT_SECONDS = 60
+"""A process that is not heard of for so long is taken for dead, and ends the others."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessesConfig:
+    """The processes of a job; mostly the environment knows."""
+
+    join: Literal["auto", "always", "never"] = "auto"
+    """auto joins others if Slurm, Open MPI, GKE or JAX_COORDINATOR_ADDRESS speaks of them."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0; None asks the environment."""
+    count: int | None = None
+    """Processes in all; None asks the environment."""
+    index: int | None = None
+    """Which of them this is, from 0; None asks the environment."""
+    timeout: int = 300
+    """Seconds that the processes wait for each other at the start."""
+
+    def __post_init__(self) -> None:
+        if self.coordinator is not None:
+            require(
+                re.fullmatch(r"\S+:\d+", self.coordinator) is not None,
+                f"processes.coordinator={self.coordinator} is not HOST:PORT",
+            )
+        require(
+            (self.count is None) == (self.index is None),
+            f"processes.count={self.count} and processes.index={self.index} go together",
+        )
+        if self.count is not None and self.index is not None:
+            require(
+                0 <= self.index < self.count,
+                f"processes.index={self.index} must be from 0 to {self.count - 1}, as "
+                f"processes.count is {self.count}",
+            )
+
+
+def expected(config: ProcessesConfig, environment: dict[str, str]) -> bool:
+    """Whether there are other processes to join."""
+    if config.join != "auto":
+        return config.join == "always"
+    if config.count is not None:
+        return config.count > 1
+    if config.coordinator or "JAX_COORDINATOR_ADDRESS" in environment:
+        return True
+    counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
+    if any(int(environment.get(name, 1)) > 1 for name in counts):
+        return True
+    hosts = environment.get("TPU_WORKER_HOSTNAMES", "")
+    return "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environment
+
+
+def join(config: ProcessesConfig) -> None:
+    """Joins the other processes, if there are any, before anything asks for devices.
+
+    Raises:
+      UserError: the environment does not say all that is needed, or not all came in time.
+    """
+    environment = dict(os.environ)
+    if not expected(config, environment):
+        return
+    import jax
+
+    count, index = config.count, config.index
+    if count is None and "JAX_NUM_PROCESSES" in environment:
+        count = int(environment["JAX_NUM_PROCESSES"])
+        index = int(environment.get("JAX_PROCESS_ID", 0))
+    if environment.get("JAX_PLATFORMS") == "cpu":
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    try:
+        jax.distributed.initialize(
+            config.coordinator,
+            count,
+            index,
+            initialization_timeout=config.timeout,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except ValueError as error:
+        raise UserError(
+            f"the processes of this job cannot be joined: {str(error).rstrip('.')}; give "
+            "--processes.coordinator HOST:PORT --processes.count N --processes.index I, or "
+            "--processes.join never for a run of its own"
+        ) from error
+    except RuntimeError as error:
+        where = config.coordinator or environment.get("JAX_COORDINATOR_ADDRESS", "the coordinator")
+        raise UserError(
+            f"the processes of this job did not come together at {where} within {config.timeout} s "
+            f"({' '.join(str(error).split())[:160]}); is process 0 running, and its port reachable?"
+        ) from error
