@@ -13,7 +13,6 @@ import statistics
 import time
 
 import jax
-import numpy as np
 
 from benchmarks import report
 from tlm_jax import config_io
@@ -51,19 +50,8 @@ def compile_once(config: RunConfig) -> tuple[float, float]:
     tx = make_optimizer(config.optimizer, config.training.num_steps, config.model.mlp.periods)
     mesh = mesh_lib.make_mesh(config)
     with jax.set_mesh(mesh):
-        shardings = step.state_shardings(model, tx, mesh)
-        state = jax.eval_shape(lambda key: step.init_state(model, tx, key), jax.random.key(0))
-        state = jax.tree.map(
-            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-            state,
-            shardings,
-        )
-        ids = jax.ShapeDtypeStruct((config.data.batch_size, config.data.seq_len), np.int32)
-        batch = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), ids)
         begin = time.perf_counter()
-        lowered = jax.jit(step.make_train_step(config, model, tx), donate_argnums=0).lower(
-            state, batch
-        )
+        lowered = step.lower_train_step(config, model, tx, mesh)
         middle = time.perf_counter()
         lowered.compile()
         return middle - begin, time.perf_counter() - middle

@@ -47,7 +47,9 @@ class ModelConfig:
     """Added to the mean square in RMSNorm."""
     init_std: float | None = None
     """Standard deviation of weights at the start; None is 1/sqrt(fan-in) (our choice)."""
-    remat: Literal["none", "dots", "full"] = "full"
+    attention_kernel: Literal["auto", "xla", "splash", "cudnn"] = _may_change("auto")
+    """How attention is computed; auto is splash on TPU, cudnn on GPU (bfloat16), else xla."""
+    remat: Literal["none", "dots", "full"] = _may_change("full")
     """What the backward pass recomputes: nothing, all but matrix products, or each whole layer."""
     scan_layers: bool = True
     """Scan over the layers of a segment; off unrolls them (longer compile)."""

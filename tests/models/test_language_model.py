@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tlm_jax.config import AttentionConfig, ModelConfig, TaperConfig
-from tlm_jax.models import LanguageModel, attention, layers, skeleton
+from tlm_jax.models import LanguageModel, kernels, layers, skeleton
 from tlm_jax.models.block import layer_specs
 from tlm_jax.models.segments import group
 
@@ -191,7 +191,7 @@ def test_grouped_attention_equals_a_loop_over_heads():
         for i, heads in enumerate((H, N, N))
     )
     mask = np.tril(np.ones((L, L), bool))[None].repeat(B, 0)
-    got = attention.attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(mask))
+    got = kernels.attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(mask))
     for b in range(B):
         for h in range(H):
             n = h // (H // N)

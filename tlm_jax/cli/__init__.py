@@ -12,6 +12,7 @@ from types import ModuleType
 
 from tlm_jax.cli import (
     align,
+    compile_ahead,
     evaluate,
     export,
     generate,
@@ -28,6 +29,7 @@ VERBS: dict[str, ModuleType] = {
     "eval": evaluate,
     "generate": generate,
     "plan": plan,
+    "compile": compile_ahead,
     "prepare": prepare,
     "report": report,
     "import": import_model,

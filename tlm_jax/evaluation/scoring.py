@@ -4,6 +4,7 @@ Shapes: B rows, L row length, P parts of the rows (one a device), N scored token
 D model.
 """
 
+import dataclasses
 import functools
 import math
 import os
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from tlm_jax import models
 from tlm_jax.config import UserError
 from tlm_jax.distributed.sharding import batch_sharding
 from tlm_jax.evaluation.requests import Batch, Likelihood, Request, make_batches
@@ -52,21 +54,22 @@ class Scorer:
         memory_limit: int | None = None,
     ) -> None:
         device = mesh.local_devices[0]
-        self.skeleton, self.params = skeleton, params
+        # Of the kernels only this one knows branches.
+        config = dataclasses.replace(skeleton.config, attention_kernel="xla")
+        self.skeleton, self.params = models.skeleton(config), params
         self.max_length = max_length
         # On a CPU more tokens at a time are no faster.
         self.batch_tokens = batch_tokens or (2048 if device.platform == "cpu" else 1 << 16)
         self.memory_limit = memory_limit or _agreed(_free_memory(device) // 2)
         self._rows = batch_sharding(mesh)
         self._parts = mesh.shape["data"] * mesh.shape["fsdp"]
-        config = skeleton.config
         self._packs = not config.mlp.online_chunks and all(
             mixer.masks_by_segment for mixer in config.mixers
         )
         # Where one process sees all devices, they need not talk to each other at all.
         everywhere = NamedSharding(mesh, jax.P())
         self._score = jax.jit(
-            functools.partial(_score, skeleton),
+            functools.partial(_score, self.skeleton),
             out_shardings=self._rows if jax.process_count() == 1 else everywhere,
         )
         self.programs: dict[tuple[int, ...], Any] = {}

@@ -11,15 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tlm_jax.branches import BRANCH
-from tlm_jax.distributed.sharding import constrain, sequence_shards
+from tlm_jax.distributed.sharding import sequence_shards
 from tlm_jax.mixers import AttentionConfig, GatedAttentionConfig
-from tlm_jax.models import registry
+from tlm_jax.models import kernels, registry
 from tlm_jax.models.layers import RMSNorm, dense, rotary, weight
 from tlm_jax.validation import require
-
-_QUERY_BLOCK, _MOST_BLOCKS = 64, 8
-"""Least length of a block of queries, and most blocks of a row."""
 
 
 @jax.tree_util.register_dataclass
@@ -63,60 +59,6 @@ class KVCache:
         )
 
 
-def sees(query_ids_BL: jax.Array, key_ids_BS: jax.Array) -> jax.Array:
-    """(B, L, S) bool: the key is of the query's document and branch, or of the trunk."""
-    query_ids, key_ids = query_ids_BL[:, :, None], key_ids_BS[:, None, :]
-    return (key_ids == query_ids) | (key_ids == query_ids % BRANCH)
-
-
-def attend(
-    q_BLHK: jax.Array,
-    k_BSNK: jax.Array,
-    v_BSNK: jax.Array,
-    mask_BLS: jax.Array,
-    *,
-    causal: bool = False,
-) -> jax.Array:
-    """Softmax attention -> (B, L, H, K); scores and softmax in float32.
-
-    Query head h reads key/value head h // G. `mask_BLS` is True where a query
-    may look; a row without any True gives the mean of the values. `causal` promises
-    that query t looks at keys 0..t only: then blocks of queries leave out later keys.
-    """
-    B, L, H, K = q_BLHK.shape
-    N = k_BSNK.shape[2]
-    # Heads outside, so that the products are plain ones: on a CPU several times as fast.
-    q_BNGLK = (q_BLHK * K**-0.5).reshape(B, L, N, H // N, K).transpose(0, 2, 3, 1, 4)
-    k_BNKS, v_BNSK = k_BSNK.transpose(0, 2, 3, 1), v_BSNK.transpose(0, 2, 1, 3)
-    in_blocks = causal and L % _QUERY_BLOCK == 0 and sequence_shards() == 1
-    block = max(_QUERY_BLOCK, L // _MOST_BLOCKS) if in_blocks else L
-    blocks = []
-    for begin in range(0, L, block):
-        end = min(begin + block, L)
-        keys = end if causal else k_BNKS.shape[-1]
-        blocks.append(
-            _attend_block(
-                q_BNGLK[:, :, :, begin:end],
-                k_BNKS[..., :keys],
-                v_BNSK[:, :, :keys],
-                mask_BLS[:, begin:end, :keys],
-            )
-        )
-    y_BNGLK = jnp.concatenate(blocks, axis=3)
-    return y_BNGLK.transpose(0, 3, 1, 2, 4).reshape(B, L, H, K)
-
-
-def _attend_block(
-    q_BNGLK: jax.Array, k_BNKS: jax.Array, v_BNSK: jax.Array, mask_BLS: jax.Array
-) -> jax.Array:
-    B, N, G, L, K = q_BNGLK.shape
-    q = q_BNGLK.reshape(B, N, G * L, K)
-    scores = jnp.matmul(q, k_BNKS, preferred_element_type=jnp.float32).reshape(B, N, G, L, -1)
-    scores = jnp.where(mask_BLS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BNSK.dtype)
-    return jnp.matmul(weights.reshape(B, N, G * L, -1), v_BNSK).reshape(B, N, G, L, K)
-
-
 class Attention(nnx.Module):
     """Causal self-attention within documents, with rotary positions and no biases."""
 
@@ -124,6 +66,7 @@ class Attention(nnx.Module):
         d_model, std = context.d_model, context.std
         H, N, K = config.heads(d_model)
         self.config = config
+        self.kernel = context.attention_kernel
         q_axes, kv_axes = ("embed", "heads", "head_dim"), ("embed", "kv_heads", "head_dim")
         self.query = weight(rngs, (d_model, H, K), q_axes, fan_in=d_model, std=std)
         self.key = weight(rngs, (d_model, N, K), kv_axes, fan_in=d_model, std=std)
@@ -169,23 +112,25 @@ class Attention(nnx.Module):
         q_BLHK = rotary(q_BLHK, positions_BL, self.config.rope_theta)
         k_BLNK = rotary(k_BLNK, positions_BL, self.config.rope_theta)
 
-        L = x_BLD.shape[1]
-        query_index = jnp.arange(L)
-        keys, values, key_segments = k_BLNK, v_BLNK, segment_ids_BL
-        if cache is not None:
-            query_index = query_index + cache.length
+        B, L, _, K = q_BLHK.shape
+        if cache is None:
+            kernel = kernels.choose(
+                self.kernel,
+                length=L // sequence_shards(),
+                head_dim=K,
+                backend=jax.default_backend(),
+                dtype=q_BLHK.dtype.name,
+            )
+            y_BLHK = kernels.self_attention(q_BLHK, k_BLNK, v_BLNK, segment_ids_BL, kernel=kernel)
+        else:
+            query_index_L = jnp.arange(L) + cache.length
             cache = cache.append(k_BLNK, v_BLNK, segment_ids_BL)
-            keys, values, key_segments = cache.k_BSNK, cache.v_BSNK, cache.segment_ids_BS
-        causal_LS = query_index[:, None] >= jnp.arange(keys.shape[1])[None, :]
-        mask_BLS = causal_LS & sees(segment_ids_BL, key_segments)
-        # The queries of a split row stay where they are and see the keys of all of it.
-        q_BLHK = constrain(q_BLHK, "batch", "sequence", "heads", None)
-        keys, values = (constrain(a, "batch", None, "kv_heads", None) for a in (keys, values))
-        y_BLHK = attend(q_BLHK, keys, values, mask_BLS, causal=cache is None)
+            causal_LS = query_index_L[:, None] >= jnp.arange(cache.k_BSNK.shape[1])
+            mask_BLS = causal_LS & kernels.sees(segment_ids_BL, cache.segment_ids_BS)
+            y_BLHK = kernels.attend(q_BLHK, cache.k_BSNK, cache.v_BSNK, mask_BLS)
         y_BLHK = self.gate_heads(x_BLD, y_BLHK)
 
         out = self.out[...]
-        B = x_BLD.shape[0]
         return dense(y_BLHK.reshape(B, L, -1), out.reshape(-1, out.shape[-1])), cache
 
 

@@ -48,6 +48,7 @@ class Block(nnx.Module):
             norm_eps=config.norm_eps,
             std=config.init_std,
             out_scale=1.0 / math.sqrt(2 * config.num_layers),
+            attention_kernel=config.attention_kernel,
         )
         self.mixer_norm = RMSNorm(config.d_model, config.norm_eps, "norm")
         self.mixer = registry.make_mixer(spec.mixer, context, rngs=rngs)

@@ -26,6 +26,8 @@ class LayerContext:
     """Standard deviation of weights; None is 1/sqrt(fan-in)."""
     out_scale: float
     """Factor on the initial output projection, which keeps the residual's variance in depth."""
+    attention_kernel: str = "auto"
+    """See `models.kernels`."""
 
 
 def register(config: type[MixerConfig], module: Callable[..., nnx.Module]) -> None:

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tlm_jax.mixers import TitansConfig
-from tlm_jax.models.attention import KVCache, attend
+from tlm_jax.models.attention import KVCache
+from tlm_jax.models.kernels import attend
 from tlm_jax.models.layers import RMSNorm, dense, rotary, weight
 from tlm_jax.models.registry import LayerContext
 

@@ -7,6 +7,7 @@ the next batch.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import signal
@@ -24,7 +25,7 @@ from tlm_jax import config_io, costs
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.data import open_dataset
 from tlm_jax.distributed import mesh as mesh_lib
-from tlm_jax.distributed.sharding import to_devices, token_sharding
+from tlm_jax.distributed.sharding import to_devices
 from tlm_jax.evaluation import perplexity
 from tlm_jax.evaluation.evaluator import Evaluator
 from tlm_jax.evaluation.journal import Journal
@@ -71,7 +72,7 @@ class Trainer:
         self.tx = make_optimizer(
             config.optimizer, config.training.num_steps, config.model.mlp.periods
         )
-        self.shardings = step.state_shardings(self.skeleton, self.tx, self.mesh)
+        self.shapes = step.abstract_state(self.skeleton, self.tx, self.mesh)
         self.iterator = self.dataset.train_iterator()
         self.metadata = checkpoint.metadata(config, self.skeleton.shapes, self.dataset.layout())
 
@@ -97,7 +98,7 @@ class Trainer:
     ) -> Outcome:
         training = self.config.training
         self._write_config()
-        train_step = self._compile_train_step(state)
+        train_step = self._compile_train_step()
         self._prepare_evaluation()
         writer = metrics.MetricsWriter(self.workdir, self.console, enabled=self.is_main)
         log = metrics.TrainLog(
@@ -146,10 +147,6 @@ class Trainer:
         return Outcome(step=done, stopped_by=stop[0] if done < training.num_steps else None)
 
     def _restore_or_init(self, checkpoints: checkpoint.Checkpoints) -> tuple[Any, int]:
-        def init(key: jax.Array) -> step.TrainState:
-            return step.init_state(self.skeleton, self.tx, key)
-
-        key = jax.random.key(self.config.seed)
         newest = max(checkpoints.steps, default=None)
         for unfinished in checkpoints.unfinished:
             use = "the start" if newest is None else f"step {newest}"
@@ -158,14 +155,11 @@ class Trainer:
                 f"using the last whole checkpoint, {use}.[/]"
             )
         if newest is None:
-            return jax.jit(init, out_shardings=self.shardings)(key), 0
+            init = functools.partial(step.init_state, self.skeleton, self.tx)
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
+            return jax.jit(init, out_shardings=shardings)(jax.random.key(self.config.seed)), 0
         self._compare(checkpoints.metadata(newest))
-        shapes = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            jax.eval_shape(init, key),
-            self.shardings,
-        )
-        state = checkpoints.restore(newest, shapes, self.iterator)
+        state = checkpoints.restore(newest, self.shapes, self.iterator)
         if newest < self.config.training.num_steps:
             self._say(f"Continuing from step {newest} in {self.workdir}.")
         return state, newest
@@ -192,22 +186,9 @@ class Trainer:
                 "follows the new schedule from here."
             )
 
-    def _compile_train_step(self, state: Any) -> Any:
+    def _compile_train_step(self) -> Any:
         begin = time.perf_counter()
-        length, rows = self.config.data.seq_len, self.config.data.batch_size
-        where = token_sharding(self.mesh)
-        shape = jax.ShapeDtypeStruct((rows, length), np.int32, sharding=where)
-        batch = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), shape)
-        replicated = jax.sharding.NamedSharding(self.mesh, jax.P())
-        compiled = (
-            jax.jit(
-                step.make_train_step(self.config, self.skeleton, self.tx),
-                donate_argnums=0,
-                out_shardings=(self.shardings, replicated),
-            )
-            .lower(state, batch)
-            .compile()
-        )
+        compiled = step.lower_train_step(self.config, self.skeleton, self.tx, self.mesh).compile()
         self._say(f"Compiled the train step in {time.perf_counter() - begin:.1f} s.")
         return compiled
 

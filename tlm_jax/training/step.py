@@ -62,6 +62,41 @@ def state_shardings(skeleton: Skeleton, tx: optax.GradientTransformation, mesh: 
     )
 
 
+def abstract_state(skeleton: Skeleton, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shape, dtype and sharding of each leaf of the training state."""
+    return jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        jax.eval_shape(lambda: init_state(skeleton, tx, jax.random.key(0))),
+        state_shardings(skeleton, tx, mesh),
+    )
+
+
+def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape, dtype and sharding of the arrays of a batch."""
+    where = sharding.token_sharding(mesh)
+    shape = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=where)
+    return dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), shape)
+
+
+def lower_train_step(
+    config: RunConfig, skeleton: Skeleton, tx: optax.GradientTransformation, mesh: Mesh
+) -> jax.stages.Lowered:
+    """The train step for a mesh, to be compiled; the mesh's devices need not be here.
+
+    The old state is donated: the new one takes its place.
+    """
+    state = abstract_state(skeleton, tx, mesh)
+    batch = abstract_batch(config.data.batch_size, config.data.seq_len, mesh)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    train_step = jax.jit(
+        make_train_step(config, skeleton, tx),
+        donate_argnums=0,
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated),
+    )
+    with jax.set_mesh(mesh):
+        return train_step.lower(state, batch)
+
+
 def make_train_step(
     config: RunConfig, skeleton: Skeleton, tx: optax.GradientTransformation
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:

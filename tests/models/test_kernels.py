@@ -1,0 +1,119 @@
+"""Attention's kernels against a plain float32 einsum, and lowered for what is not here.
+
+Shapes: B batch, L length, H query heads, N key/value heads, K head dim.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from tlm_jax.models import kernels
+
+B, L, H, N, K = 2, 256, 4, 2, 16
+
+
+def inputs(dtype: str = "float32") -> list[jax.Array]:
+    """q, k, v and segment ids: two documents and padding in the first row, one in the other."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = (B, L, H, K), (B, L, N, K), (B, L, N, K)
+    qkv = [jax.random.normal(k, s, jnp.dtype(dtype)) for k, s in zip(keys, shapes, strict=True)]
+    segment_ids = np.ones((B, L), np.int32)
+    segment_ids[0, 90:] = 2
+    segment_ids[0, 240:] = 0
+    return [*qkv, jnp.asarray(segment_ids)]
+
+
+def plain(q, k, v, segment_ids) -> jax.Array:
+    """By the definition, one head at a time as it were."""
+    k, v = (jnp.repeat(x, H // N, axis=2) for x in (k, v))
+    scores = jnp.einsum("blhk,bshk->bhls", q, k, precision="highest") / jnp.sqrt(K)
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    seen = same & jnp.tri(L, dtype=bool)
+    weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhls,bshk->blhk", weights, v, precision="highest")
+
+
+def values_and_gradients(attention, q, k, v, segment_ids):
+    def loss(q, k, v):
+        y = attention(q, k, v, segment_ids) * (segment_ids > 0)[:, :, None, None]
+        return jnp.sum(jnp.sin(y)), y
+
+    (_, y), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    return y, grads
+
+
+def assert_same(found, expected) -> None:
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("kernel", ["xla", "splash"])
+def test_equals_the_definition(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents apart, grouped heads, gradients; Pallas interprets what a TPU would run."""
+    interpreted = functools.partial(kernels._splash, interpret=True)
+    monkeypatch.setitem(kernels._KERNELS, "splash", interpreted)
+    attention = functools.partial(kernels.self_attention, kernel=kernel)
+    assert_same(values_and_gradients(attention, *inputs()), values_and_gradients(plain, *inputs()))
+
+
+def test_splash_on_a_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows, heads and the queries of a row on different devices."""
+    interpreted = functools.partial(kernels._splash, interpret=True)
+    monkeypatch.setitem(kernels._KERNELS, "splash", interpreted)
+    attention = functools.partial(kernels.self_attention, kernel="splash")
+    expected = values_and_gradients(plain, *inputs())
+    axes = ("data", "fsdp", "sequence", "tensor")
+    mesh = jax.make_mesh((2, 1, 2, 2), axes, axis_types=(AxisType.Auto,) * 4)
+    with jax.set_mesh(mesh):
+        assert_same(values_and_gradients(attention, *inputs()), expected)
+
+
+def lowered(platform: str, kernel: str) -> str:
+    attention = functools.partial(kernels.self_attention, kernel=kernel)
+    gradients = jax.jit(functools.partial(values_and_gradients, attention))
+    traced = gradients.trace(*inputs("bfloat16"))
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_splash_is_lowered_for_tpu() -> None:
+    assert lowered("tpu", "splash").count("tpu_custom_call") >= 3  # forward, dq, and dk with dv
+
+
+def test_cudnn_is_lowered_for_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks for a GPU and its cuDNN cannot be met here; all that follows them is real."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda _: True)
+    text = lowered("cuda", "cudnn")
+    assert "cudnn$fmha" in text.lower()
+    assert "backward" in text.lower()
+
+
+@pytest.mark.parametrize(
+    ("backend", "length", "head_dim", "dtype", "kernel"),
+    [
+        ("cpu", 256, 64, "float32", "xla"),
+        ("tpu", 256, 64, "bfloat16", "splash"),
+        ("tpu", 200, 64, "bfloat16", "xla"),
+        ("gpu", 200, 64, "bfloat16", "cudnn"),
+        ("gpu", 200, 64, "float32", "xla"),
+        ("gpu", 200, 256, "bfloat16", "xla"),
+    ],
+)
+def test_auto(backend: str, length: int, head_dim: int, dtype: str, kernel: str) -> None:
+    settings = {"length": length, "head_dim": head_dim, "backend": backend, "dtype": dtype}
+    assert kernels.choose("auto", **settings) == kernel
+    assert kernels.choose("xla", **settings) == "xla"
+
+
+def test_what_a_kernel_cannot_do_is_said() -> None:
+    with pytest.raises(ValueError, match=r"multiples of 128 tokens a device, and has 200 on 1"):
+        lowered_length = [x[:, :200] for x in inputs()]
+        kernels.self_attention(*lowered_length, kernel="splash")
+    with pytest.raises(ValueError, match=r"unknown attention kernel 'flash'; known: xla, splash"):
+        kernels.self_attention(*inputs(), kernel="flash")
