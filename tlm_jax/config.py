@@ -216,6 +216,8 @@ class TrainingConfig:
     """Also keep every checkpoint whose step is a multiple of this."""
     max_bad_steps: int = _may_change(10)
     """Stop after this many updates in a row skipped for a non-finite loss or gradient."""
+    hang_timeout: float = _may_change(1800.0)
+    """Seconds without a finished step until the process is ended, to be restarted; 0 is never."""
     sample_prompt: str = _may_change("The ")
     """Continued at each evaluation."""
     sample_tokens: int = _may_change(64)
@@ -234,6 +236,7 @@ class TrainingConfig:
             "suites_every",
             "checkpoint_every",
             "sample_tokens",
+            "hang_timeout",
         ):
             value = getattr(self, name)
             require(value >= 0, f"{name} is {value}; it must not be negative")

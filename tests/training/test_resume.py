@@ -157,14 +157,14 @@ def test_stop_signal_saves_and_the_same_command_continues(
     config_file: pathlib.Path,
     tmp_path: pathlib.Path,
 ) -> None:
-    """A polite stop in the middle of training: saved there, status 0, nothing lost.
+    """A polite stop in the middle of training: saved there, status 75, nothing lost.
 
     Ctrl-C goes to the reader processes as well, which have to leave it to the parent.
     """
     folder = tmp_path / "run"
     train = ("train", "--config", config_file, "--workdir", folder, "--data.num_workers", workers)
     result = run(DRIVER, "--at-batch", 7, name, *train)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 75, result.stderr
     stopped = f"Stopped by {name} at step 7, and saved; the same command continues."
     assert stopped in result.stdout.splitlines()
     assert result.stderr == ""
@@ -188,7 +188,7 @@ def test_stop_signal_during_evaluation(
     one = math.ceil(_records(finished_run, "eval")[NUM_STEPS]["sequences"] / 8)
     harm = ("--at-scored-batch", one + 2, "SIGTERM", "--scored", scored)
     result = run(DRIVER, *harm, *train, *whole)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 75, result.stderr
     assert f"Stopped by SIGTERM at step {SAVED}, and saved" in result.stdout
     assert len(scored.read_text().splitlines()) == one + 2 < 2 * one
     assert list(_records(folder, "eval")) == [0]

@@ -35,7 +35,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     quiet_libraries()
     start.join(command.processes)
     from tlm_jax.analysis import plan, plots
-    from tlm_jax.training import loop, metrics
+    from tlm_jax.training import faults, loop, metrics
 
     console = Console()
     trainer = loop.Trainer(
@@ -46,7 +46,7 @@ def run(argv: Sequence[str], prog: str) -> int:
             console.print(line, highlight=False)
     outcome = trainer.run()
     if not trainer.is_main:
-        return 0
+        return faults.RUN_AGAIN if outcome.stopped_by else 0
     curves = workdir / "curves.png"
     if not outcome.already_complete:
         try:
@@ -59,7 +59,7 @@ def run(argv: Sequence[str], prog: str) -> int:
             f"Stopped by {outcome.stopped_by} {what}; the same command continues.",
             soft_wrap=True,
         )
-        return 0
+        return faults.RUN_AGAIN
     last = metrics.last_record(workdir, "eval")
     loss = ", but its last evaluation was interrupted"
     if last and last["step"] == outcome.step:

@@ -7,6 +7,7 @@ layout. Orbax writes into a temporary folder and renames it when it is whole.
 """
 
 import asyncio
+import functools
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 import tlm_jax
@@ -90,6 +92,10 @@ def shape_differences(saved: dict[str, Any], params: Any) -> list[str]:
     ]
 
 
+class DamagedCheckpointError(UserError):
+    """A checkpoint that cannot be read although nothing else is wrong."""
+
+
 class Checkpoints:
     """The checkpoints of one run folder; a context manager.
 
@@ -122,13 +128,15 @@ class Checkpoints:
             if _TEMPORARY in entry.name and entry.name.split(".")[0].isdigit()
         )
         """Steps whose save was interrupted; their remains are removed."""
+        self._open = functools.partial(
+            ocp.training.Checkpointer,
+            self.folder,
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            cleanup_tmp_directories=not read_only,
+        )
         with self._reported("open the checkpoints"):
-            self._checkpointer = ocp.training.Checkpointer(
-                self.folder,
-                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-                preservation_policy=policies.AnyPreservationPolicy(kept),
-                cleanup_tmp_directories=not read_only,
-            )
+            self._checkpointer = self._open()
 
     @property
     def steps(self) -> list[int]:
@@ -210,6 +218,25 @@ class Checkpoints:
             path = self.folder / str(step)
             return ocp.load_checkpointables(path, {"state": {"params": params}})["state"]["params"]
 
+    def set_aside(self, step: int) -> pathlib.Path:
+        """Moves a damaged checkpoint out of the way; returns where it is now."""
+        target = self.folder.parent / "damaged" / str(step)
+        number = 1
+        while target.exists():
+            number += 1
+            target = target.with_name(f"{step}-{number}")
+        with self._reported(f"set aside step {step}"):
+            if jax.process_count() > 1:  # all have looked for a free name before one takes it
+                multihost_utils.sync_global_devices("damaged checkpoint found")
+            if jax.process_index() == 0:
+                target.parent.mkdir(exist_ok=True)
+                (self.folder / str(step)).rename(target)
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("damaged checkpoint set aside")
+            self._checkpointer.close()
+            self._checkpointer = self._open()
+        return target
+
     @contextmanager
     def _reported(self, doing: str, damaged: int | None = None) -> Iterator[None]:
         """Turns what Orbax raises into one line that says what to do."""
@@ -219,10 +246,10 @@ class Checkpoints:
             reason = _reason(error)
             if damaged is None or isinstance(_chain(error)[-1], _NOT_DAMAGE):
                 raise UserError(f"cannot {doing} in {self.folder}: {reason}") from error
-            whole = [s for s in self.steps if s != damaged]
-            raise UserError(
-                f"checkpoint {self.folder / str(damaged)} is damaged: {reason}; move it "
-                f"elsewhere to {f'continue from step {max(whole)}' if whole else 'start anew'}"
+            others = [s for s in self.steps if s != damaged]
+            use = f"use --step {max(others)}" if others else "there is no other"
+            raise DamagedCheckpointError(
+                f"checkpoint {self.folder / str(damaged)} is damaged: {reason}; {use}"
             ) from error
 
     @contextmanager

@@ -10,10 +10,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal
 
 import jax
@@ -31,7 +28,7 @@ from tlm_jax.evaluation.evaluator import Evaluator
 from tlm_jax.evaluation.journal import Journal
 from tlm_jax.evaluation.options import SuiteConfig
 from tlm_jax.models import sampling, skeleton
-from tlm_jax.training import checkpoint, metrics, step
+from tlm_jax.training import checkpoint, faults, metrics, step
 from tlm_jax.training.optimizer import make_optimizer
 
 CHECKPOINTS = "checkpoints"
@@ -66,7 +63,7 @@ class Trainer:
         self.is_main = jax.process_index() == 0
         costs.assert_matched(config.model)
         self.mesh = mesh_lib.make_mesh(config)
-        make_writable(workdir)
+        faults.make_writable(workdir)
         self.dataset = open_dataset(config.data, config.model.vocab_size)
         self.skeleton = skeleton(config.model)
         self.tx = make_optimizer(
@@ -81,7 +78,8 @@ class Trainer:
         training = self.config.training
         with (
             jax.set_mesh(self.mesh),
-            stop_signals(self.console) as stop,
+            faults.locked(self.workdir),
+            faults.stop_signals(self.console) as stop,
             checkpoint.Checkpoints(
                 self.workdir / CHECKPOINTS,
                 keep_last=training.keep_last,
@@ -91,7 +89,8 @@ class Trainer:
             state, start = self._restore_or_init(checkpoints)
             if start >= training.num_steps:
                 return Outcome(step=start, stopped_by=None, already_complete=True)
-            return self._loop(state, start, checkpoints, stop)
+            with faults.lost_processes():
+                return self._loop(state, start, checkpoints, stop)
 
     def _loop(
         self, state: Any, start: int, checkpoints: checkpoint.Checkpoints, stop: list[str]
@@ -104,6 +103,7 @@ class Trainer:
         log = metrics.TrainLog(
             self.config, self.workdir, writer, self.console, start, enabled=self.is_main
         )
+        watchdog = faults.Watchdog(training.hang_timeout)
         if start == 0:
             self._evaluate(state, 0, writer, stop)
         log.meter.restart()
@@ -119,7 +119,9 @@ class Trainer:
                 state, new_metrics = train_step(state, to_devices(batch, self.mesh))
                 done += 1
                 log.push(done, new_metrics)
+                watchdog.alive(f"waiting for step {done}")
                 checkpoints.check()
+                faults.agree_to_stop(stop, done)
 
                 last = done == training.num_steps
                 evaluate = last or metrics.due(done, training.eval_every)
@@ -130,9 +132,11 @@ class Trainer:
                     self._evaluate(state, done, writer, stop, complete=last)
                 if self._suites and (last or metrics.due(done, training.suites_every)):
                     log.flush()
-                    self._evaluate_suites(state, done, writer)
+                    with watchdog.paused():
+                        self._evaluate_suites(state, done, writer)
                     log.meter.restart()
                 if save:
+                    watchdog.alive(f"saving step {done}")
                     checkpoints.save(done, state, self.iterator, self.metadata)
                 if evaluate or save:
                     log.meter.restart()
@@ -141,28 +145,40 @@ class Trainer:
                 checkpoints.save(done, state, self.iterator, self.metadata)
             checkpoints.wait()
         finally:
+            watchdog.close()
             log.close()
             writer.close()
             self.iterator.close()  # stops reader processes
         return Outcome(step=done, stopped_by=stop[0] if done < training.num_steps else None)
 
     def _restore_or_init(self, checkpoints: checkpoint.Checkpoints) -> tuple[Any, int]:
-        newest = max(checkpoints.steps, default=None)
+        before = max(checkpoints.steps, default=None)
         for unfinished in checkpoints.unfinished:
-            use = "the start" if newest is None else f"step {newest}"
+            use = "the start" if before is None else f"step {before}"
             self._say(
                 f"[yellow]The save of step {unfinished} was interrupted; "
                 f"using the last whole checkpoint, {use}.[/]"
             )
-        if newest is None:
-            init = functools.partial(step.init_state, self.skeleton, self.tx)
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
-            return jax.jit(init, out_shardings=shardings)(jax.random.key(self.config.seed)), 0
-        self._compare(checkpoints.metadata(newest))
-        state = checkpoints.restore(newest, self.shapes, self.iterator)
-        if newest < self.config.training.num_steps:
-            self._say(f"Continuing from step {newest} in {self.workdir}.")
-        return state, newest
+        while checkpoints.steps:
+            newest = max(checkpoints.steps)
+            try:
+                self._compare(checkpoints.metadata(newest))
+                state = checkpoints.restore(newest, self.shapes, self.iterator)
+            except checkpoint.DamagedCheckpointError as error:
+                reason = str(error).rpartition("; ")[0]
+                self._say(f"[yellow]{reason}; set aside in {checkpoints.set_aside(newest)}.[/]")
+                continue
+            if newest < self.config.training.num_steps:
+                self._say(f"Continuing from step {newest} in {self.workdir}.")
+            return state, newest
+        if before is not None:
+            raise UserError(
+                f"no whole checkpoint is left in {self.workdir}; what there was lies in "
+                f"{self.workdir / 'damaged'}. Start anew with another --workdir"
+            )
+        init = functools.partial(step.init_state, self.skeleton, self.tx)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
+        return jax.jit(init, out_shardings=shardings)(jax.random.key(self.config.seed)), 0
 
     def _compare(self, saved: dict[str, Any]) -> None:
         shapes = checkpoint.shape_differences(saved, self.skeleton.shapes)
@@ -291,42 +307,3 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.is_main:
             self.console.print(text, highlight=False, soft_wrap=True)
-
-
-def make_writable(workdir: pathlib.Path) -> None:
-    """Makes the run folder and proves that it can be written.
-
-    Raises:
-      UserError: it cannot.
-    """
-    probe = workdir / f".probe-{jax.process_index()}"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        try:
-            probe.write_bytes(b"x" * 4096)
-        finally:
-            probe.unlink(missing_ok=True)
-    except OSError as error:
-        reason = "it is a file" if workdir.is_file() else error.strerror
-        raise UserError(f"cannot write to run folder {workdir}: {reason}") from error
-
-
-@contextmanager
-def stop_signals(console: Console) -> Iterator[list[str]]:
-    """Collects SIGINT and SIGTERM in a list; a second one acts at once."""
-    received: list[str] = []
-    previous: dict[int, Any] = {}
-
-    def handle(number: int, _: Any) -> None:
-        name = signal.Signals(number).name
-        received.append(name)
-        signal.signal(number, previous[number])
-        console.print(f"[yellow]{name}: saving after this step; again to stop at once.[/]")
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, handle)
-    try:
-        yield received
-    finally:
-        for signal_number, handler in previous.items():
-            signal.signal(signal_number, handler)

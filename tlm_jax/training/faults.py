@@ -1,0 +1,186 @@
+"""What may happen to a run: signals, hung and dead processes, two runs on one folder."""
+
+import contextlib
+import faulthandler
+import fcntl
+import os
+import pathlib
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NoReturn
+
+import jax
+from jax.experimental import multihost_utils
+from rich.console import Console
+
+from tlm_jax.config import UserError
+
+RUN_AGAIN = 75
+"""Exit status of a run that is not complete and that the same command continues (EX_TEMPFAIL)."""
+_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def stop_signals(console: Console) -> Iterator[list[str]]:
+    """Collects SIGINT and SIGTERM in a list; a second one acts at once.
+
+    With several processes JAX itself takes note of SIGTERM and tells the others (see
+    `agree_to_stop`); SIGINT becomes SIGTERM there.
+    """
+    received: list[str] = []
+    previous: dict[int, Any] = {}
+
+    def handle(number: int, _: Any) -> None:
+        name = signal.Signals(number).name
+        signal.signal(number, previous[number])
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        received.append(name)
+        console.print(f"[yellow]{name}: saving after this step; again to stop at once.[/]")
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    for number in numbers[: 1 if jax.process_count() > 1 else 2]:
+        previous[number] = signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        for signal_number, handler in previous.items():
+            signal.signal(signal_number, handler)
+
+
+def agree_to_stop(stop: list[str], done: int) -> None:
+    """With several processes, adds to `stop` in all of them after the same step.
+
+    That is once one of them was sent SIGTERM, as preempted machines are.
+    """
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(done):
+        stop.append("SIGTERM")
+
+
+class Watchdog:
+    """Ends a process that makes no progress, with a message and the places where it hangs.
+
+    A process that waits for ever for a hung one keeps a whole job, and nobody restarts it.
+
+    Args:
+      seconds: without a sign of life until the process is ended; 0 is never.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._doing, self._since = "starting", time.monotonic()
+        self._paused = False
+        self._closed = threading.Event()
+        if seconds:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def alive(self, doing: str) -> None:
+        """A sign of life; `doing` is what comes next."""
+        self._doing, self._since = doing, time.monotonic()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """While something runs that may take as long as it likes."""
+        self._paused = True
+        try:
+            yield
+        finally:
+            self._paused = False
+            self.alive(self._doing)
+
+    def close(self) -> None:
+        """Stops watching."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(self._seconds / 4, 10)):
+            waited = time.monotonic() - self._since
+            if waited > self._seconds and not self._paused:
+                faulthandler.dump_traceback(sys.stderr)
+                end_at_once(
+                    f"no progress for {waited:.0f} s while {self._doing} "
+                    f"(training.hang_timeout={self._seconds:g})"
+                )
+
+
+def end_at_once(reason: str) -> NoReturn:
+    """Ends this process without waiting for others that may be dead; status `RUN_AGAIN`."""
+    where = f"process {jax.process_index()} of {jax.process_count()}: "
+    sys.stdout.flush()
+    print(
+        f"error: {where if jax.process_count() > 1 else ''}{reason}; the same command continues "
+        "from the last checkpoint",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(RUN_AGAIN)
+
+
+@contextlib.contextmanager
+def lost_processes() -> Iterator[None]:
+    """Ends this process when what it shares with others fails, as when one of them has died.
+
+    An ordinary way out would wait for the dead: Orbax and JAX meet the others on leaving.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        text = " ".join(str(error).split())[:200]
+        end_at_once(f"another process is gone, or the network ({text})")
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps another run out of a run folder, which must be writable.
+
+    File systems without locks are trusted.
+
+    Raises:
+      UserError: another process trains there.
+    """
+    if jax.process_index() > 0:
+        yield
+        return
+    path = workdir / _LOCK
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read().strip() or "another process"
+            raise UserError(
+                f"{workdir} is in use: {who} trains there; wait for it, or use another --workdir"
+            ) from None
+        except OSError:
+            pass
+        file.seek(0)
+        file.truncate()
+        with contextlib.suppress(OSError):  # a full disk is another one's business
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        yield
+
+
+def make_writable(workdir: pathlib.Path) -> None:
+    """Makes the run folder and proves that it can be written.
+
+    Raises:
+      UserError: it cannot.
+    """
+    probe = workdir / f".probe-{jax.process_index()}"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        try:
+            probe.write_bytes(b"x" * 4096)
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        reason = "it is a file" if workdir.is_file() else error.strerror
+        raise UserError(f"cannot write to run folder {workdir}: {reason}") from error
