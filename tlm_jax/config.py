@@ -49,8 +49,9 @@ class ModelConfig:
     """Standard deviation of weights at the start; None is 1/sqrt(fan-in) (our choice)."""
     attention_kernel: Literal["auto", "xla", "splash", "cudnn"] = _may_change("auto")
     """How attention is computed; auto is splash on TPU, cudnn on GPU (bfloat16), else xla."""
-    remat: Literal["none", "dots", "full"] = _may_change("full")
-    """What the backward pass recomputes: nothing, all but matrix products, or each whole layer."""
+    remat: Literal["none", "dots", "attention", "full", "offload"] = _may_change("full")
+    """What the backward pass recomputes: nothing, all but matrix products, all but attention's
+    kernel, or each whole layer; offload is full with layers' inputs kept in the host's memory."""
     scan_layers: bool = True
     """Scan over the layers of a segment; off unrolls them (longer compile)."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -214,8 +215,10 @@ class TrainingConfig:
     """Newest checkpoints kept."""
     keep_every: int | None = _may_change(None)
     """Also keep every checkpoint whose step is a multiple of this."""
+    skip_spikes: float = 0.0
+    """Skip updates whose gradient norm is so many times that of about the last 100; 0 is never."""
     max_bad_steps: int = _may_change(10)
-    """Stop after this many updates in a row skipped for a non-finite loss or gradient."""
+    """Stop after this many updates in a row skipped for a bad loss or gradient."""
     hang_timeout: float = _may_change(1800.0)
     """Seconds without a finished step until the process is ended, to be restarted; 0 is never."""
     sample_prompt: str = _may_change("The ")
@@ -237,6 +240,7 @@ class TrainingConfig:
             "checkpoint_every",
             "sample_tokens",
             "hang_timeout",
+            "skip_spikes",
         ):
             value = getattr(self, name)
             require(value >= 0, f"{name} is {value}; it must not be negative")

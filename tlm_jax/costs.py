@@ -53,10 +53,13 @@ class LayerCosts:
 
     def recompute_flops(self, remat: str) -> int:
         """Forward FLOPs (full) that the backward pass repeats."""
+        full = self.forward_flops_full
         return {
             "none": 0,
             "dots": self.mixer.mixing_flops_full,  # products with parameters are kept
-            "full": self.forward_flops_full,
+            "attention": full - self.mixer.mixing_flops_full,  # with splash; plain products repeat
+            "full": full,
+            "offload": full,
         }[remat]
 
     def activation_bytes(self, remat: str, value_bytes: int) -> int:
@@ -64,11 +67,13 @@ class LayerCosts:
 
         none: inputs and outputs of all norms (4 D with one MLP), of the mixer, and gate, up,
         silu(gate) and their product (4 F). dots: the layer's input, and each product
-        with parameters. full: the layer's input.
+        with parameters. full: the layer's input; attention: what attention gives besides, and
+        offload: nothing, as the layer's input goes to the host.
         """
         d, f = self.d_model, self.mlp_width
-        if remat == "full":
-            return d * value_bytes
+        whole_layers = {"offload": 0, "full": d, "attention": 2 * d}
+        if remat in whole_layers:
+            return whole_layers[remat] * value_bytes
         if remat == "dots":
             return (d + self.mixer.dot_values + 2 * f + self.mlp_levels * d) * value_bytes
         values = 2 * d * (1 + self.mlp_levels) + self.mixer.saved_values + 4 * f

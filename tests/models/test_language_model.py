@@ -72,7 +72,9 @@ def random_taper(seed: int) -> ModelConfig:
     )
 
 
-@pytest.mark.parametrize(("seed", "remat"), [(0, "full"), (1, "full"), (2, "dots"), (3, "none")])
+@pytest.mark.parametrize(
+    ("seed", "remat"), [(0, "full"), (1, "attention"), (2, "dots"), (3, "offload")]
+)
 def test_scanned_equals_unrolled(seed: int, remat: str):
     """Logits and gradients of scans with rematerialisation are those of a plain loop."""
     scanned = dataclasses.replace(random_taper(seed), remat=remat)

@@ -29,6 +29,7 @@ def main() -> int:
         "SIGINT (Ctrl-C: to its reader processes too), or a file that fills up the disk",
     )
     parser.add_argument("--pause-from-batch", type=int, help="the steps from here on are slow")
+    parser.add_argument("--pause", type=float, default=0.5, help="how slow, in seconds")
     parser.add_argument("--when-exists", type=pathlib.Path, help="the harm waits for this")
     parser.add_argument(
         "--at-scored-batch",
@@ -70,7 +71,7 @@ def _before(real: Any, harm: list[str] | None, options: argparse.Namespace) -> A
             _wait_for(options.when_exists)
             _do(harm[1])
         if options.pause_from_batch and count >= options.pause_from_batch:
-            time.sleep(0.5)
+            time.sleep(options.pause)
         if options.record:
             with options.record.open("a") as file:
                 file.write(_digest(batch) + "\n")

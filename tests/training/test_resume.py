@@ -34,7 +34,7 @@ def _records(folder: pathlib.Path, kind: str) -> dict[int, dict[str, Any]]:
     """Newest record of each step, without what depends on the clock."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     found = [record for line in lines if (record := json.loads(line))["kind"] == kind]
-    clock = ("tokens_per_second", "mfu")
+    clock = ("tokens_per_second", "mfu", "goodput")
     return {r["step"]: {k: v for k, v in r.items() if k not in clock} for r in found}
 
 

@@ -143,6 +143,31 @@ def test_a_non_finite_gradient_skips_the_update_and_is_counted():
     assert not np.array_equal(after.params["embedding"], state.params["embedding"])
 
 
+def test_a_spike_is_skipped_if_asked_and_counted(monkeypatch: pytest.MonkeyPatch):
+    """A gradient many times as long as those before, once there are enough of these."""
+    monkeypatch.setattr(step, "_NORM_STEPS", 3)
+    config = changed(skip_spikes=4.0)
+    model, tx = skeleton(config.model), make_optimizer(config.optimizer, 10)
+    run = jax.jit(step.make_train_step(config, model, tx))
+    state = step.init_state(model, tx, jax.random.key(0))
+    norms = []
+    for index in range(3):
+        state, metrics = run(state, batch(index))
+        norms.append(float(metrics["grad_norm"]))
+    assert float(state.typical_norm) == pytest.approx(np.mean(norms), rel=1e-4)
+    # A larger scale at the end makes the model very sure of itself, and very wrong.
+    sure = jax.tree.map(lambda a: a, state.params)
+    sure["final_norm"]["scale"] = 100 * sure["final_norm"]["scale"]
+    before = dataclasses.replace(state, params=sure)
+    after, metrics = run(before, batch(3))
+    assert float(metrics["grad_norm"]) > 4 * np.mean(norms)
+    assert int(metrics["skipped"]) == 1
+    assert_close(after.params, before.params, 0)
+    assert float(after.typical_norm) == float(before.typical_norm)
+    plain = jax.jit(step.make_train_step(CONFIG, model, tx))
+    assert int(plain(before, batch(3))[1]["skipped"]) == 0
+
+
 def test_only_matrices_decay():
     """Weight decay moves parameters without a gradient, and norm scales not at all."""
     config = dataclasses.replace(

@@ -23,6 +23,7 @@ from tlm_jax.cli import (
     train,
 )
 from tlm_jax.config import UserError
+from tlm_jax.distributed import start
 
 VERBS: dict[str, ModuleType] = {
     "train": train,
@@ -56,8 +57,14 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         hint = f"; did you mean {near[0]}?" if near else ""
         return _fail(f"unknown verb {verb!r}{hint} (one of {', '.join(VERBS)})", 2)
     sys.path.insert(0, os.getcwd())  # a mixer of one's own beside the config is found
+    status = _run(VERBS[verb], argv[1:], prog or f"tlm {verb}")
+    start.leave(status)
+    return status
+
+
+def _run(verb: ModuleType, argv: Sequence[str], prog: str) -> int:
     try:
-        return VERBS[verb].run(argv[1:], prog or f"tlm {verb}")
+        return verb.run(argv, prog)
     except UserError as error:
         return _fail(str(error), 1)
     except BrokenPipeError:  # what reads our output, such as head, has seen enough

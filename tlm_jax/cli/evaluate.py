@@ -10,8 +10,17 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from tlm_jax.cli.parsing import Run, option_value, parse, path_after, quiet_libraries
+from tlm_jax.cli.parsing import (
+    Run,
+    option_value,
+    parse,
+    path_after,
+    processes,
+    quiet_libraries,
+)
 from tlm_jax.config import UserError
+from tlm_jax.distributed import start
+from tlm_jax.distributed.start import ProcessesConfig
 from tlm_jax.evaluation.options import SuiteConfig
 
 
@@ -31,12 +40,15 @@ class Command:
     suites: Annotated[SuiteConfig, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=SuiteConfig
     )
+    processes: ProcessesConfig = dataclasses.field(default_factory=ProcessesConfig)
 
 
 def run(argv: Sequence[str], prog: str) -> int:
     """Runs `tlm eval`; returns the exit status."""
     folder = path_after("--checkpoint", argv, prog)
     quiet_libraries()
+    start.keep_programs()
+    start.join(processes(argv, prog))
     from tlm_jax.distributed import mesh
     from tlm_jax.training import restore
 

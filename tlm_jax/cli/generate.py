@@ -8,6 +8,7 @@ import tyro
 
 from tlm_jax.cli.parsing import parse, quiet_libraries
 from tlm_jax.config import UserError
+from tlm_jax.distributed import start
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     """Runs `tlm generate`; returns the exit status."""
     command = parse(Command, argv, prog, checkpoint=tyro.MISSING)
     quiet_libraries()
+    start.keep_programs()
     from tlm_jax.models.sampling import SamplingConfig
     from tlm_jax.training import restore
 

@@ -1,6 +1,7 @@
 """What the verbs share: options into dataclasses, complaints into one line, quiet libraries."""
 
 import contextlib
+import dataclasses
 import functools
 import io
 import itertools
@@ -16,6 +17,7 @@ from typing import Annotated, Any
 import tyro
 
 from tlm_jax.config import RunConfig, UserError
+from tlm_jax.distributed.start import ProcessesConfig
 
 Run = Annotated[RunConfig, tyro.conf.arg(name="")]
 """A field of a command whose options stand at the top level (--model.num_layers)."""
@@ -60,6 +62,23 @@ def parse(command: type, argv: Sequence[str], prog: str, **defaults: Any) -> Any
         raise UserError(_one_line(complaint.getvalue())) from None
     except ValueError as error:  # what RunConfig itself refuses; its parts are tyro's to report
         raise UserError(str(error)) from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Processes:
+    processes: ProcessesConfig = dataclasses.field(default_factory=ProcessesConfig)
+
+
+def processes(argv: Sequence[str], prog: str) -> ProcessesConfig:
+    """The options --processes.*, before the others can be parsed."""
+    words = list(argv)
+    mine = [
+        part
+        for index, word in enumerate(words)
+        if word.startswith("--processes.")
+        for part in words[index : index + (1 if "=" in word else 2)]
+    ]
+    return parse(_Processes, mine, prog).processes
 
 
 def _one_line(box: str) -> str:

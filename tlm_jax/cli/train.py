@@ -24,6 +24,8 @@ class Command:
     """Run folder: checkpoints, metrics, samples, curves. None is runs/NAME."""
     allow_config_change: bool = False
     """Continue a run although its config has changed."""
+    profile: str | None = None
+    """START:STEPS: trace so many steps after step START into RUN/profile (xprof, TensorBoard)."""
     processes: ProcessesConfig = dataclasses.field(default_factory=ProcessesConfig)
 
 
@@ -33,13 +35,18 @@ def run(argv: Sequence[str], prog: str) -> int:
     command = parse(Command, argv, prog, config=tyro.MISSING, run=defaults)
     workdir = command.workdir or pathlib.Path("runs") / command.run.name
     quiet_libraries()
+    start.keep_programs()
     start.join(command.processes)
     from tlm_jax.analysis import plan, plots
-    from tlm_jax.training import faults, loop, metrics
+    from tlm_jax.training import faults, loop, metrics, profiling
 
     console = Console()
     trainer = loop.Trainer(
-        command.run, workdir, console, allow_config_change=command.allow_config_change
+        command.run,
+        workdir,
+        console,
+        allow_config_change=command.allow_config_change,
+        profile=None if command.profile is None else profiling.parse(command.profile),
     )
     if trainer.is_main:
         for line in plan.summary_lines(command.run):
@@ -53,6 +60,12 @@ def run(argv: Sequence[str], prog: str) -> int:
             plots.plot_curves(workdir / metrics.METRICS_FILE, curves)
         except OSError as error:
             console.print(f"[yellow]{curves} is not drawn:[/] {error.strerror}", soft_wrap=True)
+    stepping, wall = outcome.goodput
+    if wall:
+        console.print(
+            f"Goodput {stepping / wall:.0%}: {stepping:,.0f} s of steps in {wall:,.0f} s.",
+            highlight=False,
+        )
     if outcome.stopped_by:
         what = f"at step {outcome.step}, and saved" if outcome.step else "before the first step"
         console.print(

@@ -1,13 +1,21 @@
-"""Joins the processes of a job: one on each host of a TPU slice, or one on each GPU or node."""
+"""What comes before anything else asks for devices: compiled programs kept, processes joined.
+
+A job has a process on each host of a TPU slice, or on each GPU or node.
+"""
 
 import dataclasses
 import os
+import pathlib
 import re
+import socket
+import sys
+import time
 from typing import Literal
 
 from tlm_jax.config import UserError
 from tlm_jax.validation import require
 
+_SHUTDOWN_SECONDS = 60
 HEARTBEAT_SECONDS = 60
 """A process that is not heard of for so long is taken for dead, and ends the others."""
 
@@ -60,6 +68,20 @@ def expected(config: ProcessesConfig, environment: dict[str, str]) -> bool:
     return "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environment
 
 
+def keep_programs() -> None:
+    """Keeps compiled programs in the user's cache folder, for the next start of the same program.
+
+    JAX_COMPILATION_CACHE_DIR names another folder (on a pod, one that all hosts share), and
+    JAX_ENABLE_COMPILATION_CACHE=0 turns it off.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    import jax
+
+    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(folder / "tlm_jax" / "compiled"))
+
+
 def join(config: ProcessesConfig) -> None:
     """Joins the other processes, if there are any, before anything asks for devices.
 
@@ -77,13 +99,17 @@ def join(config: ProcessesConfig) -> None:
         index = int(environment.get("JAX_PROCESS_ID", 0))
     if environment.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    coordinator = config.coordinator or environment.get("JAX_COORDINATOR_ADDRESS")
+    if coordinator is not None and index:
+        _wait_for(coordinator, config.timeout)
     try:
         jax.distributed.initialize(
-            config.coordinator,
+            coordinator,
             count,
             index,
             initialization_timeout=config.timeout,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
         )
     except ValueError as error:
         raise UserError(
@@ -92,8 +118,42 @@ def join(config: ProcessesConfig) -> None:
             "--processes.join never for a run of its own"
         ) from error
     except RuntimeError as error:
-        where = config.coordinator or environment.get("JAX_COORDINATOR_ADDRESS", "the coordinator")
         raise UserError(
-            f"the processes of this job did not come together at {where} within {config.timeout} s "
-            f"({' '.join(str(error).split())[:160]}); is process 0 running, and its port reachable?"
+            f"the processes of this job did not come together within {config.timeout} s: "
+            f"{' '.join(str(error).split())[:200]}"
         ) from error
+
+
+def _wait_for(address: str, seconds: float) -> None:
+    """Waits until something answers at HOST:PORT: JAX itself would abort without a clear word.
+
+    Raises:
+      UserError: nothing does.
+    """
+    host, _, port = address.rpartition(":")
+    give_up = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > give_up:
+                reason = error.strerror or error
+                raise UserError(
+                    f"no coordinator answers at {address} within {seconds} s ({reason}); is "
+                    "process 0 running, and its port reachable from here?"
+                ) from None
+            time.sleep(0.5)
+        else:
+            return
+
+
+def leave(status: int) -> None:
+    """Ends a process of a job that failed; the ordinary way out would wait for the others."""
+    if status == 0 or "jax" not in sys.modules:
+        return
+    import jax
+
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)

@@ -14,10 +14,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from tlm_jax.branches import BRANCH
 from tlm_jax.distributed.sharding import RULES, constrain, mesh_size, sequence_shards
+from tlm_jax.models.segments import ATTENTION
 
 _QUERY_BLOCK, _MOST_BLOCKS = 64, 8
 """Least length of a block of queries, and most blocks of a row."""
@@ -65,7 +67,8 @@ def self_attention(
     k_BLNK, v_BLNK = (constrain(a, "batch", None, "kv_heads", None) for a in (k_BLNK, v_BLNK))
     if kernel not in _KERNELS:
         raise ValueError(f"unknown attention kernel {kernel!r}; known: {', '.join(_KERNELS)}")
-    return _KERNELS[kernel](q_BLHK, k_BLNK, v_BLNK, segment_ids_BL)
+    y_BLHK = _KERNELS[kernel](q_BLHK, k_BLNK, v_BLNK, segment_ids_BL)
+    return checkpoint_name(y_BLHK, ATTENTION)
 
 
 def sees(query_ids_BL: jax.Array, key_ids_BS: jax.Array) -> jax.Array:
@@ -167,6 +170,7 @@ def _splash(
         head_shards=heads,
         q_seq_shards=parts,
         block_sizes=sizes,
+        residual_checkpoint_name=ATTENTION,
         interpret=interpret,
     )
 

@@ -12,11 +12,22 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+STREAM, ATTENTION = "stream", "attention"
+"""Names of values that a policy may keep: a layer's input, what attention's kernel gives."""
 POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENTION),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[STREAM],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
+"""What the backward pass finds, besides each layer's input, and need not compute again."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,7 +79,7 @@ def run_segment(
       cache: the layers' caches, stacked likewise, or None.
       *args: passed on to every layer as `layer(x, *args, cache)`.
       length: layers in the segment.
-      remat: none, dots or full; each layer is rematerialised by itself, so that
+      remat: none, or one of `POLICIES`; each layer is rematerialised by itself, so that
         one layer's activations are alive at a time in the backward pass.
       scan: False unrolls the loop.
 
@@ -79,6 +90,7 @@ def run_segment(
 
     def body(carry: jax.Array, layer_and_cache: Any) -> tuple[jax.Array, Any]:
         layer, layer_cache = layer_and_cache
+        carry = checkpoint_name(carry, STREAM)
         return layer(carry, *args, layer_cache)
 
     if remat != "none":

@@ -24,6 +24,7 @@ from orbax.checkpoint import v1 as ocp
 import tlm_jax
 from tlm_jax import config_io
 from tlm_jax.config import RunConfig, UserError
+from tlm_jax.training import faults
 from tlm_jax.training.step import TrainState
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
@@ -244,7 +245,7 @@ class Checkpoints:
             yield
         except Exception as error:
             reason = _reason(error)
-            if damaged is None or isinstance(_chain(error)[-1], _NOT_DAMAGE):
+            if damaged is None or isinstance(faults.causes(error)[-1], _NOT_DAMAGE):
                 raise UserError(f"cannot {doing} in {self.folder}: {reason}") from error
             others = [s for s in self.steps if s != damaged]
             use = f"use --step {max(others)}" if others else "there is no other"
@@ -313,22 +314,9 @@ class _Position:
         return read()
 
 
-def _chain(error: BaseException) -> list[BaseException]:
-    """An error and what caused it, first cause last.
-
-    The chain can be a ring, because several threads raise the same error again.
-    """
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return chain
-
-
 def _reason(error: BaseException) -> str:
     """What went wrong, without the internals of Orbax and TensorStore."""
-    chain = _chain(error)
+    chain = faults.causes(error)
     for link in chain:
         if number := re.search(r"os_error_code='(\d+)'", str(link)):
             return os.strerror(int(number[1]))
@@ -348,6 +336,7 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
         "opt_state": state.opt_state,
         "skipped": state.skipped,
         "skipped_in_a_row": state.skipped_in_a_row,
+        "typical_norm": state.typical_norm,
     }
 
 

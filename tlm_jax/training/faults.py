@@ -129,11 +129,25 @@ def lost_processes() -> Iterator[None]:
     """
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except (jax.errors.JaxRuntimeError, UserError) as error:
+        lost = [e for e in causes(error) if isinstance(e, jax.errors.JaxRuntimeError)]
+        if jax.process_count() == 1 or not lost:
             raise
-        text = " ".join(str(error).split())[:200]
+        text = " ".join(str(lost[-1]).split())[:200]
         end_at_once(f"another process is gone, or the network ({text})")
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """An error and what caused it, first cause last.
+
+    The chain can be a ring, because several threads raise the same error again.
+    """
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return chain
 
 
 @contextlib.contextmanager

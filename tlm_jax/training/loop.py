@@ -30,6 +30,7 @@ from tlm_jax.evaluation.options import SuiteConfig
 from tlm_jax.models import sampling, skeleton
 from tlm_jax.training import checkpoint, faults, metrics, step
 from tlm_jax.training.optimizer import make_optimizer
+from tlm_jax.training.profiling import Profiler, ProfileSpan
 
 CHECKPOINTS = "checkpoints"
 SAMPLES_FILE = "samples.txt"
@@ -45,6 +46,8 @@ class Outcome:
     """Name of the signal that asked it to stop, or None when it is complete."""
     already_complete: bool = False
     """True when there was nothing left to do."""
+    goodput: tuple[float, float] = (0.0, 0.0)
+    """Seconds in steps, and seconds in all (compiling, evaluating, saving), of this call."""
 
 
 class Trainer:
@@ -57,9 +60,11 @@ class Trainer:
         console: Console,
         *,
         allow_config_change: bool = False,
+        profile: ProfileSpan | None = None,
     ) -> None:
         self.config, self.workdir, self.console = config, workdir, console
-        self.allow_config_change = allow_config_change
+        self.allow_config_change, self.profile = allow_config_change, profile
+        self.began = time.perf_counter()
         self.is_main = jax.process_index() == 0
         costs.assert_matched(config.model)
         self.mesh = mesh_lib.make_mesh(config)
@@ -101,9 +106,16 @@ class Trainer:
         self._prepare_evaluation()
         writer = metrics.MetricsWriter(self.workdir, self.console, enabled=self.is_main)
         log = metrics.TrainLog(
-            self.config, self.workdir, writer, self.console, start, enabled=self.is_main
+            self.config,
+            self.workdir,
+            writer,
+            self.console,
+            start,
+            self.began,
+            enabled=self.is_main,
         )
         watchdog = faults.Watchdog(training.hang_timeout)
+        profiler = Profiler(self.profile, self.workdir / "profile")
         if start == 0:
             self._evaluate(state, 0, writer, stop)
         log.meter.restart()
@@ -116,8 +128,11 @@ class Trainer:
                     if stop:  # the signal ended the reader processes too
                         break
                     raise
+                profiler.before_step(done)
                 state, new_metrics = train_step(state, to_devices(batch, self.mesh))
                 done += 1
+                if trace := profiler.after_step(done, new_metrics):
+                    self._say(f"Profile in {trace}; look at it with xprof or TensorBoard.")
                 log.push(done, new_metrics)
                 watchdog.alive(f"waiting for step {done}")
                 checkpoints.check()
@@ -146,10 +161,15 @@ class Trainer:
             checkpoints.wait()
         finally:
             watchdog.close()
+            profiler.close()
             log.close()
             writer.close()
             self.iterator.close()  # stops reader processes
-        return Outcome(step=done, stopped_by=stop[0] if done < training.num_steps else None)
+        return Outcome(
+            step=done,
+            stopped_by=stop[0] if done < training.num_steps else None,
+            goodput=(log.meter.stepping, log.meter.wall),
+        )
 
     def _restore_or_init(self, checkpoints: checkpoint.Checkpoints) -> tuple[Any, int]:
         before = max(checkpoints.steps, default=None)

@@ -152,31 +152,56 @@ class TrainProgress:
 
 
 class SpeedMeter:
-    """Tokens a second and MFU over the steps since the last log line."""
+    """Tokens a second and MFU over the steps since the last log line, and goodput.
 
-    def __init__(self, flops_per_token: float, peak_flops: float) -> None:
+    Args:
+      flops_per_token: of training.
+      peak_flops: of all devices.
+      began: `time.perf_counter()` when the wall clock of this process's work started.
+    """
+
+    def __init__(self, flops_per_token: float, peak_flops: float, began: float) -> None:
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
+        self._began = began
+        self.stepping = 0.0
+        """Seconds spent in steps."""
         self.restart()
 
     def restart(self) -> None:
         """Forgets what came before (compiling, evaluating, saving)."""
         self._start, self._tokens, self._steps = time.perf_counter(), 0, 0
+        self._last = self._start
 
     def add(self, tokens: int) -> None:
         """Counts a finished step."""
+        now = time.perf_counter()
+        self.stepping += now - self._last
+        self._last = now
         self._tokens += tokens
         self._steps += 1
 
+    @property
+    def wall(self) -> float:
+        """Seconds since `began`."""
+        return time.perf_counter() - self._began
+
+    @property
+    def goodput(self) -> float:
+        """Share of the wall time spent in steps."""
+        return self.stepping / max(self.wall, 1e-9)
+
     def read(self) -> tuple[dict[str, float], float]:
         """({tokens_per_second, mfu}, seconds a step) since the last reading, then restarts."""
-        seconds = max(time.perf_counter() - self._start, 1e-9)
+        now = time.perf_counter()
+        seconds = max(now - self._start, 1e-9)
         rate = self._tokens / seconds
         per_step = seconds / max(self._steps, 1)
-        self.restart()
+        self._start, self._tokens, self._steps = now, 0, 0
         return {
             "tokens_per_second": rate,
             "mfu": rate * self._flops_per_token / self._peak_flops,
+            "goodput": self.goodput,
         }, per_step
 
 
@@ -217,6 +242,7 @@ class TrainLog:
         writer: MetricsWriter,
         console: Console,
         start: int,
+        began: float,
         *,
         enabled: bool,
     ) -> None:
@@ -229,7 +255,7 @@ class TrainLog:
         if enabled:
             console.print(f"Peak for MFU: {peak / 1e9:,.0f} GFLOP/s ({source}).", highlight=False)
         flops = costs.model_costs(config.model, seq_len=config.data.seq_len)
-        self.meter = SpeedMeter(flops.training_flops, peak)
+        self.meter = SpeedMeter(flops.training_flops, peak, began)
         self._progress = TrainProgress(console, start, config.training.num_steps, enabled=enabled)
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
 
@@ -262,9 +288,10 @@ class TrainLog:
             self._progress.show(done, values, seconds * (self._training.num_steps - done))
         if bad >= self._training.max_bad_steps:
             raise UserError(
-                f"stopped at step {done}: the loss or its gradient was not finite {bad} times in "
-                f"a row (loss {values['loss']}, gradient norm {values['grad_norm']}); the last "
-                f"checkpoint in {self._workdir} is untouched. Try a lower optimizer.learning_rate"
+                f"stopped at step {done}: the loss or its gradient was not finite, or a spike, "
+                f"{bad} times in a row (loss {values['loss']}, gradient norm "
+                f"{values['grad_norm']}); the last checkpoint in {self._workdir} is untouched. Try "
+                "a lower optimizer.learning_rate"
             )
 
     def close(self) -> None:

@@ -18,6 +18,9 @@ from tlm_jax.distributed import sharding
 from tlm_jax.models import Skeleton
 from tlm_jax.models.loss import batch_losses
 
+_NORM_STEPS = 100
+"""Steps that the typical gradient norm is made of, and before which none is a spike."""
+
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
@@ -32,8 +35,10 @@ class TrainState:
     params: Any
     opt_state: Any
     skipped: Any
-    """int32; updates not made because loss or gradient was not finite."""
+    """int32; updates not made: loss or gradient not finite, or a spike (`skip_spikes`)."""
     skipped_in_a_row: Any
+    typical_norm: Any
+    """float32; running mean of the gradient norms of updates that were made, 0 at the start."""
 
 
 def init_state(skeleton: Skeleton, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
@@ -46,6 +51,7 @@ def init_state(skeleton: Skeleton, tx: optax.GradientTransformation, key: jax.Ar
         opt_state=tx.init(params),
         skipped=zero,
         skipped_in_a_row=zero,
+        typical_norm=jnp.zeros((), jnp.float32),
     )
 
 
@@ -59,6 +65,7 @@ def state_shardings(skeleton: Skeleton, tx: optax.GradientTransformation, mesh: 
         opt_state=sharding.optimizer_shardings(tx, skeleton.shapes, params),
         skipped=replicated,
         skipped_in_a_row=replicated,
+        typical_norm=replicated,
     )
 
 
@@ -107,6 +114,7 @@ def make_train_step(
     """
     parts = config.training.grad_accumulation
     chunk, z_loss = config.training.loss_chunk, config.training.z_loss
+    spike = config.training.skip_spikes
 
     def gradients(params: Any, batch: Batch, tokens: jax.Array) -> tuple[jax.Array, Any]:
         def objective(params: Any) -> tuple[jax.Array, jax.Array]:
@@ -135,20 +143,27 @@ def make_train_step(
         tokens = jnp.sum(batch["segment_ids"] > 0)
         loss, grads = accumulated(state.params, batch, jnp.maximum(tokens, 1))
         grad_norm = optax.global_norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        if spike:
+            # While the mean is young, steps differ too much to tell.
+            good &= (state.step < _NORM_STEPS) | (grad_norm <= spike * state.typical_norm)
+        # A mean over all steps at first, then over about the last _NORM_STEPS.
+        weight = 1.0 / jnp.minimum(state.step + 1, _NORM_STEPS)
+        typical_norm = state.typical_norm + weight * (grad_norm - state.typical_norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
 
         def keep(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+            return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
 
-        bad = (~finite).astype(jnp.int32)
+        bad = (~good).astype(jnp.int32)
         state = TrainState(
             step=state.step + 1,
             params=keep(params, state.params),
             opt_state=keep(opt_state, state.opt_state),
             skipped=state.skipped + bad,
             skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+            typical_norm=keep(typical_norm, state.typical_norm),
         )
         metrics = {
             "loss": loss,

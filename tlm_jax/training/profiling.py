@@ -1,0 +1,58 @@
+"""A trace of some steps, for xprof and TensorBoard."""
+
+import dataclasses
+import pathlib
+import re
+from typing import Any
+
+import jax
+
+from tlm_jax.config import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileSpan:
+    """Which steps to trace: `steps` of them, beginning after step `start`."""
+
+    start: int
+    steps: int
+
+
+def parse(text: str) -> ProfileSpan:
+    """Reads START:STEPS.
+
+    Raises:
+      UserError: it is something else.
+    """
+    match = re.fullmatch(r"(\d+):([1-9]\d*)", text)
+    if match is None:
+        raise UserError(f"--profile {text} is not START:STEPS, such as 20:5 for steps 21 to 25")
+    return ProfileSpan(start=int(match[1]), steps=int(match[2]))
+
+
+class Profiler:
+    """Starts and ends the trace as the loop goes by; without a span it does nothing."""
+
+    def __init__(self, span: ProfileSpan | None, folder: pathlib.Path) -> None:
+        self._span, self._folder = span, folder
+        self._tracing = False
+
+    def before_step(self, done: int) -> None:
+        """Starts the trace when `done` steps are behind us."""
+        if self._span is not None and done == self._span.start:
+            jax.profiler.start_trace(str(self._folder))
+            self._tracing = True
+
+    def after_step(self, done: int, metrics: Any) -> pathlib.Path | None:
+        """Ends the trace after its last step, once that is through; returns where it lies."""
+        if self._span is None or not self._tracing or done < self._span.start + self._span.steps:
+            return None
+        jax.block_until_ready(metrics)
+        self.close()
+        return self._folder
+
+    def close(self) -> None:
+        """Ends a trace that is still being made."""
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
