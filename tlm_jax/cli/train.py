@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Sequence
 
 import tyro
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from tlm_jax import config_io
 from tlm_jax.cli.parsing import Run, parse, path_after, quiet_libraries
+from tlm_jax.config import UserError
 from tlm_jax.distributed import start
 from tlm_jax.distributed.start import ProcessesConfig
 
@@ -34,6 +36,8 @@ def run(argv: Sequence[str], prog: str) -> int:
     defaults = config_io.load_config(path_after("--config", argv, prog))
     command = parse(Command, argv, prog, config=tyro.MISSING, run=defaults)
     workdir = command.workdir or pathlib.Path("runs") / command.run.name
+    if re.match(r"\w+:/", str(workdir)):
+        raise UserError(f"--workdir {workdir} is no path; mount the bucket (gcsfuse) and name that")
     quiet_libraries()
     start.keep_programs()
     start.join(command.processes)

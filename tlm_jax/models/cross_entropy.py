@@ -67,8 +67,9 @@ def _in_chunks(
     head_DV = head_DV.astype(hidden_BLD.dtype)
 
     def one_chunk(hidden_BCD: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits_BCV = jnp.matmul(hidden_BCD, head_DV, preferred_element_type=jnp.float32)
-        return of_logits(logits_BCV, targets_BC)
+        with jax.named_scope("head"):
+            logits_BCV = jnp.matmul(hidden_BCD, head_DV, preferred_element_type=jnp.float32)
+            return of_logits(logits_BCV, targets_BC)
 
     B, L, D = hidden_BLD.shape
     if chunk == 0 or chunk >= L:

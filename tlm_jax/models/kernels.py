@@ -18,7 +18,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from tlm_jax.branches import BRANCH
+from tlm_jax.config import ModelConfig
 from tlm_jax.distributed.sharding import RULES, constrain, mesh_size, sequence_shards
+from tlm_jax.mixers import AttentionConfig
 from tlm_jax.models.segments import ATTENTION
 
 _QUERY_BLOCK, _MOST_BLOCKS = 64, 8
@@ -44,6 +46,21 @@ def choose(wanted: str, *, length: int, head_dim: int, backend: str, dtype: str)
     if backend in ("gpu", "cuda") and dtype != "float32" and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
     return "xla"
+
+
+def of_model(config: ModelConfig, *, length: int, backend: str, dtype: str) -> str | None:
+    """The kernel of a model's attention layers, or None if it has none; see `choose`."""
+    for mixer in config.mixers:
+        if isinstance(mixer, AttentionConfig):
+            _, _, head_dim = mixer.heads(config.d_model)
+            return choose(
+                config.attention_kernel,
+                length=length,
+                head_dim=head_dim,
+                backend=backend,
+                dtype=dtype,
+            )
+    return None
 
 
 def self_attention(

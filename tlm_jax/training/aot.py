@@ -68,14 +68,9 @@ def for_devices(config: RunConfig) -> RunConfig:
     """The config with what `auto` means on a TPU, whatever this machine is."""
     model, dtype = config.model, config.model.compute_dtype
     dtype = "bfloat16" if dtype == "auto" else dtype
-    kernel = kernels.choose(
-        model.attention_kernel,
-        length=config.data.seq_len // max(config.mesh.sequence, 1),
-        head_dim=0,
-        backend="tpu",
-        dtype=dtype,
-    )
-    settings: dict[str, Any] = {"compute_dtype": dtype, "attention_kernel": kernel}
+    length = config.data.seq_len // max(config.mesh.sequence, 1)
+    kernel = kernels.of_model(model, length=length, backend="tpu", dtype=dtype)
+    settings: dict[str, Any] = {"compute_dtype": dtype, "attention_kernel": kernel or "xla"}
     return dataclasses.replace(config, model=dataclasses.replace(model, **settings))
 
 

@@ -27,7 +27,8 @@ from tlm_jax.evaluation import perplexity
 from tlm_jax.evaluation.evaluator import Evaluator
 from tlm_jax.evaluation.journal import Journal
 from tlm_jax.evaluation.options import SuiteConfig
-from tlm_jax.models import sampling, skeleton
+from tlm_jax.models import kernels, sampling, skeleton
+from tlm_jax.models.language_model import compute_dtype
 from tlm_jax.training import checkpoint, faults, metrics, step
 from tlm_jax.training.optimizer import make_optimizer
 from tlm_jax.training.profiling import Profiler, ProfileSpan
@@ -223,6 +224,14 @@ class Trainer:
             )
 
     def _compile_train_step(self) -> Any:
+        kernel = kernels.of_model(
+            self.config.model,
+            length=self.config.data.seq_len // self.mesh.shape["sequence"],
+            backend=jax.default_backend(),
+            dtype=compute_dtype(self.config.model).name,
+        )
+        if kernel is not None:
+            self._say(f"Attention: {kernel} ({self.config.model.attention_kernel}).")
         begin = time.perf_counter()
         compiled = step.lower_train_step(self.config, self.skeleton, self.tx, self.mesh).compile()
         self._say(f"Compiled the train step in {time.perf_counter() - begin:.1f} s.")

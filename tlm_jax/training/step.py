@@ -150,8 +150,9 @@ def make_train_step(
         # A mean over all steps at first, then over about the last _NORM_STEPS.
         weight = 1.0 / jnp.minimum(state.step + 1, _NORM_STEPS)
         typical_norm = state.typical_norm + weight * (grad_norm - state.typical_norm)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
 
         def keep(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
