@@ -2,7 +2,8 @@
 
 Command:   python -m benchmarks.needle        (makes the texts, trains, evaluates, draws)
 Hardware:  a CPU
-Expected:  see docs/results.md
+Expected:  S-NIAH-1 found in 94 of 100 cases or more at 256 to 512 tokens; 15 minutes on two
+           cores (docs/results.md)
 
 It proves that the needle task can be measured. What counts is the kind of texts: see
 benchmarks/needle.py.

@@ -2,7 +2,7 @@
 
 The requests of one question mostly begin alike (choices after one context). Laid out
 in one row, their common beginning is a trunk that is read once, and each goes on as a
-branch that sees the trunk and itself (`models.attention.BRANCH`). Rows are filled with
+branch that sees the trunk and itself (`branches.BRANCH`). Rows are filled with
 as many questions as fit. Nothing here needs jax.
 
 Legend: B rows, L row length, P parts of equally many rows (one a device), N scored tokens of

@@ -166,14 +166,19 @@ class Skeleton:
 
     def init(self, key: jax.Array) -> Params:
         """Fresh float32 parameters; jit it with out_shardings to have them born sharded."""
-        model = LanguageModel(self.config, key=key)
-        return nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
+        return _init(self.config, key)
 
     def merge(self, params: Params) -> LanguageModel:
         """The model with these parameters."""
         state = jax.tree.map(lambda leaf: leaf, self.state)
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(self.graphdef, state)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # operation by operation it takes seconds
+def _init(config: ModelConfig, key: jax.Array) -> Params:
+    model = LanguageModel(config, key=key)
+    return nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
 
 
 @functools.lru_cache(maxsize=64)
