@@ -2,8 +2,8 @@
 
     python -m benchmarks.agreement --checkpoint RUN --data_dir FOLDER [--limit 100]
 
-RUN is a Llama-like run folder (`tlm import`); needs the extras `eval` and `reference`. The table is
-written to docs/results.md.
+RUN is a Llama-like run folder (`tlm import`); needs the extras `eval` and `reference`. Their logits
+are float32 and added up in float64, as ours are. The table is written to docs/results.md.
 """
 
 import argparse
@@ -43,7 +43,8 @@ def main() -> None:
         words = ["--checkpoint", str(options.checkpoint), "--out", f"{exported}/hf"]
         assert cli.main(["export", *words]) == 0
         ours = our_model(options.checkpoint)
-        theirs = their_model(pathlib.Path(exported) / "hf", 16, ours.max_length)
+        # Sums of thousands of nats in float32 would be off by more than what is looked for.
+        theirs = their_model(pathlib.Path(exported) / "hf", 16, ours.max_length, "float64")
         for name in suites.SUITES["paper"]:
             limit = options.rolling if name == "wikitext" else options.limit
             answers = []

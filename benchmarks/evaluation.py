@@ -58,8 +58,13 @@ def our_model(folder: pathlib.Path) -> Any:
     )
 
 
-def their_model(folder: pathlib.Path, batch_size: int, max_length: int | None = None) -> Any:
-    """lm-eval's Hugging Face backend."""
+def their_model(
+    folder: pathlib.Path,
+    batch_size: int,
+    max_length: int | None = None,
+    softmax_dtype: str | None = None,
+) -> Any:
+    """lm-eval's Hugging Face backend, in float32; `softmax_dtype` is that of its sums too."""
     import torch
     from lm_eval.models.huggingface import HFLM
 
@@ -70,6 +75,7 @@ def their_model(folder: pathlib.Path, batch_size: int, max_length: int | None = 
         dtype="float32",
         batch_size=batch_size,
         max_length=max_length,
+        softmax_dtype=softmax_dtype,
     )
 
 

@@ -1,0 +1,107 @@
+"""What `tlm compile` reads from a program, and what it refuses; .ci/run compiles for a TPU."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import ROOT, only_error
+from jax.sharding import NamedSharding
+from test_meshes import run_config
+
+from tlm_jax import cli
+from tlm_jax.config import MeshConfig, UserError
+from tlm_jax.distributed import topology
+from tlm_jax.distributed.collectives import Collectives, collectives
+from tlm_jax.models import skeleton
+from tlm_jax.training import aot
+
+
+def test_collectives_count_as_often_as_loops_run() -> None:
+    """Five layers that gather their weights in a scan, and one sum over all devices at the end."""
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def loss(weights_LDD: jax.Array, x_BD: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+            w = jax.lax.with_sharding_constraint(w, jax.P(None, None))
+            return jnp.tanh(x @ w), None
+
+        return jnp.sum(jax.lax.scan(layer, x_BD, weights_LDD)[0])
+
+    def abstract(shape: tuple[int, ...], *axes: str | None) -> jax.ShapeDtypeStruct:
+        where = NamedSharding(mesh, jax.P(*axes))
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+
+    with jax.set_mesh(mesh):
+        arguments = abstract((5, 64, 64), None, "fsdp", None), abstract((16, 64), "fsdp", None)
+        text = jax.jit(loss).lower(*arguments).compile().as_text()
+    found = {c.kind: c for c in collectives(text)}
+    assert found["all-gather"] == Collectives(kind="all-gather", count=5, bytes=5 * 64 * 64 * 4)
+    assert found["all-reduce"] == Collectives(kind="all-reduce", count=1, bytes=4)
+
+
+def test_started_collectives_and_unknown_loops() -> None:
+    """As TPU programs write them; the text is made up."""
+    text = """
+HloModule m
+%body (p: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
+  %g = (bf16[8,16]{1,0}, bf16[8,128]{1,0}) all-gather-start(%x), dimensions={1}
+  %d = bf16[8,128]{1,0} all-gather-done(%g)
+}
+%fused (a: f32[4]) -> f32[4] {
+  %r = f32[4]{0} reduce-scatter(%a), to_apply=%add
+}
+ENTRY %main (p0: bf16[8,16]) -> f32[4] {
+  %w = (s32[], bf16[8,128]) while(%t), body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %v = (s32[], bf16[8,128]) while(%u), body=%body
+  %f = f32[4]{0} fusion(%y), kind=kLoop, calls=%fused
+}
+"""
+    assert collectives(text) == (
+        Collectives(kind="all-gather", count=4, bytes=4 * 8 * 128 * 2),
+        Collectives(kind="reduce-scatter", count=1, bytes=16),
+    )
+
+
+def test_the_train_step_compiles_for_given_devices() -> None:
+    """The report for devices that are here: more rows need more memory, and a limit is kept."""
+    config = run_config("transformer", MeshConfig(data=2))
+    small = aot.with_batch(config, 8)
+    results = [
+        aot.compile_step("train", aot.with_batch(config, rows), jax.devices()[:2], 2**40)
+        for rows in (8, 64)
+    ]
+    memories = [r.memory for r in results]
+    assert memories[0] is not None
+    assert memories[1] is not None
+    # Parameters and two moments on each of the two; the batch is small.
+    state = 3 * 4 * skeleton(config.model).num_params
+    assert memories[0].arguments == pytest.approx(state, rel=0.02)
+    assert memories[1].temporary > 2 * memories[0].temporary
+    assert results[1].flops == pytest.approx(8 * results[0].flops)
+    assert {c.kind for c in results[0].collectives} == {"all-reduce"}
+    limit = memories[0].total + 1
+    assert aot.compile_step("evaluation", small, jax.devices()[:2], limit).fits
+    assert not aot.compile_step("train", small, jax.devices()[:2], limit - 2).fits
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5e", "'v5e' is not CHIP:AxB"),
+        ("v3:4x4", "with chip v4, v5e, v5p, v6e"),
+        ("v5e:4x4x4", "slices of v5e have 2 sides, such as v5e:2x2"),
+        ("v5p:4x4", "slices of v5p have 3 sides, such as v5p:2x2x2"),
+    ],
+)
+def test_names_of_slices(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        topology.parse(name)
+    assert topology.parse("v5p:2x2x4").shape == (2, 2, 4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="the compiler is here")
+def test_without_the_compiler(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["compile", "--config", str(ROOT / "configs" / "tiny.py"), "--topology", "v5e:2x4"]
+    assert cli.main(words) == 1
+    assert only_error(capsys.readouterr().err).endswith("pip install 'tlm-jax[tpu]'")
