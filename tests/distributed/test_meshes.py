@@ -195,6 +195,34 @@ def test_a_mesh_that_does_not_fit_is_one_clear_line() -> None:
         mesh_lib.make_mesh(dataclasses.replace(short, mesh=MeshConfig(data=1, sequence=8)))
 
 
+def test_widths_that_do_not_divide_name_a_schedule_that_fits() -> None:
+    """Whatever is suggested is then taken."""
+    config = run_config("transformer", MeshConfig(data=1, tensor=8))
+    mixer = AttentionConfig(num_heads=8)
+
+    def message(**model: Any) -> str:
+        changed = dataclasses.replace(config.model, mixer=mixer, **model)
+        with pytest.raises(UserError) as error:
+            mesh_lib.make_mesh(dataclasses.replace(config, model=changed))
+        return str(error.value)
+
+    tapered = {"num_layers": 4, "mlp_width": 72, "taper": TaperConfig(multiple_of=4)}
+    found = message(**tapered)
+    assert found == (
+        "segment 0 (from layer 0): MLP width 108 does not divide over mesh tensor=8; "
+        "use --model.taper.multiple_of 8, or a smaller mesh.tensor"
+    )
+    fits = tapered | {"taper": TaperConfig(multiple_of=8)}
+    model = dataclasses.replace(config.model, mixer=mixer, **fits)
+    assert mesh_lib.make_mesh(dataclasses.replace(config, model=model)).shape["tensor"] == 8
+    explicit = TaperConfig(schedule="explicit", widths=(68, 64, 60), multiple_of=4)
+    assert "; use widths=(64, 64, 64)" in message(num_layers=3, mlp_width=64, taper=explicit)
+    uniform = TaperConfig(schedule="uniform")
+    assert "; use --model.mlp_width 64, or" in message(num_layers=3, mlp_width=60, taper=uniform)
+    narrow = message(num_layers=3, mlp_width=20, taper=TaperConfig(multiple_of=4))
+    assert "use --model.taper.multiple_of 8 (" in narrow
+
+
 def test_slices_are_joined_along_the_data_axis_only() -> None:
     """Devices as a two-slice pod describes them; each slice holds whole copies of the model."""
 

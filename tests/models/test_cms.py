@@ -250,8 +250,8 @@ def test_bfloat16_training_with_periods_stays_finite():
     model = skeleton(config.model)
     tx = make_optimizer(config.optimizer, 200, config.model.mlp.periods)
     params = jax.tree.map(lambda a: 0.5 * a, parameters(config.model))
-    counters = {n: jnp.zeros((), jnp.int32) for n in ("step", "skipped", "skipped_in_a_row")}
-    state = step.TrainState(params=params, opt_state=tx.init(params), **counters)
+    fresh = step.init_state(model, tx, jax.random.key(0))
+    state = dataclasses.replace(fresh, params=params, opt_state=tx.init(params))
     ids = tokens(rows=4, length=17)
     positions = jnp.broadcast_to(jnp.arange(16), (4, 16))
     batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:], "positions": positions}

@@ -182,20 +182,14 @@ class Run:
         )
 
     def init(self) -> step.TrainState:
-        """Parameters drawn without a compiled initialiser."""
+        """Parameters of our own: some of an initialiser's would be zero or one."""
         rng = np.random.default_rng(0)
         params = jax.tree.map(
             lambda a: jnp.asarray(0.3 * rng.standard_normal(a.shape, np.float32)),
             self.model.shapes,
         )
-        zero = jnp.zeros((), jnp.int32)
-        return step.TrainState(
-            step=zero,
-            params=params,
-            opt_state=self.tx.init(params),
-            skipped=zero,
-            skipped_in_a_row=zero,
-        )
+        fresh = step.init_state(self.model, self.tx, jax.random.key(0))
+        return dataclasses.replace(fresh, params=params, opt_state=self.tx.init(params))
 
     def __call__(self, state: step.TrainState, index: int) -> step.TrainState:
         with jax.set_mesh(self.mesh):

@@ -4,6 +4,7 @@ Auto, because a user's own layer must work without sharding annotations.
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 
@@ -12,7 +13,8 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from tlm_jax.config import MeshConfig, RunConfig, UserError
+from tlm_jax.config import MeshConfig, ModelConfig, RunConfig, UserError
+from tlm_jax.validation import round_up
 
 AXES = tuple(MeshConfig().sizes)
 
@@ -54,7 +56,31 @@ def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mes
             f"use data.batch_size={fits}"
         )
     _check_sequence(config, sizes["sequence"])
+    _check_widths(config.model, sizes["tensor"])
     return _mesh(shape, devices)
+
+
+def _check_widths(model: ModelConfig, parts: int) -> None:
+    """MLP widths over the tensor axis, segment by segment, with a schedule that fits."""
+    for index, segment in enumerate(model.segments):
+        uneven = [w for w in model.mlp.level_widths(segment.width) if w % parts]
+        if not uneven:
+            continue
+        levels = len(model.mlp.periods)
+        multiple = math.lcm(model.taper.multiple_of, parts * levels)
+        taper = dataclasses.replace(model.taper, multiple_of=multiple)
+        use = f"use --model.taper.multiple_of {multiple}"
+        try:
+            fits = dataclasses.replace(model, taper=taper)
+        except ValueError as error:  # it says which mean width would do
+            use += f" ({error})"
+        else:
+            if any(w % (parts * levels) for w in fits.mlp_widths):
+                use = f"use --model.mlp_width {round_up(model.mlp_width, parts * levels)}"
+        raise UserError(
+            f"segment {index} (from layer {segment.start}): MLP width {uneven[0]} does not divide "
+            f"over mesh tensor={parts}; {use}, or a smaller mesh.tensor"
+        )
 
 
 def _check_sequence(config: RunConfig, shards: int) -> None:

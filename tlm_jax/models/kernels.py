@@ -172,7 +172,7 @@ def _splash(
     if block is None:
         raise ValueError(
             f"splash attention needs rows in multiples of {_BLOCKS[-1]} tokens a device, and has "
-            f"{L} on {parts}; use model.attention=xla"
+            f"{L} on {parts}; use model.attention_kernel=xla"
         )
     sizes = splash.BlockSizes(
         block_q=block,
