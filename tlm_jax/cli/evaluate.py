@@ -64,10 +64,14 @@ def run(argv: Sequence[str], prog: str) -> int:
 
 
 def _held_out(folder: pathlib.Path, step: int, command: Command) -> int:
+    import jax
+
     from tlm_jax.evaluation import report
     from tlm_jax.training import restore
 
     result = restore.evaluate(folder, step, command.run)
+    if jax.process_index():
+        return 0
     Console().print(report.table(folder, step, result))
     record = {"checkpoint": str(folder), "step": step} | dataclasses.asdict(result)
     text = json.dumps(record)
