@@ -41,9 +41,9 @@ def our_model(folder: pathlib.Path) -> Any:
     from tlm_jax.models import skeleton
     from tlm_jax.training import restore
 
+    mesh_lib.one_device_a_core()  # first: Orbax asks for devices when it reads metadata
     step, metadata = restore.saved_metadata(folder, None)
     config = restore.saved_config(metadata)
-    mesh_lib.one_device_a_core()
     mesh = mesh_lib.device_mesh(config.mesh)
     jax.set_mesh(mesh)
     tokenizer, model = load_tokenizer(config.data.tokenizer), skeleton(config.model)
