@@ -10,6 +10,7 @@ import re
 import socket
 import sys
 import time
+import warnings
 from typing import Literal
 
 from tlm_jax.config import UserError
@@ -74,6 +75,8 @@ def keep_programs() -> None:
     JAX_COMPILATION_CACHE_DIR names another folder (on a pod, one that all hosts share), and
     JAX_ENABLE_COMPILATION_CACHE=0 turns it off.
     """
+    # A cache that cannot be written costs time, and is no business of the user's.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     import jax

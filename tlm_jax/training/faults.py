@@ -179,7 +179,11 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # a full disk is another one's business
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                file.truncate(0)
 
 
 def make_writable(workdir: pathlib.Path) -> None:

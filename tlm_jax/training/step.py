@@ -44,13 +44,12 @@ class TrainState:
 def init_state(skeleton: Skeleton, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """Fresh parameters and moments at step 0."""
     params = skeleton.init(key)
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(
-        step=zero,
+    return TrainState(  # each counter a buffer of its own, as the train step donates them
+        step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=tx.init(params),
-        skipped=zero,
-        skipped_in_a_row=zero,
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_a_row=jnp.zeros((), jnp.int32),
         typical_norm=jnp.zeros((), jnp.float32),
     )
 
