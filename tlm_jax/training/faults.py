@@ -5,6 +5,7 @@ import faulthandler
 import fcntl
 import os
 import pathlib
+import re
 import signal
 import socket
 import sys
@@ -22,6 +23,8 @@ from tlm_jax.config import UserError
 RUN_AGAIN = 75
 """Exit status of a run that is not complete and that the same command continues (EX_TEMPFAIL)."""
 _LOCK = ".lock"
+# Orbax's threads raise anew what JAX said, as errors of other types.
+_LOST = re.compile("Gloo|NCCL|[Bb]arrier|Connection (reset|refused)|UNAVAILABLE|DEADLINE_EXCEEDED")
 
 
 @contextlib.contextmanager
@@ -130,7 +133,11 @@ def lost_processes() -> Iterator[None]:
     try:
         yield
     except (jax.errors.JaxRuntimeError, UserError) as error:
-        lost = [e for e in causes(error) if isinstance(e, jax.errors.JaxRuntimeError)]
+        lost = [
+            e
+            for e in causes(error)
+            if isinstance(e, jax.errors.JaxRuntimeError) or _LOST.search(str(e))
+        ]
         if jax.process_count() == 1 or not lost:
             raise
         text = " ".join(str(lost[-1]).split())[:200]
