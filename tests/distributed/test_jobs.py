@@ -19,7 +19,6 @@ def test_a_killed_process_ends_the_job_which_resumes_exactly() -> None:
         words, cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=400
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "losses" not in result.stderr
     assert "survived 1/1" in result.stdout
 
 

@@ -140,8 +140,7 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
 
 def sequence_shards() -> int:
     """Parts that the mesh that is set makes of a row."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else mesh_size(mesh, RULES.sequence)
+    return mesh_size(jax.sharding.get_abstract_mesh(), RULES.sequence)
 
 
 def mesh_size(mesh: Mesh | AbstractMesh, axes: MeshAxes) -> int:

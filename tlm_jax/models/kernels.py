@@ -165,9 +165,7 @@ def _splash(
 
     _, L, H, K = q.shape
     mesh = jax.sharding.get_abstract_mesh()
-    alone = mesh.empty
-    heads = 1 if alone else mesh_size(mesh, RULES.heads)
-    parts = 1 if alone else mesh_size(mesh, RULES.sequence)
+    heads, parts = mesh_size(mesh, RULES.heads), sequence_shards()
     block = next((b for b in _BLOCKS if (L // parts) % b == 0), None)
     if block is None:
         raise ValueError(
@@ -196,7 +194,7 @@ def _splash(
         return jax.vmap(kernel)(q, k, v, segment_ids=ids)
 
     q, k, v = ((x.transpose(0, 2, 1, 3)) for x in (q * K**-0.5, k, v))
-    if not alone:
+    if not mesh.empty:
         where = RULES.spec(("batch", "heads", "sequence", None))
         whole = RULES.spec(("batch", "kv_heads", None, None))
         ids, all_ids = RULES.spec(("batch", "sequence")), RULES.spec(("batch", None))
