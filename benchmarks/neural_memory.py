@@ -35,12 +35,20 @@ BATCH, LENGTH = 4, 1024
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 
 
-def our_layer(length: int, chunks_per_checkpoint: int = 1) -> Callable[[], Any]:
-    """One forward and backward pass of our layer, memory alone (Titans, variant LMM)."""
+def our_layer(length: int, chunks_per_checkpoint: int = 1, devices: int = 1) -> Callable[[], Any]:
+    """One forward and backward pass of our layer, memory alone (Titans, variant LMM).
+
+    With several devices (of the CPU) each has a share of the rows.
+    """
     import jax
+
+    jax.config.update("jax_num_cpu_devices", devices)
     import jax.numpy as jnp
     from flax import nnx
 
+    from tlm_jax.config import MeshConfig
+    from tlm_jax.distributed.mesh import device_mesh
+    from tlm_jax.distributed.sharding import batch_sharding
     from tlm_jax.mixers import TitansConfig
     from tlm_jax.models import registry, titans  # noqa: F401 (registers itself)
 
@@ -55,10 +63,16 @@ def our_layer(length: int, chunks_per_checkpoint: int = 1) -> Callable[[], Any]:
     context = registry.LayerContext(d_model=D_MODEL, norm_eps=1e-6, std=None, out_scale=1.0)
     layer = registry.make_mixer(config, context, rngs=nnx.Rngs(params=0))
     graph, params = nnx.split(layer, nnx.Param)
+    mesh = device_mesh(MeshConfig())
+    jax.set_mesh(mesh)
+    rows, everywhere = batch_sharding(mesh), jax.NamedSharding(mesh, jax.P())
     x, out_gradient = jax.random.normal(jax.random.key(0), (2, BATCH, length, D_MODEL))
-    ids = jnp.ones((BATCH, length), jnp.int32)
+    x, out_gradient, ids = jax.device_put(
+        (x, out_gradient, jnp.ones((BATCH, length), jnp.int32)), rows
+    )
+    params = jax.device_put(params, everywhere)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=(rows, (everywhere, rows)))
     def run(params: Any, x: jax.Array, ids: jax.Array, out_gradient: jax.Array) -> Any:
         def forward(params: Any, x: jax.Array) -> jax.Array:
             return nnx.merge(graph, params)(x, jnp.arange(length) * ids, ids, None)[0]
@@ -98,6 +112,7 @@ def their_layer(length: int, batch_size: int | None = None) -> Callable[[], Any]
 ARMS: dict[str, Callable[[int], Callable[[], Any]]] = {
     "tlm-jax": our_layer,
     "tlm-jax, chunks_per_checkpoint=4": functools.partial(our_layer, chunks_per_checkpoint=4),
+    "tlm-jax, a device for each core": functools.partial(our_layer, devices=os.cpu_count() or 1),
     "titans-pytorch, batch_size=64": functools.partial(their_layer, batch_size=CHUNK),
     "titans-pytorch, batch_size=None": their_layer,
 }
@@ -173,7 +188,7 @@ def compare(torch_python: str, repetitions: int) -> None:
         f"{report.table(['layer', 'ms', 'middle half', 'over ours', 'peak MiB'], rows)}\n\n"
         f"Medians of {repetitions} alternating passes over {(BATCH, LENGTH, D_MODEL)}, {HEADS} "
         f"heads, chunk {CHUNK}, depth {DEPTH}; ratios are medians over pairs. {versions}; "
-        f"{report.machine()}.",
+        f"{report.software()}.",
     )
 
 

@@ -1,12 +1,15 @@
 """What the configs of 440M, 760M and 1.3B need on TPU slices, by the TPU compiler.
 
-    python -m benchmarks.pods [--only 440m:titans] [--num_segments 4]
+    python -m benchmarks.pods [--only 440m:titans]
 
-Needs the extra `tpu`, and no TPU. Each cell (a size, an architecture, a topology) compiles the
-train step with the config's own batch, split over fsdp, in as few parts as fit. Cells are kept in
-docs/results/pods.jsonl as they come and not compiled twice; the table goes to docs/pods.md. The
-taper is the best stair of `num_segments`: compile time grows with their number, memory hardly
-changes.
+Needs the extra `tpu`, and no TPU. Each cell (a size, an architecture, a topology, a number of
+segments) compiles the train step with the config's own batch, split over fsdp, in as few parts as
+fit. Cells are kept in docs/results/pods.jsonl as they come and not compiled twice; the tables go to
+docs/pods.md:
+
+1. every size and architecture on every topology, the taper as the best stair of 4 segments;
+2. the Transformer with more and fewer segments, down to its uniform twin and up to the exact taper:
+   memory, which hardly changes, and compile time, which does.
 """
 
 import argparse
@@ -15,16 +18,36 @@ import importlib.metadata
 import itertools
 import json
 import pathlib
+from typing import Any
 
 from tlm_jax.distributed import topology
 
 ROOT = pathlib.Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "pods.md"
 CELLS = ROOT / "docs" / "results" / "pods.jsonl"
 SIZES = ("440m", "760m", "1_3b")
 TOPOLOGIES = ("v5e:4x4", "v5e:16x16", "v5p:4x4x4")
+STAIRS = 4
+UNIFORM, EXACT = 1, None
+GROWTH = {
+    ("440m", "transformer", "v5e:4x4"): (UNIFORM, 2, STAIRS, 8, EXACT),
+    ("1_3b", "transformer", "v5e:16x16"): (UNIFORM, STAIRS, EXACT),
+}
+"""Numbers of segments of the second table."""
+
+Cell = tuple[str, str, str, int | None]
 
 
-def cell_config(size: str, architecture: str, chips: int, num_segments: int):  # type: ignore[no-untyped-def]
+def cells() -> list[Cell]:
+    """All of them: the first table's, then what the second needs besides."""
+    from tlm_jax.architectures import ARCHITECTURES
+
+    first = [(*c, STAIRS) for c in itertools.product(SIZES, ARCHITECTURES, TOPOLOGIES)]
+    second = [(*where, n) for where, numbers in GROWTH.items() for n in numbers]
+    return list(dict.fromkeys([*first, *second]))
+
+
+def cell_config(size: str, architecture: str, chips: int, num_segments: int | None) -> Any:
     """The run of a cell: fsdp over as many chips as the batch has rows, tensor over the rest."""
     from tlm_jax.config import MeshConfig
     from tlm_jax.config_io import load_config
@@ -38,10 +61,11 @@ def cell_config(size: str, architecture: str, chips: int, num_segments: int):  #
     return aot.for_devices(dataclasses.replace(config, model=model, mesh=mesh))
 
 
-def measure(size: str, architecture: str, name: str, num_segments: int) -> dict[str, object]:
+def measure(cell: Cell) -> dict[str, Any]:
     """Compiles a cell, with the batch in as many parts as it takes to fit."""
     from tlm_jax.training import aot
 
+    size, architecture, name, num_segments = cell
     slice_ = topology.parse(name)
     devices = topology.devices(slice_)
     config = cell_config(size, architecture, len(devices), num_segments)
@@ -58,14 +82,15 @@ def measure(size: str, architecture: str, name: str, num_segments: int) -> dict[
         "architecture": architecture,
         "topology": name,
         "num_segments": num_segments,
+        "segments": len(run.model.segments),
         "mesh": {axis: n for axis, n in run.mesh.sizes.items() if n > 1},
         "batch_size": run.data.batch_size,
         "grad_accumulation": parts,
         "remat": run.model.remat,
         "fits": result.fits,
         "refusal": result.refusal,
-        "gib": None if memory is None else round(memory.total / 2**30, 2),
-        "arguments_gib": None if memory is None else round(memory.arguments / 2**30, 2),
+        "gib": None if memory is None else round(memory.total / 2**30, 3),
+        "arguments_gib": None if memory is None else round(memory.arguments / 2**30, 3),
         "limit_gib": round(result.limit / 2**30, 2),
         "tflops": round(result.flops / 1e12, 1),
         "collectives": {c.kind: [c.count, round(c.bytes / 2**30, 2)] for c in result.collectives},
@@ -75,58 +100,91 @@ def measure(size: str, architecture: str, name: str, num_segments: int) -> dict[
     }
 
 
-def known() -> list[dict]:
-    """Cells that were compiled before."""
-    return [json.loads(line) for line in CELLS.read_text().splitlines()] if CELLS.exists() else []
+def known() -> dict[Cell, dict[str, Any]]:
+    """Cells that were compiled before, in the order of `cells`."""
+    lines = CELLS.read_text().splitlines() if CELLS.exists() else []
+    found = {
+        (c["size"], c["architecture"], c["topology"], c["num_segments"]): c
+        for c in map(json.loads, lines)
+    }
+    return {cell: found[cell] for cell in cells() if cell in found}
+
+
+def memory(c: dict[str, Any]) -> str:
+    """GiB a chip of what there is, or what the compiler said."""
+    return f"{c['gib']:.2f} of {c['limit_gib']:.2f}" if c["fits"] else f"no: {c['refusal']}"
+
+
+def collectives(c: dict[str, Any]) -> str:
+    """Kinds, how often, and bytes."""
+    return ", ".join(f"{kind} {n} ({gib} GiB)" for kind, (n, gib) in c["collectives"].items())
+
+
+def name(cell: Cell) -> str:
+    """Size and architecture."""
+    return f"{cell[0].replace('_', '.')} {cell[1]}"
+
+
+def publish() -> None:
+    """Writes both tables."""
+    from benchmarks import report
+
+    done = known()
+    rows = [
+        [
+            name(cell),
+            cell[2],
+            " ".join(f"{axis}={n}" for axis, n in c["mesh"].items()),
+            f"{c['batch_size']} / {c['grad_accumulation']}",
+            c["remat"],
+            memory(c),
+            f"{c['arguments_gib'] or 0:.2f}",
+            f"{c['tflops']:.1f}",
+            collectives(c),
+        ]
+        for cell, c in done.items()
+        if cell[3] == STAIRS
+    ]
+    header = ["run", "topology", "mesh", "batch / parts", "remat", "GiB a chip", "of it state"]
+    header += ["TFLOPs a chip", "collectives"]
+    report.publish("compile", report.table(header, rows), PAGE)
+    rows = []
+    for where, numbers in GROWTH.items():
+        of_place = [done[(*where, n)] for n in numbers if (*where, n) in done]
+        for c in of_place:
+            twin = of_place[0]
+            rows.append(
+                [
+                    name((*where, STAIRS)),
+                    where[2],
+                    "uniform" if c["num_segments"] == UNIFORM else str(c["segments"]),
+                    f"{c['gib']:.3f}",
+                    f"{c['gib'] / twin['gib']:.3f}",
+                    collectives(c),
+                    f"{c['seconds']:.0f}",
+                    f"{c['seconds'] / twin['seconds']:.2f}",
+                ]
+            )
+    header = ["run", "topology", "segments", "GiB a chip", "over uniform", "collectives"]
+    header += ["compile s", "over uniform"]
+    report.publish("segments", report.table(header, rows), PAGE)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--only", default="", help="cells whose SIZE:ARCHITECTURE@TOPOLOGY has this"
-    )
-    parser.add_argument("--num_segments", type=int, default=4)
+    parser.add_argument("--only", default="", help="cells whose SIZE:ARCHITECTURE@TOPOLOGY/SEGMENTS"
+                        " has this")  # fmt: skip
     options = parser.parse_args()
     topology.prepare_environment()
-    from benchmarks import report
-    from tlm_jax.architectures import ARCHITECTURES
-
-    done = {(c["size"], c["architecture"], c["topology"]) for c in known()}
-    for cell in itertools.product(SIZES, ARCHITECTURES, TOPOLOGIES):
-        if cell in done or options.only not in "{}:{}@{}".format(*cell):
+    done = known()
+    for cell in cells():
+        if cell in done or options.only not in "{}:{}@{}/{}".format(*cell):
             continue
-        found = measure(*cell, options.num_segments)
+        found = measure(cell)
         with CELLS.open("a") as file:
             file.write(json.dumps(found) + "\n")
         print(found, flush=True)
-    rows = [
-        [
-            f"{c['size'].replace('_', '.')} {c['architecture']}",
-            c["topology"],
-            " ".join(f"{axis}={n}" for axis, n in c["mesh"].items()),
-            f"{c['batch_size']} / {c['grad_accumulation']}",
-            c["remat"],
-            f"{c['gib']:.2f} of {c['limit_gib']:.2f}" if c["fits"] else f"no: {c['refusal']}",
-            f"{c['arguments_gib'] or 0:.2f}",
-            f"{c['tflops']:.1f}",
-            ", ".join(f"{k} {n} ({gib} GiB)" for k, (n, gib) in c["collectives"].items()),
-            f"{c['seconds']:.0f}",
-        ]
-        for c in known()
-    ]
-    header = [
-        "run",
-        "topology",
-        "mesh",
-        "batch / parts",
-        "remat",
-        "GiB a chip",
-        "of it state",
-        "TFLOPs a chip",
-        "collectives",
-        "compile s",
-    ]
-    report.publish("compile", report.table(header, rows), ROOT / "docs" / "pods.md")
+    publish()
 
 
 if __name__ == "__main__":

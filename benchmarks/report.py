@@ -12,11 +12,16 @@ SPEED = pathlib.Path(__file__).parents[1] / "docs" / "speed.md"
 
 def machine() -> str:
     """One line on what the numbers were measured with."""
+    devices = f"{len(jax.devices())} {jax.devices()[0].platform} device(s)"
+    return software().replace(", Python", f", {devices}, Python")
+
+
+def software() -> str:
+    """The same without the number of devices, for arms that have different ones."""
     device = jax.devices()[0]
     return (
-        f"{device.device_kind if device.platform != 'cpu' else cpu_name()}, "
-        f"{len(jax.devices())} {device.platform} device(s), Python {platform.python_version()}, "
-        f"jax {jax.__version__}, jaxlib {jaxlib.__version__}"
+        f"{device.device_kind if device.platform != 'cpu' else cpu_name()}, Python "
+        f"{platform.python_version()}, jax {jax.__version__}, jaxlib {jaxlib.__version__}"
     )
 
 

@@ -8,6 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tlm_jax.config import MeshConfig
+from tlm_jax.distributed import mesh as mesh_lib
+from tlm_jax.distributed.collectives import collectives
+from tlm_jax.distributed.sharding import batch_sharding
 from tlm_jax.models.neural_memory import Gates, neural_memory
 
 B, L, H, K, F = 2, 13, 2, 4, 6
@@ -166,3 +170,28 @@ def test_documents_start_anew(depth, chunk, forget, momentum):
         )
         actual = values_and_gradients(lambda i: memory(i, chunk=chunk, ids=ids)[0], inputs, ids)
         assert_equal(actual, expected, 1e-10)
+
+
+def test_devices_do_not_talk_for_each_chunk():
+    """Forward and backward over rows on two devices: as many collectives for 8 chunks as for 2."""
+    mesh = mesh_lib.device_mesh(MeshConfig(data=2))
+
+    def count(length):
+        shape = (B, length, H)
+        rows = batch_sharding(mesh)
+        x = jax.ShapeDtypeStruct((*shape, K), jnp.float32, sharding=rows)
+        gate = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
+        ids = jax.ShapeDtypeStruct(shape[:2], jnp.int32, sharding=rows)
+        sizes = ((H, K, F), (H, F, K))
+        whole = jax.NamedSharding(mesh, jax.P())
+        initial = tuple(jax.ShapeDtypeStruct(s, jnp.float32, sharding=whole) for s in sizes)
+
+        def loss(initial, x, gate, ids):
+            gates = Gates(log_keep_BLH=gate, log_momentum_BLH=gate, rate_BLH=gate)
+            y, _ = neural_memory(initial, x, x, x, gates, chunk=4, segment_ids_BL=ids)
+            return jnp.sum(y)
+
+        compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(initial, x, gate, ids).compile()
+        return sum(kind.count for kind in collectives(compiled.as_text()))
+
+    assert count(32) == count(8) > 0

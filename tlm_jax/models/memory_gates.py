@@ -67,6 +67,8 @@ class Tokens:
     """Number of the token's document within the chunk; 0 is that of the chunk's first token."""
     restart_B: jax.Array | None = None
     """The chunk's first token begins a document."""
+    mixed: jax.Array | None = None
+    """bool scalar: some row of the batch begins a document in this chunk."""
     complete: jax.Array | None = None
     """The chunk ends with these tokens, so that the next takes gradients after them."""
 

@@ -86,19 +86,20 @@ class _Chunk:
     """The arithmetic of one chunk, called as the body of a scan."""
 
     initial: Weights
+    """(H, I, O), or one for each row."""
     clip: float | None
     precision: jax.lax.Precision
 
     def __call__(self, state: _State, tokens: Tokens) -> tuple[_State, jax.Array]:
         """Reads and learns; returns the new state and the reads (B, H, C, K)."""
-        if tokens.run_BC is None or tokens.restart_B is None:
+        if tokens.run_BC is None or tokens.mixed is None:
             return _again(lambda state, tokens: self.run(state, tokens, None))(state, tokens)
         late_BC = tokens.run_BC > 0
         # Only where a document begins is there anything to do with the initial weights. What the
         # backward pass computes again is said inside the branches: around them, both would be
         # kept, filled up with zeros.
         return jax.lax.cond(
-            jnp.any(tokens.restart_B) | jnp.any(late_BC),
+            tokens.mixed,
             _again(lambda state, tokens: self.run(self.restarted(state, tokens), tokens, late_BC)),
             _again(lambda state, tokens: self.run(state, tokens, None)),
             state,
@@ -255,15 +256,15 @@ def neural_memory(
     """
     B, L, H, K = q_BLHK.shape
     dtype = jnp.promote_types(q_BLHK.dtype, jnp.float32)
-    initial = tuple(w.astype(dtype) for w in initial)
+    # For each row, so that gradients are summed over rows (and their devices) once, at the end.
+    initial = _per_sequence(tuple(w.astype(dtype) for w in initial), B)
     body = _Chunk(initial=initial, clip=clip, precision=jax.lax.Precision(precision))
     momentum = gates.log_momentum_BLH is not None
 
     offset: int | jax.Array = 0
     if state is None:
         slots, num_chunks = chunk, -(-L // chunk)
-        now = _per_sequence(initial, B)
-        carry: _State = ((), now, tuple(jnp.zeros_like(w) for w in now) if momentum else ())
+        carry: _State = ((), initial, tuple(map(jnp.zeros_like, initial)) if momentum else ())
         complete_N, last_B = None, jnp.zeros((B,), jnp.int32)
     elif aligned:
         slots, num_chunks = chunk, L // chunk
@@ -303,11 +304,14 @@ def neural_memory(
     if segment_ids_BL is not None:
         ids_NBC = placed(segment_ids_BL)
         run_BL, restart_BN, last_B = documents(ids_NBC.swapaxes(0, 1).reshape(B, -1), slots, last_B)
+        run_NBC = run_BL.reshape(B, num_chunks, slots).swapaxes(0, 1)
         tokens = dataclasses.replace(
             tokens,
             real_BC=ids_NBC > 0,
-            run_BC=run_BL.reshape(B, num_chunks, slots).swapaxes(0, 1),
+            run_BC=run_NBC,
             restart_B=restart_BN.T,
+            # Of all chunks at once: rows lie on several devices, which must agree.
+            mixed=jnp.any(restart_BN.T, axis=1) | jnp.any(run_NBC > 0, axis=(1, 2)),
             complete=complete_N,
         )
     (start, now, step), out = _checkpointed_scan(body, carry, tokens, checkpoint_every)
