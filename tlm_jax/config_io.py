@@ -14,15 +14,33 @@ from tlm_jax.mixers import MixerConfig
 
 CONFIG_FUNCTION = "get_config"
 KIND = "kind"
+_T = typing.TypeVar("_T")
 
 
 def load_config(path: str | pathlib.Path) -> RunConfig:
     """Returns what `get_config()` in the Python file at `path` returns.
 
-    `FILE.py:WORD` calls `get_config("WORD")`, as in configs/tiny.py:titans.
+    `FILE.py:WORD` calls `get_config("WORD")`, as in configs/tiny.py:titans. A JSON file holds the
+    values themselves, as the config.json of a run folder does.
 
     Raises:
       UserError: the file is missing, fails, or has no `get_config`.
+    """
+    path = pathlib.Path(path)
+    if path.suffix != ".json":
+        return load(path, CONFIG_FUNCTION, RunConfig)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return from_dict(values.get("config", values))
+    except (OSError, ValueError, AttributeError, UserError) as error:
+        raise UserError(f"config {path}: {error}") from None
+
+
+def load(path: str | pathlib.Path, function: str, kind: type[_T]) -> _T:
+    """Returns what a function in the Python file at `path` (or FILE.py:WORD) returns.
+
+    Raises:
+      UserError: the file is missing, fails, or returns something else.
     """
     file, _, argument = str(path).partition(".py:")
     path = pathlib.Path(f"{file}.py" if argument else path)
@@ -34,14 +52,14 @@ def load_config(path: str | pathlib.Path) -> RunConfig:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = getattr(module, CONFIG_FUNCTION)(*([argument] if argument else []))
+        found = getattr(module, function)(*([argument] if argument else []))
     except UserError as error:
         raise UserError(f"config {path}: {error}") from None
     except Exception as error:
         raise UserError(f"config {path}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, RunConfig):
-        raise UserError(f"config {path}: {CONFIG_FUNCTION}() must return a RunConfig")
-    return config
+    if not isinstance(found, kind):
+        raise UserError(f"config {path}: {function}() must return a {kind.__name__}")
+    return found
 
 
 def to_dict(config: Any) -> dict[str, Any]:

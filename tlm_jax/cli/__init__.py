@@ -20,6 +20,7 @@ from tlm_jax.cli import (
     plan,
     prepare,
     report,
+    sweep,
     train,
 )
 from tlm_jax.config import UserError
@@ -32,6 +33,7 @@ VERBS: dict[str, ModuleType] = {
     "plan": plan,
     "compile": compile_ahead,
     "prepare": prepare,
+    "sweep": sweep,
     "report": report,
     "import": import_model,
     "export": export,

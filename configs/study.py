@@ -1,0 +1,47 @@
+"""The base of the sweeps: small enough that two CPU cores train it on 8 million tokens in minutes.
+
+Command:   tlm sweep configs/sweeps/shapes.py (or train.py --config configs/study.py for one run)
+Hardware:  a CPU; no accelerator needed
+Data:      DATA, a folder that `tlm prepare` made (docs/results.md has the recipe)
+Expected:  docs/results.md
+
+8 layers, 1.6M parameters besides the embeddings; the taper is the paper's, the rest our choice.
+"""
+
+import os
+
+from tlm_jax.config import (
+    AttentionConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TaperConfig,
+    TrainingConfig,
+)
+
+
+def get_config() -> RunConfig:
+    return RunConfig(
+        name="study",
+        model=ModelConfig(
+            vocab_size=4096,
+            num_layers=8,
+            d_model=128,
+            mlp_width=384,
+            taper=TaperConfig(schedule="cosine", start=1.5, end=0.5, multiple_of=16),
+            mixer=AttentionConfig(num_heads=4),
+            remat="none",
+        ),
+        data=DataConfig(path=os.environ.get("DATA", "data/study"), seq_len=256, batch_size=16),
+        optimizer=OptimizerConfig(learning_rate=3e-3, final_learning_rate=3e-4, warmup_steps=100),
+        training=TrainingConfig(
+            num_steps=2000,
+            log_every=10,
+            eval_every=200,
+            eval_batches=32,
+            checkpoint_every=200,
+            keep_last=1,
+            sample_tokens=0,
+        ),
+    )

@@ -1,0 +1,26 @@
+"""The four architectures, tapered against uniform, each with its own baseline.
+
+Command:   DATA=FOLDER tlm sweep configs/sweeps/architectures.py
+Sizes:     FILE.py:440m, :760m and :1_3b take configs/tlm_*.py
+Cost:      24 runs (three seeds)
+"""
+
+import pathlib
+
+from tlm_jax import config_io
+from tlm_jax.analysis.sweep import Arm, Sweep
+from tlm_jax.architectures import ARCHITECTURES, with_architecture
+
+CONFIGS = pathlib.Path(__file__).parents[1]
+
+
+def get_sweep(size: str = "study") -> Sweep:
+    base = config_io.load_config(CONFIGS / (f"{size}.py" if size == "study" else f"tlm_{size}.py"))
+    arms = []
+    for name in ARCHITECTURES:
+        model = with_architecture(base, name).model
+        for shape, one in (("uniform", model.uniform_twin()), ("tapered", model)):
+            arms.append(
+                Arm(name=f"{name} {shape}", changes={"model": one}, baseline=f"{name} uniform")
+            )
+    return Sweep(name=f"architectures-{size}", base=base, arms=tuple(arms), baseline=arms[0].name)

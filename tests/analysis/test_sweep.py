@@ -1,0 +1,243 @@
+"""Sweeps: cells at one budget, broken and killed ones, and what the report makes of results."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import ROOT, environment
+
+from tlm_jax import cli, config_io
+from tlm_jax.analysis import sweep, sweep_plots, sweep_report
+from tlm_jax.analysis.sweep import Arm, Cell, Sweep
+from tlm_jax.config import RunConfig, TaperConfig, UserError
+
+UNIFORM = Arm(name="uniform", changes={"model.taper.schedule": "uniform"})
+SWEEP = """
+import pathlib
+
+from tlm_jax import config_io
+from tlm_jax.analysis.sweep import Arm, Sweep
+
+
+def get_sweep():
+    return Sweep(
+        name="three",
+        base=config_io.load_config({config!r}),
+        arms=(
+            Arm(name="uniform", changes={{"model.taper.schedule": "uniform"}}),
+            Arm(name="broken", changes={{"data.path": "/nowhere"}}),
+            Arm(name="cosine 1.5", changes={{"model.taper.start": 1.5}}),
+        ),
+        seeds=(3,),
+    )
+"""
+
+
+def test_cells_of_one_seed_share_parameters_and_data():
+    found = Sweep(
+        name="s", base=RunConfig(), arms=(UNIFORM, Arm(name="cosine", seeds=(5,))), seeds=(4, 5)
+    )
+    assert [(c.arm.name, c.seed) for c in found.cells] == [
+        ("uniform", 4),
+        ("uniform", 5),
+        ("cosine", 5),
+    ]
+    one, other = (found.config(cell) for cell in found.cells[1:])
+    assert (one.seed, one.data.seed) == (other.seed, other.data.seed) == (5, 5)
+    assert one.model.taper.schedule == "uniform"
+    names = ("name", "model.taper.schedule")
+    assert [d.split(":")[0] for d in config_io.differences(one, other)] == [*names]
+
+
+def test_grid_is_every_combination():
+    arms = sweep.grid({"model.taper.schedule": ("linear", "cosine"), "model.taper.start": (1, 2)})
+    assert [arm.name for arm in arms][1:3] == ["schedule=linear start=2", "schedule=cosine start=1"]
+    assert arms[3].changes == {"model.taper.schedule": "cosine", "model.taper.start": 2}
+
+
+@pytest.mark.parametrize(
+    ("arms", "says"),
+    [
+        ((UNIFORM, UNIFORM), "two cells have one name"),
+        ((Arm(name="x"),), "the baseline 'uniform' of arm 'x' is none of its arms"),
+        (
+            (UNIFORM, Arm(name="x", changes={"model.taper.strat": 1})),
+            "arm 'x': unknown field model.taper.strat; did you mean model.taper.start?",
+        ),
+        (
+            (UNIFORM, Arm(name="x", changes={"model.taper.start": 3.0})),
+            "arm 'x': model.: a cosine curve from start=3.0 to end=0.5 has mean 1.75, not 1",
+        ),
+        (
+            (UNIFORM, Arm(name="x", changes={"model.mlp_width": 720})),
+            "arm 'x' has 7,573,760 parameters, its baseline 'uniform' 7,475,456; cells must have",
+        ),
+        (
+            (UNIFORM, Arm(name="x", changes={"training.num_steps": 1001})),
+            "arm 'x' has 4,100,096 tokens, its baseline 'uniform' 4,096,000; cells must have",
+        ),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(arms, says):
+    with pytest.raises(UserError) as error:
+        Sweep(name="s", base=RunConfig(), arms=arms, seeds=(0,)).check()
+    assert says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "sweeps").glob("*.py")), ids=lambda p: p.stem
+)
+def test_the_sweep_files_compare_what_can_be_compared(path: pathlib.Path):
+    found = config_io.load(path, "get_sweep", Sweep)
+    found.check()
+    assert len(found.cells) >= 10
+
+
+def _start(file: pathlib.Path, folder: pathlib.Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tlm_jax", "sweep", str(file), "--out", str(folder)],
+        cwd=ROOT,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_killed_and_broken_cells(
+    finished_run: pathlib.Path, config_file: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """kill -9 in the second whole cell; run again, nothing is repeated or lost, one arm is broken.
+
+    The tapered cell is, but for its seed, the run that all tests share.
+    """
+    file, folder = tmp_path / "sweep.py", tmp_path / "out"
+    file.write_text(SWEEP.format(config=str(config_file)))
+    process = _start(file, folder)
+    last = folder / "cosine-1.5-3" / "metrics.jsonl"
+    give_up = time.monotonic() + 200
+    while not (last.is_file() and '"step": 3' in last.read_text()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    first = folder / "uniform-3"
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
+    assert (first / "result.json").is_file()
+    # The run was told to stop when its sweep died: it saves, and lets go of its folder.
+    while not list((folder / "cosine-1.5-3" / "checkpoints").glob("[0-9]*")):
+        assert time.monotonic() < give_up
+        time.sleep(0.05)
+    time.sleep(1)
+
+    process = _start(file, folder)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert "3 cells, 3 here, 2 to run" in out
+    assert "broken, seed 3: broken: status 1: error: data.path /nowhere" in " ".join(out.split())
+    assert err.startswith("error: 1 cells broke, see log.txt in their folders: broken-3")
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert "Continuing from step" in (folder / "cosine-1.5-3" / "log.txt").read_text()
+    results = sweep_report.read(folder)
+    assert [(r["arm"], r["seed"]) for r in results] == [("uniform", 3), ("cosine 1.5", 3)]
+    assert [r["widths"] for r in results] == [[64] * 4, [96, 80, 48, 32]]
+    steps = [row["step"] for row in map(json.loads, last.read_text().splitlines())
+             if row["kind"] == "train"]  # fmt: skip
+    assert sorted(set(steps)) == list(range(1, 21))
+
+    assert cli.main(["report", str(folder), "--out", str(tmp_path / "report")]) == 0
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert page.count("data:image/png") == 3
+    assert "http" not in page.replace("http-equiv", "")
+
+    file.write_text(file.read_text().replace("1.5}", '1.5, "optimizer.clip_norm": 2.0}'))
+    process = _start(file, folder)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "cosine-1.5-3/result.json is of another config (optimizer.clip_norm: 1.0 -> 2.0)" in err
+
+
+def record(arm: str, seed: int, losses: list[float], order: int, **changes) -> dict:
+    config = dataclasses.replace(RunConfig(), **changes)
+    return {
+        "sweep": "made",
+        "arm": arm,
+        "baseline": "uniform",
+        "order": order,
+        "seed": seed,
+        "config": config_io.to_dict(config),
+        "budget": {"parameters": 10},
+        "widths": config.model.mlp_widths,
+        "validation": [[10 * i, loss] for i, loss in enumerate(losses)],
+        "train": [],
+        "final": {"loss": losses[-1]},
+        "versions": {"jax": "1"},
+    }
+
+
+RECORDS = [
+    record("uniform", 0, [9.0, 5.0, 4.0], 0),
+    record("uniform", 1, [9.0, 5.2, 4.2], 0),
+    record("late", 1, [9.0, 6.0, 5.0], 2),
+    record("taper", 0, [9.0, 4.5, 3.5], 1),
+    record("taper", 1, [9.0, 4.9, 4.1], 1),
+    record("taper", 2, [9.0, 4.9, 4.0], 1),
+]
+
+
+def test_differences_are_of_pairs_with_the_interval_of_students_t():
+    uniform, taper, late = sweep_report.findings(RECORDS)
+    assert (uniform.difference, taper.seeds, taper.pairs) == (None, [0, 1, 2], 2)
+    # Differences -0.5 and -0.1: mean -0.3, deviation 0.2828, over sqrt(2) 0.2, t(1) = 12.706.
+    assert taper.difference.mean == pytest.approx(-0.3)
+    assert taper.difference.half_width == pytest.approx(12.7062 * 0.2, rel=1e-4)
+    assert taper.perplexity_ratio == pytest.approx(math.exp(-0.3))
+    # 4.5 to 3.5 passes 4.0 half way between steps 10 and 20; 4.9 to 4.1 passes 4.2 at 18.75.
+    assert taper.speed.mean == pytest.approx((15 + 18.75) / 2 / 20)
+    assert late.difference == sweep_report.Estimate(mean=pytest.approx(0.8), half_width=None)
+    assert late.speed is None
+    assert sweep_report.rows([late])[0][-1] == "not reached"
+
+
+def test_a_page_keeps_what_is_outside_the_marks():
+    page = "a\n<!-- made -->\nold\n<!-- end made -->\nb\n"
+    assert sweep_report.replace(page, "made", "new") == page.replace("old", "new")
+    with pytest.raises(UserError, match="no marks <!-- other -->"):
+        sweep_report.replace(page, "other", "new")
+
+
+def test_the_u_curve_needs_three_ratios(tmp_path: pathlib.Path) -> None:
+    def tapered(start: float, order: int) -> dict:
+        model = dataclasses.replace(
+            RunConfig().model, taper=TaperConfig(start=start, end=2 - start)
+        )
+        return record(f"cosine {start}", 0, [9.0, 4.0 + abs(start - 1.25)], order, model=model)
+
+    flat = dataclasses.replace(RunConfig().model, taper=TaperConfig(schedule="uniform"))
+    records = [record("uniform", 0, [9.0, 4.2], 0, model=flat), tapered(1.25, 1), tapered(1.5, 2)]
+    assert "ratios.png" not in {path.name for path in sweep_plots.draw(records, tmp_path / "a")}
+    records.append(tapered(1.75, 3))
+    assert "ratios.png" in {path.name for path in sweep_plots.draw(records, tmp_path / "b")}
+
+
+def test_cells_are_shared_out_and_gathered(tmp_path: pathlib.Path) -> None:
+    for order, (arm, seed) in enumerate([("b", 1), ("a", 0), ("b", 0)]):
+        folder = tmp_path / Cell(arm=Arm(name=arm), seed=seed).folder
+        folder.mkdir()
+        (folder / "result.json").write_text(json.dumps(record(arm, seed, [1.0], order)))
+    sweep.gather(tmp_path)
+    assert [(r["arm"], r["seed"]) for r in sweep_report.read(tmp_path)] == [
+        ("a", 0),
+        ("b", 0),
+        ("b", 1),
+    ]
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".part")]

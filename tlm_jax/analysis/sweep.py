@@ -1,0 +1,330 @@
+"""Sweeps: named variations of one config, each with several seeds, at one budget.
+
+A sweep file has `get_sweep()`, which returns a `Sweep`. A cell is an arm with a seed; the seed
+draws the parameters and the order of the data, so that cells of one seed are pairs. Each cell is
+a run of `tlm train` in a process and a folder of its own, and leaves `result.json` there; the
+results of all cells are gathered in `results.jsonl`.
+"""
+
+import ctypes
+import dataclasses
+import difflib
+import importlib.metadata
+import itertools
+import json
+import os
+import pathlib
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+
+from tlm_jax import config_io, costs
+from tlm_jax.analysis.plots import series
+from tlm_jax.config import RunConfig, UserError
+
+RESULTS, RESULT, LOG = "results.jsonl", "result.json", "log.txt"
+_CURVE_POINTS = 100
+_STOPPED = 75  # the exit status of a run that was told to stop, and saved
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One variation."""
+
+    name: str
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Values by dotted field, such as {"model.taper.start": 1.25}; a mixer is set as a whole."""
+    seeds: tuple[int, ...] = ()
+    """Empty means those of the sweep."""
+    baseline: str = ""
+    """The arm that it is compared with and must match in budget; empty is that of the sweep."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell:
+    """An arm with a seed."""
+
+    arm: Arm
+    seed: int
+
+    @property
+    def folder(self) -> str:
+        """Its folder in that of the sweep."""
+        return f"{re.sub(r'[^A-Za-z0-9.]+', '-', self.arm.name).strip('-')}-{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Arms of one base config.
+
+    Raises:
+      UserError: names that clash, or a baseline that is no arm.
+    """
+
+    name: str
+    base: RunConfig
+    arms: tuple[Arm, ...]
+    baseline: str = "uniform"
+    """Name of the arm with which the others are compared."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    def __post_init__(self) -> None:
+        names = [arm.name for arm in self.arms]
+        folders = {cell.folder for cell in self.cells}
+        if len(set(names)) < len(names) or len(folders) < len(self.cells):
+            raise UserError(f"sweep {self.name}: two cells have one name: {', '.join(names)}")
+        for arm in self.arms:
+            if (arm.baseline or self.baseline) not in names:
+                raise UserError(
+                    f"sweep {self.name}: the baseline {arm.baseline or self.baseline!r} of arm "
+                    f"{arm.name!r} is none of its arms"
+                )
+
+    @property
+    def cells(self) -> tuple[Cell, ...]:
+        """Seed by seed, so that a sweep that is cut short still has pairs."""
+        seeds = sorted({s for arm in self.arms for s in arm.seeds or self.seeds})
+        pairs = itertools.product(seeds, self.arms)
+        return tuple(Cell(arm=a, seed=s) for s, a in pairs if s in (a.seeds or self.seeds))
+
+    def config(self, cell: Cell) -> RunConfig:
+        """The run of a cell.
+
+        Raises:
+          UserError: a field that does not exist, or a value that it refuses.
+        """
+        changes: dict[str, Any] = {"name": f"{self.name}: {cell.arm.name}, seed {cell.seed}"}
+        changes |= {"seed": cell.seed, "data.seed": cell.seed, **cell.arm.changes}
+        try:
+            return changed(self.base, changes)
+        except UserError as error:
+            raise UserError(f"sweep {self.name}, arm {cell.arm.name!r}: {error}") from None
+
+    def check(self) -> None:
+        """Refuses arms whose parameters, FLOPs or tokens are not those of their baseline.
+
+        Raises:
+          UserError: which arm, and by how much.
+        """
+        budgets = {arm.name: budget(self.config(Cell(arm=arm, seed=0))) for arm in self.arms}
+        for arm in self.arms:
+            baseline = arm.baseline or self.baseline
+            for what, value in budgets[arm.name].items():
+                if value != budgets[baseline][what]:
+                    raise UserError(
+                        f"sweep {self.name}: arm {arm.name!r} has {value:,} {what}, its baseline "
+                        f"{baseline!r} {budgets[baseline][what]:,}; cells must have equal budgets"
+                    )
+
+
+def grid(fields: Mapping[str, Sequence[Any]]) -> tuple[Arm, ...]:
+    """An arm for each combination of values, named after them: "schedule=cosine start=1.5"."""
+    short = [name.rpartition(".")[2] for name in fields]
+    return tuple(
+        Arm(
+            name=" ".join(f"{name}={value}" for name, value in zip(short, values, strict=True)),
+            changes=dict(zip(fields, values, strict=True)),
+        )
+        for values in itertools.product(*fields.values())
+    )
+
+
+def budget(config: RunConfig) -> dict[str, int]:
+    """What cells that are compared must share."""
+    per_token = costs.model_costs(config.model, config.data.seq_len)
+    return {
+        "parameters": per_token.parameters,
+        "FLOPs a token": per_token.training_flops,
+        "tokens": config.training.num_steps * config.data.batch_size * config.data.seq_len,
+    }
+
+
+def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """The config with other values, by dotted field.
+
+    Raises:
+      UserError: a field that does not exist, or a value that it refuses.
+    """
+    values = config_io.to_dict(config)
+    for name, value in changes.items():
+        *groups, last = name.split(".")
+        inside = values
+        for group in groups:
+            inside = inside.get(group, {}) if isinstance(inside, dict) else {}
+        if not isinstance(inside, dict) or last not in inside:
+            near = difflib.get_close_matches(name, config_io.flatten(config), 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"unknown field {name}{hint}")
+        is_config = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        inside[last] = config_io.to_dict(value) if is_config else value
+    return config_io.from_dict(values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a call of `run` ended."""
+
+    finished: int
+    """Cells with a result, of those that this call was to run."""
+    broken: dict[str, str]
+    """What ended the others, by folder."""
+    stopped: bool
+    """Told to stop; the same call goes on."""
+
+
+def run(
+    sweep: Sweep, folder: pathlib.Path, console: Console, *, index: int = 0, count: int = 1
+) -> Outcome:
+    """Trains the cells that have no result yet, one after the other.
+
+    Args:
+      sweep: what to run.
+      folder: of the sweep; made if need be. A cell that was interrupted goes on from its last
+        checkpoint.
+      console: a line for each cell.
+      index: of this machine ...
+      count: ... of so many that share the folder (or keep folders to be gathered later); each
+        takes every `count`-th cell.
+
+    Raises:
+      UserError: budgets differ, or a finished cell had another config.
+    """
+    sweep.check()
+    mine = sweep.cells[index::count]
+    todo = [cell for cell in mine if not _is_finished(sweep, cell, folder)]
+    console.print(
+        f"{sweep.name}: {len(sweep.cells)} cells, {len(mine)} here, {len(todo)} to run, "
+        f"in {folder}",
+        highlight=False,
+    )
+    broken: dict[str, str] = {}
+    for number, cell in enumerate(todo, 1):
+        where = folder / cell.folder
+        begin = time.monotonic()
+        status = _train(sweep.config(cell), where)
+        if status == _STOPPED:
+            console.print(f"Stopped in {where}; the same command goes on.", highlight=False)
+            gather(folder)
+            return Outcome(finished=len(mine) - len(todo) + number - 1, broken=broken, stopped=True)
+        label = f"\\[{number}/{len(todo)}] {cell.arm.name}, seed {cell.seed}"
+        if status:
+            broken[cell.folder] = _complaint(where, status)
+            console.print(f"{label}: [red]broken[/]: {broken[cell.folder]}", highlight=False)
+            continue
+        result = _result(sweep, cell, where)
+        _write(where / RESULT, json.dumps(result) + "\n")
+        gather(folder)
+        console.print(
+            f"{label}: loss {result['final']['loss']:.4f}, {time.monotonic() - begin:,.0f} s",
+            highlight=False,
+        )
+    gather(folder)
+    return Outcome(finished=len(mine) - len(broken), broken=broken, stopped=False)
+
+
+def gather(folder: pathlib.Path) -> pathlib.Path:
+    """Writes the results of all finished cells of a sweep's folder into one file."""
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*/{RESULT}"))]
+    results.sort(key=lambda r: (r["seed"], r["order"]))
+    target = folder / RESULTS
+    _write(target, "".join(json.dumps(r) + "\n" for r in results))
+    return target
+
+
+def _is_finished(sweep: Sweep, cell: Cell, folder: pathlib.Path) -> bool:
+    path = folder / cell.folder / RESULT
+    if not path.is_file():
+        return False
+    before = config_io.from_dict(json.loads(path.read_text())["config"])
+    if changes := config_io.differences(before, sweep.config(cell)):
+        raise UserError(
+            f"{path} is of another config ({'; '.join(changes)}); use another folder, or delete "
+            f"{path.parent} to run it anew"
+        )
+    return True
+
+
+def _train(config: RunConfig, folder: pathlib.Path) -> int:
+    """Runs `tlm train`; returns its exit status. Signals to stop are handed on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = folder / "cell.json"
+    _write(written, json.dumps(config_io.to_dict(config), indent=1) + "\n")
+    command = [sys.executable, "-m", "tlm_jax", "train", "--config", str(written)]
+    with (folder / LOG).open("a") as log:
+        process = subprocess.Popen(
+            [*command, "--workdir", str(folder)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C comes through us, once
+            preexec_fn=_end_with_parent,
+        )
+    hand_on = lambda *_: process.terminate()  # noqa: E731
+    handlers = {number: signal.signal(number, hand_on) for number in _SIGNALS}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def _end_with_parent() -> None:
+    """On Linux: a run whose sweep was killed is told to stop, and saves."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def _complaint(folder: pathlib.Path, status: int) -> str:
+    """The last line that speaks of an error, or the last line."""
+    lines = [line for line in (folder / LOG).read_text(errors="replace").splitlines() if line]
+    errors = [line for line in lines if "error" in line.lower()]
+    return f"status {status}: {(errors or lines or ['it said nothing'])[-1].strip()[:300]}"
+
+
+def _result(sweep: Sweep, cell: Cell, folder: pathlib.Path) -> dict[str, Any]:
+    config = sweep.config(cell)
+    train, evaluation = (series(folder / "metrics.jsonl", kind) for kind in ("train", "eval"))
+    last = evaluation[-1]
+    if last["step"] != config.training.num_steps:
+        raise UserError(f"{folder} has no evaluation at its end; delete it to run the cell anew")
+    return {
+        "sweep": sweep.name,
+        "arm": cell.arm.name,
+        "baseline": cell.arm.baseline or sweep.baseline,
+        "order": sweep.arms.index(cell.arm),
+        "seed": cell.seed,
+        "config": config_io.to_dict(config),
+        "budget": budget(config),
+        "widths": config.model.mlp_widths,
+        "validation": [[row["step"], row["loss"]] for row in evaluation],
+        "train": list(_thinned(train)),
+        "final": {k: v for k, v in last.items() if k not in ("kind", "step")},
+        "tokens_per_second": statistics.median(row["tokens_per_second"] for row in train),
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+    }
+
+
+def _thinned(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[float]]:
+    """[step, mean loss] of about a hundred stretches of a run."""
+    size = -(-len(rows) // _CURVE_POINTS)
+    for begin in range(0, len(rows), size):
+        part = rows[begin : begin + size]
+        yield [part[-1]["step"], round(statistics.fmean(row["loss"] for row in part), 5)]
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    """All of it or nothing, whatever happens meanwhile."""
+    half = path.with_name(f"{path.name}.{os.getpid()}.part")
+    half.write_text(text, encoding="utf-8")
+    half.replace(path)

@@ -1,0 +1,213 @@
+"""What a sweep found: arms against their baseline, seed by seed, in tables.
+
+A difference is taken between cells of one seed (equal order of data), and the interval is that of
+the mean of those differences (Student's t, 95%).
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from tlm_jax.config import UserError
+
+Record = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Mean over seeds."""
+
+    mean: float
+    half_width: float | None
+    """Of the 95% interval; None for a single seed."""
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Estimate":
+        """From one value a seed."""
+        count = len(values)
+        if count < 2:
+            return cls(mean=values[0], half_width=None)
+        from scipy import stats  # slow to import
+
+        reach = float(stats.t.ppf(0.975, count - 1))
+        deviation = statistics.stdev(values) / math.sqrt(count)
+        return cls(mean=statistics.fmean(values), half_width=reach * deviation)
+
+    def text(self, digits: int, sign: str = "+") -> str:
+        """ "+0.012 ± 0.003"."""
+        spread = "" if self.half_width is None else f" ± {self.half_width:.{digits}f}"
+        return f"{self.mean:{sign}.{digits}f}{spread}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finding:
+    """An arm over its seeds."""
+
+    arm: str
+    baseline: str
+    records: tuple[Record, ...]
+    """One a seed."""
+    losses: Estimate
+    """Nats a token on held-out text at the end."""
+    difference: Estimate | None
+    """Less the baseline's, of equal seeds; None for the baseline itself."""
+    perplexity_ratio: float | None
+    """exp of the mean difference."""
+    pairs: int
+    """Seeds that both have."""
+    speed: Estimate | None
+    """Share of the tokens after which the loss is below that of the baseline's end; an arm that
+    does not get there has none."""
+
+    @property
+    def seeds(self) -> list[int]:
+        """Those that have a result."""
+        return [record["seed"] for record in self.records]
+
+
+def read(path: pathlib.Path) -> list[Record]:
+    """The results of a sweep: a file of JSON lines, or the folder of the sweep.
+
+    Raises:
+      UserError: there are none.
+    """
+    file = path / "results.jsonl" if path.is_dir() else path
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} holds no results of a sweep: {error}") from None
+    if not records or "arm" not in records[0]:
+        raise UserError(f"{file} holds no results of a sweep")
+    return records
+
+
+def findings(records: Sequence[Record]) -> list[Finding]:
+    """Every arm, in the order of the sweep."""
+    cells = {(r["arm"], r["seed"]): r for r in records}
+    arms = dict.fromkeys(r["arm"] for r in sorted(records, key=lambda r: (r["order"], r["seed"])))
+    found = []
+    for arm in arms:
+        mine = [r for r in records if r["arm"] == arm]
+        mine.sort(key=lambda r: r["seed"])
+        baseline = mine[0]["baseline"]
+        pairs = [
+            (r, cells[baseline, r["seed"]])
+            for r in mine
+            if arm != baseline and (baseline, r["seed"]) in cells
+        ]
+        apart = [r["final"]["loss"] - other["final"]["loss"] for r, other in pairs]
+        reached = [reaches(r, other["final"]["loss"]) for r, other in pairs]
+        difference = Estimate.of(apart) if apart else None
+        found.append(
+            Finding(
+                arm=arm,
+                baseline=baseline,
+                records=tuple(mine),
+                losses=Estimate.of([r["final"]["loss"] for r in mine]),
+                difference=difference,
+                perplexity_ratio=math.exp(difference.mean) if difference else None,
+                pairs=len(pairs),
+                speed=None
+                if not reached or None in reached
+                else Estimate.of([r for r in reached if r is not None]),
+            )
+        )
+    return found
+
+
+def reaches(record: Record, loss: float) -> float | None:
+    """Share of the steps after which held-out loss is at most `loss`; None if it never is.
+
+    Between evaluations the loss is taken to fall in a straight line.
+    """
+    points = record["validation"]
+    end = points[-1][0]
+    for (step, before), (later, after) in itertools.pairwise(points):
+        if after <= loss:
+            share = 1.0 if before <= after else (before - loss) / (before - after)
+            return (step + (later - step) * max(0.0, share)) / end
+    return None
+
+
+HEADER = (
+    "arm",
+    "seeds",
+    "loss",
+    "perplexity",
+    "loss - baseline's",
+    "perplexity ratio",
+    "tokens to its loss",
+)
+
+
+def rows(found: Sequence[Finding]) -> list[list[str]]:
+    """A row an arm, under `HEADER`; the difference is negative where the arm is better."""
+    return [
+        [
+            f.arm,
+            str(len(f.records)),
+            f.losses.text(4, ""),
+            f"{math.exp(f.losses.mean):.3f}",
+            f.difference.text(4) if f.difference else "",
+            f"{f.perplexity_ratio:.4f}" if f.perplexity_ratio else "",
+            "" if f.difference is None else f.speed.text(3, "") if f.speed else "not reached",
+        ]
+        for f in found
+    ]
+
+
+def table(records: Sequence[Record]) -> Table:
+    """The same for a terminal."""
+    result = Table(title=records[0]["sweep"])
+    for index, name in enumerate(HEADER):
+        result.add_column(name, justify="right" if index else "left")
+    for row in rows(findings(records)):
+        result.add_row(*row)
+    return result
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """The table, and what was held equal."""
+    found = findings(records)
+    lines = [list(HEADER), ["---"] * len(HEADER), *rows(found)]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"{table}\n\n{conditions(records)}"
+
+
+def conditions(records: Sequence[Record]) -> str:
+    """One paragraph: budget, data, and how the intervals are made."""
+    budgets = {json.dumps(r["budget"], sort_keys=True): r["budget"] for r in records}
+    each = "; ".join(
+        ", ".join(f"{value:,} {what}" for what, value in one.items()) for one in budgets.values()
+    )
+    baselines = sorted({r["baseline"] for r in records})
+    versions = sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in records})
+    return (
+        f"Held-out loss in nats a token. Each cell: {each}. Baseline: {', '.join(baselines)}; "
+        "differences are those of cells with one seed (parameters and order of data), ± is the 95% "
+        "interval of a mean over seeds (Student's t). Tokens to its loss: share of them after "
+        "which the loss is that of the baseline's end. "
+        f"{'; '.join(versions)}."
+    )
+
+
+def replace(page: str, name: str, text: str) -> str:
+    """The page with `text` between the marks `<!-- name -->` and `<!-- end name -->`.
+
+    Raises:
+      UserError: the page has no such marks.
+    """
+    start, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+    if start not in page or end not in page:
+        raise UserError(f"the page has no marks {start} and {end}")
+    before, rest = page.split(start, 1)
+    _, after = rest.split(end, 1)
+    return f"{before}{start}\n{text}\n{end}{after}"

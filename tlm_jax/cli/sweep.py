@@ -1,0 +1,53 @@
+"""tlm sweep."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from tlm_jax import config_io
+from tlm_jax.cli.parsing import parse
+from tlm_jax.config import UserError
+
+_RUN_AGAIN = 75
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command:
+    """Train every cell of a sweep: arms and seeds, paired, at one budget."""
+
+    file: Annotated[pathlib.Path | None, tyro.conf.Positional] = None
+    """Python file with get_sweep(), such as configs/sweeps/shapes.py."""
+    out: pathlib.Path | None = None
+    """Folder of the sweep. None is runs/sweeps/NAME."""
+    index: int = 0
+    """Of this machine, from 0, ..."""
+    count: int = 1
+    """... of so many; each trains every COUNT-th cell."""
+
+
+def run(argv: Sequence[str], prog: str) -> int:
+    """Runs `tlm sweep`; returns the exit status: 1 if a cell broke, 75 if it was stopped."""
+    command = parse(Command, argv, prog)
+    if command.file is None:
+        raise UserError(f"{prog} needs a file: {prog} configs/sweeps/shapes.py")
+    if not 0 <= command.index < command.count:
+        raise UserError(f"--index {command.index} must lie between 0 and --count - 1")
+    from tlm_jax.analysis import sweep
+
+    wanted = config_io.load(command.file, "get_sweep", sweep.Sweep)
+    folder = command.out or pathlib.Path("runs") / "sweeps" / wanted.name
+    console = Console()
+    outcome = sweep.run(wanted, folder, console, index=command.index, count=command.count)
+    if outcome.stopped:
+        return _RUN_AGAIN
+    console.print(f"Results: {folder / sweep.RESULTS}   tlm report {folder}", highlight=False)
+    if outcome.broken:
+        raise UserError(
+            f"{len(outcome.broken)} cells broke, see {sweep.LOG} in their folders: "
+            f"{', '.join(outcome.broken)}; the same command tries them again"
+        )
+    return 0
