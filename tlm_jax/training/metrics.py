@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -208,23 +210,25 @@ class SpeedMeter:
 def peak_flops(dtype: str) -> tuple[float, str]:
     """(FLOP/s of all devices, where the figure is from).
 
-    The datasheet's, where the device is known; otherwise (a CPU) the best of a
-    few products of two 2048x2048 matrices, timed here.
+    The datasheet's, where the device is known; otherwise (a CPU) the best of a few products of
+    two square matrices, timed here on all of this process's devices at once.
     """
-    devices = jax.devices()
+    devices, mine = jax.devices(), jax.local_devices()
     known = costs.peak_flops(devices[0].device_kind, dtype)
     if known is not None:
         return known * len(devices), f"{devices[0].device_kind} datasheet"
-    n = 2048
-    x = jnp.ones((n, n), dtype)
-    multiply = jax.jit(jnp.matmul)
-    multiply(x, x).block_until_ready()
-    best = math.inf
-    for _ in range(5):
-        start = time.perf_counter()
+    n = 2048 if len(mine) == 1 else 1024
+    mesh, best = Mesh(np.asarray(mine), ("device",)), math.inf
+    with jax.set_mesh(mesh):
+        ones = jnp.ones((len(mine), n, n), dtype)
+        x = jax.device_put(ones, NamedSharding(mesh, jax.P("device")))
+        multiply = jax.jit(jnp.matmul)
         multiply(x, x).block_until_ready()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best, f"measured {n}x{n} product"
+        for _ in range(5):
+            start = time.perf_counter()
+            multiply(x, x).block_until_ready()
+            best = min(best, time.perf_counter() - start)
+    return 2 * n**3 * len(devices) / best, f"measured {n}x{n} product"
 
 
 def due(done: int, every: int) -> bool:
