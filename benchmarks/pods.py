@@ -31,6 +31,7 @@ STAIRS = 2
 UNIFORM, EXACT = 1, None
 GROWTH = {
     ("440m", "transformer", "v5e:4x4"): (UNIFORM, STAIRS, 4, 8, EXACT),
+    ("1_3b", "transformer", "v5e:4x4"): (UNIFORM, STAIRS, 4),
     ("1_3b", "transformer", "v5e:16x16"): (UNIFORM, STAIRS, 4, EXACT),
 }
 """Numbers of segments of the second table."""
@@ -150,9 +151,8 @@ def publish() -> None:
     report.publish("compile", report.table(header, rows), PAGE)
     rows = []
     for where, numbers in GROWTH.items():
-        of_place = [done[(*where, n)] for n in numbers if (*where, n) in done]
-        for c in of_place:
-            twin = of_place[0]
+        twin = done.get((*where, UNIFORM))
+        for c in (done[(*where, n)] for n in numbers if twin and (*where, n) in done):
             rows.append(
                 [
                     name((*where, STAIRS)),
