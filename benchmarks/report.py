@@ -7,6 +7,8 @@ import re
 import jax
 import jaxlib
 
+from tlm_jax.analysis import sweep_report
+
 SPEED = pathlib.Path(__file__).parents[1] / "docs" / "speed.md"
 
 
@@ -47,10 +49,4 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def publish(name: str, text: str, page: pathlib.Path = SPEED) -> None:
     """Prints `text` and puts it between the marks `<!-- name -->` of a page."""
     print(text)
-    start, end = f"<!-- {name} -->", f"<!-- end {name} -->"
-    content = page.read_text()
-    if start not in content:
-        raise SystemExit(f"{page} has no mark {start}")
-    before, rest = content.split(start)
-    _, after = rest.split(end)
-    page.write_text(f"{before}{start}\n{text}\n{end}{after}")
+    page.write_text(sweep_report.replace(page.read_text(), name, text))

@@ -24,14 +24,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from tlm_jax import config_io, costs
 from tlm_jax.analysis.plots import series
-from tlm_jax.config import RunConfig, UserError
+from tlm_jax.config import RUN_AGAIN, RunConfig, UserError
 
 RESULTS, RESULT, LOG = "results.jsonl", "result.json", "log.txt"
 _CURVE_POINTS = 100
-_STOPPED = 75  # the exit status of a run that was told to stop, and saved
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -209,16 +209,19 @@ def run(
         where = folder / cell.folder
         begin = time.monotonic()
         status = _train(sweep.config(cell), where)
-        if status == _STOPPED:
+        if status == RUN_AGAIN:
             console.print(f"Stopped in {where}; the same command goes on.", highlight=False)
             gather(folder)
             return Outcome(finished=len(mine) - len(todo) + number - 1, broken=broken, stopped=True)
         label = f"\\[{number}/{len(todo)}] {cell.arm.name}, seed {cell.seed}"
-        if status:
-            broken[cell.folder] = _complaint(where, status)
-            console.print(f"{label}: [red]broken[/]: {broken[cell.folder]}", highlight=False)
+        try:
+            if status:
+                raise UserError(_complaint(where, status))
+            result = _result(sweep, cell, where)
+        except UserError as error:
+            broken[cell.folder] = str(error)
+            console.print(f"{label}: [red]broken[/]: {escape(str(error))}", highlight=False)
             continue
-        result = _result(sweep, cell, where)
         _write(where / RESULT, json.dumps(result) + "\n")
         gather(folder)
         console.print(
@@ -266,7 +269,10 @@ def _train(config: RunConfig, folder: pathlib.Path) -> int:
             start_new_session=True,  # Ctrl-C comes through us, once
             preexec_fn=_end_with_parent,
         )
-    hand_on = lambda *_: process.terminate()  # noqa: E731
+
+    def hand_on(*_: Any) -> None:
+        process.terminate()
+
     handlers = {number: signal.signal(number, hand_on) for number in _SIGNALS}
     try:
         return process.wait()
@@ -295,9 +301,11 @@ def _complaint(folder: pathlib.Path, status: int) -> str:
 def _result(sweep: Sweep, cell: Cell, folder: pathlib.Path) -> dict[str, Any]:
     config = sweep.config(cell)
     train, evaluation = (series(folder / "metrics.jsonl", kind) for kind in ("train", "eval"))
-    last = evaluation[-1]
+    last = evaluation[-1] if evaluation else {"step": 0}
     if last["step"] != config.training.num_steps:
-        raise UserError(f"{folder} has no evaluation at its end; delete it to run the cell anew")
+        raise UserError(
+            f"{folder} has no finite loss of an evaluation at its end; delete it to run it anew"
+        )
     return {
         "sweep": sweep.name,
         "arm": cell.arm.name,

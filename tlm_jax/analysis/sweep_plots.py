@@ -83,12 +83,9 @@ def plot_losses(found: Sequence[Finding], path: Path) -> None:
             if apart:
                 _band(bottom, apart, _color(index), f.arm)
         bottom.axhline(0, color=MUTED, linewidth=1)
-        settled = [
-            point
-            for axes in (top,)
-            for line in axes.get_lines()
-            for point in list(line.get_ydata())[len(list(line.get_ydata())) // 3 :]
-        ]
+        # The first third would squeeze the rest.
+        points = [r["validation"] for f in found for r in f.records]
+        settled = [loss for curve in points for _, loss in curve[len(curve) // 3 :]]
         margin = 0.05 * (max(settled) - min(settled)) or 0.1
         top.set_ylim(min(settled) - margin, max(settled) + margin)
         top.set_ylabel("validation loss")

@@ -10,9 +10,7 @@ from rich.console import Console
 
 from tlm_jax import config_io
 from tlm_jax.cli.parsing import parse
-from tlm_jax.config import UserError
-
-_RUN_AGAIN = 75
+from tlm_jax.config import RUN_AGAIN, UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +41,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     console = Console()
     outcome = sweep.run(wanted, folder, console, index=command.index, count=command.count)
     if outcome.stopped:
-        return _RUN_AGAIN
+        return RUN_AGAIN
     console.print(f"Results: {folder / sweep.RESULTS}   tlm report {folder}", highlight=False)
     if outcome.broken:
         raise UserError(

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from tlm_jax import config_io
 from tlm_jax.cli.parsing import Run, parse, path_after, quiet_libraries
-from tlm_jax.config import UserError
+from tlm_jax.config import RUN_AGAIN, UserError
 from tlm_jax.distributed import start
 from tlm_jax.distributed.start import ProcessesConfig
 
@@ -42,7 +42,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     start.keep_programs()
     start.join(command.processes)
     from tlm_jax.analysis import plan, plots
-    from tlm_jax.training import faults, loop, metrics, profiling
+    from tlm_jax.training import loop, metrics, profiling
 
     console = Console()
     trainer = loop.Trainer(
@@ -57,7 +57,7 @@ def run(argv: Sequence[str], prog: str) -> int:
             console.print(line, highlight=False)
     outcome = trainer.run()
     if not trainer.is_main:
-        return faults.RUN_AGAIN if outcome.stopped_by else 0
+        return RUN_AGAIN if outcome.stopped_by else 0
     curves = workdir / "curves.png"
     if not outcome.already_complete:
         try:
@@ -76,7 +76,7 @@ def run(argv: Sequence[str], prog: str) -> int:
             f"Stopped by {outcome.stopped_by} {what}; the same command continues.",
             soft_wrap=True,
         )
-        return faults.RUN_AGAIN
+        return RUN_AGAIN
     last = metrics.last_record(workdir, "eval")
     loss = ", but its last evaluation was interrupted"
     if last and last["step"] == outcome.step:

@@ -18,10 +18,8 @@ import jax
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from tlm_jax.config import UserError
+from tlm_jax.config import RUN_AGAIN, UserError
 
-RUN_AGAIN = 75
-"""Exit status of a run that is not complete and that the same command continues (EX_TEMPFAIL)."""
 _LOCK = ".lock"
 # Orbax's threads raise anew what JAX said, as errors of other types.
 _LOST = re.compile("Gloo|NCCL|[Bb]arrier|Connection (reset|refused)|UNAVAILABLE|DEADLINE_EXCEEDED")
