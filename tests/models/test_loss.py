@@ -8,7 +8,8 @@ from jax.extend.core import jaxprs_in_params
 
 from tlm_jax.config import AttentionConfig, ModelConfig
 from tlm_jax.models import skeleton
-from tlm_jax.models.loss import batch_losses, token_losses
+from tlm_jax.models.cross_entropy import token_losses, total_loss
+from tlm_jax.models.loss import batch_losses
 
 B, L, D, V = 3, 32, 16, 1000
 
@@ -44,11 +45,37 @@ def test_gradients_do_not_depend_on_the_chunk():
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_full_float32_logits_never_exist():
+@pytest.mark.parametrize("chunk", [0, 8])
+def test_the_total_and_its_gradients_are_those_of_the_losses_added_up(chunk: int):
+    """The total makes its gradient itself; that of the losses is autodiff's."""
+    hidden, head, targets = inputs()
+    weights = jax.random.uniform(jax.random.key(3), (B, L))
+
+    def added_up(hidden, head):
+        nll, log_z = token_losses(hidden, head, targets, chunk=0)
+        return 3.0 * jnp.sum(weights * (nll + 0.1 * jnp.square(log_z))), jnp.sum(weights * nll)
+
+    def total(hidden, head):
+        total, nll = total_loss(hidden, head, targets, weights, chunk, 0.1)
+        return 3.0 * total, nll
+
+    def run(loss):
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, head)
+
+    for a, b in zip(jax.tree.leaves(run(total)), jax.tree.leaves(run(added_up)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5)
+    for a, b in zip(total(hidden, head), added_up(hidden, head), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+@pytest.mark.parametrize("total", [False, True], ids=["losses", "total"])
+def test_full_float32_logits_never_exist(total: bool):
     """No value of B*L*V float32 elements appears in forward or backward."""
     hidden, head, targets = inputs(jnp.bfloat16)
 
     def loss(hidden, head):
+        if total:
+            return total_loss(hidden, head, targets, jnp.ones((B, L)), 8, 0.0)[0]
         return jnp.sum(token_losses(hidden, head, targets, chunk=8)[0])
 
     def largest(jaxpr) -> int:

@@ -11,6 +11,7 @@ key/value head (H = N*G), K head dim.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -135,11 +136,48 @@ def _attend_block(
     q_BNGLK: jax.Array, k_BNKS: jax.Array, v_BNSK: jax.Array, mask_BLS: jax.Array
 ) -> jax.Array:
     B, N, G, L, K = q_BNGLK.shape
-    q = q_BNGLK.reshape(B, N, G * L, K)
-    scores = jnp.matmul(q, k_BNKS, preferred_element_type=jnp.float32).reshape(B, N, G, L, -1)
-    scores = jnp.where(mask_BLS[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BNSK.dtype)
-    return jnp.matmul(weights.reshape(B, N, G * L, -1), v_BNSK).reshape(B, N, G, L, K)
+    mask_BNML = jnp.broadcast_to(mask_BLS[:, None, None], (B, 1, G, *mask_BLS.shape[1:]))
+    mask = mask_BNML.reshape(B, 1, G * L, -1)
+    q_BNMK = q_BNGLK.reshape(B, N, G * L, K)
+    return _softmax_attention(q_BNMK, k_BNKS, v_BNSK, mask).reshape(B, N, G, L, K)
+
+
+@jax.custom_vjp
+def _softmax_attention(
+    q_BNMK: jax.Array, k_BNKS: jax.Array, v_BNSK: jax.Array, mask_B1MS: jax.Array
+) -> jax.Array:
+    """softmax(q k) v where the mask is True -> (B, N, M, K).
+
+    Its own backward pass keeps one array of (M, S), exp(score - max), and divides by its sums
+    where rows have K values and not S.
+    """
+    return _softmax_forward(q_BNMK, k_BNKS, v_BNSK, mask_B1MS)[0]
+
+
+def _softmax_forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> Any:
+    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    inverse = 1.0 / jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.astype(v.dtype)
+    y = (jnp.matmul(weights, v, preferred_element_type=jnp.float32) * inverse).astype(v.dtype)
+    return y, (q, k, v, y, weights, inverse)
+
+
+def _softmax_backward(residuals: Any, dy: jax.Array) -> Any:
+    q, k, v, y, weights, inverse = residuals
+    dy_f32 = dy.astype(jnp.float32) * inverse
+    along_y = jnp.sum(dy_f32 * y, axis=-1, keepdims=True)
+    dy = dy_f32.astype(dy.dtype)
+    dv = jnp.matmul(weights.swapaxes(-1, -2), dy)
+    dweights = jnp.matmul(dy, v.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+    dscores = (weights * (dweights - along_y)).astype(q.dtype)
+    dq = jnp.matmul(dscores, k.swapaxes(-1, -2))
+    dk = jnp.matmul(q.swapaxes(-1, -2), dscores)
+    return dq, dk, dv, None
+
+
+_softmax_attention.defvjp(_softmax_forward, _softmax_backward)
 
 
 def _mask(segment_ids_BL: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ maps the names to mesh axes. Parameters are float32; products run in the dtype
 of their input.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -78,8 +79,14 @@ class MLP(nnx.Module):
     def branch(self, x_BLD: jax.Array) -> jax.Array:
         """SwiGLU(norm(x)), what the MLP adds to the stream."""
         h_BLD = self.norm(x_BLD)
-        h_BLF = jax.nn.silu(dense(h_BLD, self.gate[...])) * dense(h_BLD, self.up[...])
-        return dense(h_BLF, self.down[...])
+        gate_BLF, up_BLF = dense(h_BLD, self.gate[...]), dense(h_BLD, self.up[...])
+        return _gated(gate_BLF, up_BLF, self.down[...])
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _gated(gate_BLF: jax.Array, up_BLF: jax.Array, down_FD: jax.Array) -> jax.Array:
+    """(silu(gate) * up) @ down; the backward pass keeps gate and up only."""
+    return dense(jax.nn.silu(gate_BLF) * up_BLF, down_FD)
 
 
 def rotary(x_BLHK: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Array:
@@ -87,10 +94,21 @@ def rotary(x_BLHK: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Arra
     half = x_BLHK.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions_BL[:, :, None, None].astype(jnp.float32) * frequencies
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    sin, cos = jax.lax.platform_dependent(
+        jnp.stack([jnp.sin(angles), jnp.cos(angles)]), cpu=_materialized, default=lambda x: x
+    )
     a, b = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
     return rotated.astype(x_BLHK.dtype)
+
+
+def _materialized(x: jax.Array) -> jax.Array:
+    """x, behind a product with which XLA's CPU backend fuses nothing.
+
+    Sines count as cheap there, and would be computed again for each head and each use.
+    """
+    identity = jnp.eye(x.shape[-1], dtype=x.dtype)
+    return jnp.matmul(x, identity, precision=jax.lax.Precision.HIGHEST)
 
 
 @jax.custom_jvp

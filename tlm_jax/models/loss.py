@@ -9,8 +9,44 @@ import jax
 import jax.numpy as jnp
 
 from tlm_jax.models import online
-from tlm_jax.models.cross_entropy import token_losses
+from tlm_jax.models.cross_entropy import token_losses, total_loss
 from tlm_jax.models.language_model import Skeleton
+
+
+def training_loss(
+    skeleton: Skeleton,
+    params: Any,
+    batch: dict[str, jax.Array],
+    tokens: jax.Array,
+    *,
+    chunk: int,
+    z_loss: float,
+) -> tuple[jax.Array, jax.Array]:
+    """What training descends on, and the mean negative log-likelihood in it, in nats a token.
+
+    The first is the second plus z_loss times the mean of log_z^2.
+
+    Args:
+      skeleton, params, batch, chunk: see `batch_losses`.
+      tokens: what sums over tokens are divided by.
+      z_loss: weight of log_z^2.
+    """
+    if updates_online(skeleton, training=True):
+        nll_BL, log_z_BL, _ = batch_losses(skeleton, params, batch, chunk=chunk, training=True)
+        nll = jnp.sum(nll_BL) / tokens
+        return nll + z_loss * jnp.sum(jnp.square(log_z_BL)) / tokens, nll
+    model = skeleton.merge(params)
+    hidden_BLD, _ = model(
+        batch["inputs"], positions_BL=batch["positions"], segment_ids_BL=batch["segment_ids"]
+    )
+    weights_BL = (batch["segment_ids"] > 0) / tokens
+    return total_loss(hidden_BLD, model.head_DV, batch["targets"], weights_BL, chunk, z_loss)
+
+
+def updates_online(skeleton: Skeleton, *, training: bool) -> bool:
+    """Whether rows update the model's MLP levels while it reads them."""
+    mlp = skeleton.config.mlp
+    return bool(mlp.online_chunks) and (mlp.online_in_training or not training)
 
 
 def batch_losses(
@@ -37,8 +73,7 @@ def batch_losses(
     Returns:
       nll_BL and log_z_BL, float32, zero at padding, and scored_BL, bool.
     """
-    mlp = skeleton.config.mlp
-    if mlp.online_chunks and (mlp.online_in_training or not training):
+    if updates_online(skeleton, training=training):
         return online.online_losses(skeleton, params, batch, chunk=chunk)
     model = skeleton.merge(params)
     hidden_BLD, _ = model(

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tlm_jax.config import RunConfig
 from tlm_jax.distributed import sharding
 from tlm_jax.models import Skeleton
-from tlm_jax.models.loss import batch_losses
+from tlm_jax.models.loss import training_loss
 
 _NORM_STEPS = 100
 """Steps that the typical gradient norm is made of, and before which none is a spike."""
@@ -117,9 +117,7 @@ def make_train_step(
 
     def gradients(params: Any, batch: Batch, tokens: jax.Array) -> tuple[jax.Array, Any]:
         def objective(params: Any) -> tuple[jax.Array, jax.Array]:
-            nll_BL, log_z_BL, _ = batch_losses(skeleton, params, batch, chunk=chunk, training=True)
-            nll = jnp.sum(nll_BL) / tokens
-            return nll + z_loss * jnp.sum(jnp.square(log_z_BL)) / tokens, nll
+            return training_loss(skeleton, params, batch, tokens, chunk=chunk, z_loss=z_loss)
 
         (_, nll), grads = jax.value_and_grad(objective, has_aux=True)(params)
         return nll, grads
