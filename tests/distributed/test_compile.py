@@ -40,13 +40,18 @@ def test_collectives_count_as_often_as_loops_run() -> None:
     assert found["all-reduce"] == Collectives(kind="all-reduce", count=1, bytes=4)
 
 
-def test_started_collectives_and_unknown_loops() -> None:
-    """As TPU programs write them; the text is made up."""
+def test_started_collectives_and_loops_of_unknown_length() -> None:
+    """As TPU programs write them: how often a loop runs stands in its condition, if anywhere."""
     text = """
 HloModule m
 %body (p: (s32[], bf16[8,128])) -> (s32[], bf16[8,128]) {
   %g = (bf16[8,16]{1,0}, bf16[8,128]{1,0}) all-gather-start(%x), dimensions={1}
   %d = bf16[8,128]{1,0} all-gather-done(%g)
+}
+%below_five (p: (s32[], bf16[8,128])) -> pred[] {
+  %constant.7 = s32[]{:T(128)} constant(5), metadata={op_name="while/cond/lt"}
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt.1 = pred[]{:T(512)} compare(%i, %constant.7), direction=LT
 }
 %fused (a: f32[4]) -> f32[4] {
   %r = f32[4]{0} reduce-scatter(%a), to_apply=%add
@@ -54,11 +59,12 @@ HloModule m
 ENTRY %main (p0: bf16[8,16]) -> f32[4] {
   %w = (s32[], bf16[8,128]) while(%t), body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %v = (s32[], bf16[8,128]) while(%u), body=%body
+  %l = (s32[], bf16[8,128]) while(%w), condition=%below_five, body=%body
   %f = f32[4]{0} fusion(%y), kind=kLoop, calls=%fused
 }
 """
     assert collectives(text) == (
-        Collectives(kind="all-gather", count=4, bytes=4 * 8 * 128 * 2),
+        Collectives(kind="all-gather", count=9, bytes=9 * 8 * 128 * 2),
         Collectives(kind="reduce-scatter", count=1, bytes=16),
     )
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
+from helpers import count_products
 
 from tlm_jax import costs
 from tlm_jax.config import (
@@ -151,17 +151,8 @@ def _products(config: ModelConfig, length: int) -> int:
         model = skeleton(config).merge(params)
         return model.logits(model(ids)[0])
 
-    def count(jaxpr) -> int:
-        total = sum(count(sub) for eqn in jaxpr.eqns for sub in jaxprs_in_params(eqn.params))
-        for eqn in jaxpr.eqns:
-            if eqn.primitive.name == "dot_general":
-                (contracted, _), _ = eqn.params["dimension_numbers"]
-                inner = math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
-                total += 2 * inner * eqn.outvars[0].aval.size
-        return total
-
     ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    return count(jax.make_jaxpr(forward)(skeleton(config).shapes, ids).jaxpr)
+    return count_products(jax.make_jaxpr(forward)(skeleton(config).shapes, ids).jaxpr)
 
 
 def test_future_tokens_change_nothing_before_them():

@@ -17,6 +17,8 @@ _CALLED = re.compile(
     r"(?:body|condition|calls|to_apply|branch_computations)=\{?([^,{}]+(?:, ?%[^,{}]+)*)"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
+_LESS_THAN = re.compile(r"^ *ROOT .* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +35,10 @@ class Collectives:
 def collectives(hlo: str) -> tuple[Collectives, ...]:
     """Counts the collective operations of a compiled program (`Compiled.as_text()`).
 
-    An operation inside a loop counts as often as the compiler knows that the loop runs; once
-    where it does not know. Of a branch, both sides count.
+    An operation inside a loop counts as often as the loop runs. Where the compiler does not say
+    how often (it does not for TPUs), the loop's condition does: scans, and the loops in which a
+    TPU takes apart a product whose operand is gathered, count from 0 up to a constant. Any other
+    loop counts once. Of a branch, both sides count.
     """
     bodies, entry = _computations(hlo)
     counts: collections.Counter[str] = collections.Counter()
@@ -45,10 +49,10 @@ def collectives(hlo: str) -> tuple[Collectives, ...]:
             if found := _COLLECTIVE.search(line):
                 counts[found[2]] += times
                 sizes[found[2]] += times * _result_bytes(found[1], started=bool(found[3]))
-            trips = _TRIPS.search(line)
+            trips = _trips(line, bodies)
             for called in _CALLED.findall(line):
                 for word in called.split(","):
-                    visit(word.strip().lstrip("%"), times * (int(trips[1]) if trips else 1))
+                    visit(word.strip().lstrip("%"), times * trips)
 
     visit(entry, 1)
     return tuple(
@@ -56,6 +60,19 @@ def collectives(hlo: str) -> tuple[Collectives, ...]:
         for kind in KINDS
         if counts[kind]
     )
+
+
+def _trips(line: str, bodies: dict[str, list[str]]) -> int:
+    """How often the computations run that an operation calls."""
+    if known := _TRIPS.search(line):
+        return int(known[1])
+    loop = _CONDITION.search(line)
+    condition = bodies.get(loop[1], []) if loop else []
+    for compare in filter(None, map(_LESS_THAN.match, condition)):
+        for other in condition:
+            if found := re.match(rf" *%?{re.escape(compare[1])} = .* constant\((\d+)\)", other):
+                return int(found[1])
+    return 1
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
