@@ -40,6 +40,36 @@ def test_each_curve_by_hand(schedule: Any, expected: tuple[int, ...]) -> None:
     assert layer_widths(7, 96, schedule, multiple_of=multiple) == expected
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("openelm", (0.5, 1.375, 2.25, 3.125, 4.0)),  # 0.5 to 4.0 in equal steps
+        ("delight", (2.0, 2.25, 2.5, 2.75, 3.0)),
+        ("middle", (0.0, 1.0, 1.0, 1.0, 0.0)),  # at x = 0, 1/4, 1/2, 3/4, 1
+        ("crown", (0.5, 1.0, 1.5, 1.0, 0.5)),
+        ("frame", (1.5, 1.0, 0.5, 1.0, 1.5)),
+        ("bottleneck", (1.0, 0.3 ** (1 / 3), 0.3 ** (2 / 3), 0.3, 1.0)),
+    ],
+)
+def test_shapes_of_related_work(shape: Any, expected: tuple[float, ...]) -> None:
+    """The papers' proportions at an exact budget; no layer is left without width."""
+    widths = layer_widths(5, 9000, shape, multiple_of=1)
+    assert sum(widths) == 5 * 9000
+    for width, part in zip(widths, expected, strict=True):
+        assert abs(width - 45000 * part / sum(expected)) <= max(1, 45000 * 1e-3)
+        assert width >= 1
+    coarse = layer_widths(24, 64, shape, multiple_of=16)
+    assert sum(coarse) == 24 * 64
+    assert min(coarse) >= 16
+    assert all(width % 16 == 0 for width in coarse)
+
+
+def test_a_shape_needs_a_unit_for_every_layer() -> None:
+    with pytest.raises(TaperError, match="leaves a layer narrower than multiple_of=16") as error:
+        layer_widths(8, 8, "crown")
+    assert layer_widths(8, schedule="crown", **{"base_width": 8} | error.value.suggestion)
+
+
 def test_steeper_sigmoid_changes_more_in_the_middle() -> None:
     flat, steep = (layer_widths(12, 4096, "sigmoid", steepness=k) for k in (5.0, 20.0))
     assert steep[5] - steep[6] > flat[5] - flat[6]

@@ -144,7 +144,7 @@ class ModelCosts:
 
     @property
     def hardware_flops(self) -> int:
-        """`training_flops_full` and the recomputed layers (not the chunked loss)."""
+        """`training_flops_full` and the recomputed layers."""
         return self.training_flops_full + self.recompute_flops
 
     @property

@@ -14,9 +14,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
-from tlm_jax import _fit
+from tlm_jax import _fit, shapes
 
-Schedule = Literal["uniform", "linear", "cosine", "sigmoid", "groups", "explicit"]
+Schedule = Literal[
+    "uniform", "linear", "cosine", "sigmoid", "groups", "explicit",
+    "openelm", "delight", "middle", "crown", "frame", "bottleneck",
+]  # fmt: skip
 Third = Literal["early", "middle", "late"]
 
 _CURVES = ("linear", "cosine", "sigmoid")
@@ -122,7 +125,8 @@ def layer_widths(
       base_width: mean width.
       schedule: a curve above; `uniform`; `groups` (one third of the depth `start` times
         the base, the rest sharing what is left: the paper's first experiment, with our
-        factors); or `explicit`. A uniform model needs no multiples, so `uniform`, and a
+        factors); a shape of related work (see `shapes`), which has no start and end; or
+        `explicit`. A uniform model needs no multiples, so `uniform`, and a
         curve from 1 to 1, ignore `multiple_of`.
       start: first width over base (groups: that of the heavy third).
       end: last width over base (groups: not used). A curve keeps the mean only if
@@ -195,7 +199,8 @@ def _solve(r: _Request) -> tuple[int, ...]:
                 f"multiple of multiple_of={r.multiple_of}",
                 _nearby_bases(r),
             )
-        ideal, exact = _groups(r) if r.schedule == "groups" else _curve(r)
+        solve = _shape if r.schedule in shapes.SHAPES else _curve
+        ideal, exact = _groups(r) if r.schedule == "groups" else solve(r)
     if r.num_segments is None or len(segments(exact)) <= r.num_segments:
         return exact
     return _approximate(r, ideal, exact)
@@ -217,7 +222,7 @@ def _check_numbers(r: _Request) -> None:
             f"num_segments={k} must lie between 1 and num_layers={r.num_layers}",
             [{"num_segments": nearest}, {"num_segments": None}],
         )
-    if r.schedule not in ("uniform", "groups", "explicit", *_CURVES):
+    if r.schedule not in ("uniform", "groups", "explicit", *_CURVES, *shapes.SHAPES):
         raise _Impossible(f"unknown schedule {r.schedule!r}", [{"schedule": "cosine"}])
     if r.schedule == "groups" and r.heavy not in _THIRDS:
         raise _Impossible(f"heavy={r.heavy!r} is not one of {_THIRDS}", [{"heavy": "early"}])
@@ -293,7 +298,18 @@ def _groups(r: _Request) -> tuple[list[float], tuple[int, ...]]:
     return [x * r.base_width / unit for x in ratios], tuple(u * unit for u in units)
 
 
-_SHAPES: dict[str, Callable[[float, float], float]] = {
+def _shape(r: _Request) -> tuple[list[float], tuple[int, ...]]:
+    """A shape of related work."""
+    ideal, units = shapes.units(r.schedule, r.num_layers, r.budget // r.multiple_of)
+    if units is None:
+        raise _Impossible(
+            f"base_width={r.base_width} leaves a layer narrower than multiple_of={r.multiple_of}",
+            _nearby_bases(r),
+        )
+    return ideal, tuple(u * r.multiple_of for u in units)
+
+
+_CURVE: dict[str, Callable[[float, float], float]] = {
     "linear": lambda x, _: 1.0 - x,
     "cosine": lambda x, _: (1.0 + math.cos(math.pi * x)) / 2.0,
     # sigma(-k(x-1/2)) between its values at 0 and 1; tanh does not overflow.
@@ -310,7 +326,7 @@ def _curve(r: _Request) -> tuple[list[float], tuple[int, ...]]:
         )
     scale = r.base_width / r.multiple_of
     high, low = max(r.start, r.end), min(r.start, r.end)
-    shape, last = _SHAPES[r.schedule], r.num_layers - 1
+    shape, last = _CURVE[r.schedule], r.num_layers - 1
     falling = [low + (high - low) * shape(i / last, r.steepness) for i in range(last + 1)]
     ideal = [round(x * scale, _DECIMALS) for x in falling]
     # Halves round up in the early half and down in the late one: rounding mirrors.

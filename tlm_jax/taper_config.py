@@ -10,7 +10,9 @@ class TaperConfig:
     """How a width is spread over depth (arXiv 2606.23670, section 3)."""
 
     schedule: taper_lib.Schedule = "cosine"
-    """Curve from first to last layer; uniform turns tapering off."""
+    """Curve from first to last layer; uniform turns tapering off.
+
+    From openelm on: shapes of related work, which take no start and end."""
     start: float = 1.5
     """Width of the first layer relative to the mean (groups: of the heavy third)."""
     end: float = 0.5

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tlm_jax import costs as costs_lib
+from tlm_jax import shapes
 from tlm_jax import taper as taper_lib
 from tlm_jax.config import ModelConfig, RunConfig
 
@@ -84,7 +85,7 @@ def _shape(model: ModelConfig) -> str:
 
 def _schedule(model: ModelConfig) -> str:
     taper = model.taper
-    if taper.schedule in ("uniform", "explicit"):
+    if taper.schedule in ("uniform", "explicit", *shapes.SHAPES):
         return taper.schedule
     if taper.schedule == "groups":
         return f"groups, {taper.heavy} third {taper.start:g}x"
