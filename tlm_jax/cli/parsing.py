@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import io
 import itertools
@@ -93,6 +94,11 @@ def _one_line(box: str) -> str:
     text = re.sub(r"Error parsing ((run|suites)\.?)?", "", text)
     text = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is no whole number", text)
     text = re.sub(r"could not convert string to float: (.*)", r"\1 is no number", text)
+    if choice := re.search(r"invalid choice '(.*?)' (for .*)\. Expected one of \((.*)\)", text):
+        wanted, where, known = choice[1], choice[2], re.findall(r"'(.*?)'", choice[3])
+        near = difflib.get_close_matches(wanted, known, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        text = f"invalid choice {wanted!r} {where}{hint} (one of {', '.join(known)})"
     if suggestion := re.search(r"Perhaps you meant:.*?(--[^\s,]+)", box, re.DOTALL):
         text += f"; did you mean {suggestion[1]}?"
     return text
