@@ -9,10 +9,11 @@ import importlib.metadata
 import os
 import pathlib
 import random
+import shutil
 from collections.abc import Iterator
 
 import pytest
-from helpers import DRIVER, NUM_STEPS, run
+from helpers import DRIVER, NUM_STEPS, Fails, only_error, run
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # read when jax is imported
@@ -116,3 +117,30 @@ def _only_once(path: pathlib.Path) -> Iterator[bool]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield not done.exists()
         done.touch()
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Fails:
+    """Runs `tlm` in this process and returns its only line of complaint."""
+
+    from tlm_jax import cli
+
+    def run_cli(*words: object) -> str:
+        capsys.readouterr()
+        status = cli.main([str(word) for word in words])
+        assert status in (1, 2)
+        return only_error(capsys.readouterr().err)
+
+    return run_cli
+
+
+@pytest.fixture
+def train(config_file: pathlib.Path, tmp_path: pathlib.Path) -> tuple[str, ...]:
+    """`tlm train` in a new run folder."""
+    return ("train", "--config", str(config_file), "--workdir", str(tmp_path / "run"))
+
+
+@pytest.fixture
+def finished(finished_run: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A finished run to be written to, with checkpoints of steps 10 and 20."""
+    return shutil.copytree(finished_run, tmp_path / "finished")

@@ -6,13 +6,15 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
 DRIVER = ROOT / "tests" / "training" / "driver.py"
 NUM_STEPS = 20
 """Of the run that `config_file` describes; it saves at half of them and at the end."""
+Fails = Callable[..., str]
+"""Runs `tlm` with these words, which are wrong, and returns its only line of complaint."""
 
 
 def command(script: pathlib.Path | str, *words: object) -> list[str]:

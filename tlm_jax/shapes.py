@@ -1,15 +1,25 @@
-"""Widths over depth of related work, at the budget of a uniform model.
+"""Curves over depth: those of a taper, and the widths of related work at a uniform model's budget.
 
-Each shape gives the width of a layer at depth x (0 at the first layer, 1 at the last) up to a
-factor, which the budget fixes. The papers vary more than MLP widths, or other sizes of the block;
-here only the MLP's width follows their curve (our reading, to compare shapes and nothing else).
+Each shape of related work gives the width of a layer at depth x (0 at the first layer, 1 at the
+last) up to a factor, which the budget fixes. The papers vary more than MLP widths, or other sizes
+of the block; here only the MLP's width follows their curve (our reading, to compare shapes and
+nothing else).
 """
 
+import math
 from collections.abc import Callable
 
 from tlm_jax import _fit
 
 _DECIMALS = 9  # of a unit; removes the noise of floats so that ties are ties
+
+CURVES: dict[str, Callable[[float, float], float]] = {
+    "linear": lambda x, _: 1.0 - x,
+    "cosine": lambda x, _: (1.0 + math.cos(math.pi * x)) / 2.0,
+    # sigma(-k(x-1/2)) between its values at 0 and 1; tanh does not overflow.
+    "sigmoid": lambda x, k: (1.0 - math.tanh(k * (x - 0.5) / 2) / math.tanh(k / 4)) / 2.0,
+}
+"""f(x, steepness), falling from 1 at depth 0 to 0 at depth 1; see `taper.layer_widths`."""
 
 
 def _openelm(x: float) -> float:
@@ -56,6 +66,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
     "frame": _frame,
     "bottleneck": _bottleneck,
 }
+"""Width at depth x, up to a factor."""
 
 
 def units(name: str, num_layers: int, budget: int) -> tuple[list[float], list[int] | None]:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from tlm_jax import _fit, shapes
@@ -22,7 +22,6 @@ Schedule = Literal[
 ]  # fmt: skip
 Third = Literal["early", "middle", "late"]
 
-_CURVES = ("linear", "cosine", "sigmoid")
 _THIRDS = ("early", "middle", "late")
 _DECIMALS = 9  # of a unit; removes the noise of cos() so that ties are ties
 
@@ -187,7 +186,7 @@ def _fallbacks(r: _Request) -> Iterator[dict[str, Any]]:
 def _solve(r: _Request) -> tuple[int, ...]:
     """The widths of a request, or `_Impossible`."""
     _check_numbers(r)
-    if r.schedule == "uniform" or (r.schedule in _CURVES and r.start == r.end == 1):
+    if r.schedule == "uniform" or (r.schedule in shapes.CURVES and r.start == r.end == 1):
         return (r.base_width,) * r.num_layers
     if r.schedule == "explicit":
         exact = _check_explicit(r)
@@ -199,8 +198,8 @@ def _solve(r: _Request) -> tuple[int, ...]:
                 f"multiple of multiple_of={r.multiple_of}",
                 _nearby_bases(r),
             )
-        solve = _shape if r.schedule in shapes.SHAPES else _curve
-        ideal, exact = _groups(r) if r.schedule == "groups" else solve(r)
+        solvers = {"groups": _groups, **dict.fromkeys(shapes.CURVES, _curve)}
+        ideal, exact = solvers.get(r.schedule, _shape)(r)
     if r.num_segments is None or len(segments(exact)) <= r.num_segments:
         return exact
     return _approximate(r, ideal, exact)
@@ -211,7 +210,7 @@ def _check_numbers(r: _Request) -> None:
         value = getattr(r, name)
         if value < 1:
             raise _Impossible(f"{name}={value} must be at least 1")
-    for name in ("start", "end") if r.schedule in _CURVES else ():
+    for name in ("start", "end") if r.schedule in shapes.CURVES else ():
         value = getattr(r, name)
         if not 0 < value < math.inf:
             raise _Impossible(f"{name}={value} must be positive and finite", _ratios(r))
@@ -222,7 +221,7 @@ def _check_numbers(r: _Request) -> None:
             f"num_segments={k} must lie between 1 and num_layers={r.num_layers}",
             [{"num_segments": nearest}, {"num_segments": None}],
         )
-    if r.schedule not in ("uniform", "groups", "explicit", *_CURVES, *shapes.SHAPES):
+    if r.schedule not in ("uniform", "groups", "explicit", *shapes.CURVES, *shapes.SHAPES):
         raise _Impossible(f"unknown schedule {r.schedule!r}", [{"schedule": "cosine"}])
     if r.schedule == "groups" and r.heavy not in _THIRDS:
         raise _Impossible(f"heavy={r.heavy!r} is not one of {_THIRDS}", [{"heavy": "early"}])
@@ -309,14 +308,6 @@ def _shape(r: _Request) -> tuple[list[float], tuple[int, ...]]:
     return ideal, tuple(u * r.multiple_of for u in units)
 
 
-_CURVE: dict[str, Callable[[float, float], float]] = {
-    "linear": lambda x, _: 1.0 - x,
-    "cosine": lambda x, _: (1.0 + math.cos(math.pi * x)) / 2.0,
-    # sigma(-k(x-1/2)) between its values at 0 and 1; tanh does not overflow.
-    "sigmoid": lambda x, k: (1.0 - math.tanh(k * (x - 0.5) / 2) / math.tanh(k / 4)) / 2.0,
-}
-
-
 def _curve(r: _Request) -> tuple[list[float], tuple[int, ...]]:
     """The ideal curve in units, and the widths on it."""
     if r.num_layers < 2:
@@ -326,7 +317,7 @@ def _curve(r: _Request) -> tuple[list[float], tuple[int, ...]]:
         )
     scale = r.base_width / r.multiple_of
     high, low = max(r.start, r.end), min(r.start, r.end)
-    shape, last = _CURVE[r.schedule], r.num_layers - 1
+    shape, last = shapes.CURVES[r.schedule], r.num_layers - 1
     falling = [low + (high - low) * shape(i / last, r.steepness) for i in range(last + 1)]
     ideal = [round(x * scale, _DECIMALS) for x in falling]
     # Halves round up in the early half and down in the late one: rounding mirrors.
@@ -399,7 +390,7 @@ def _nearby_bases(r: _Request) -> Iterator[dict[str, Any]]:
         for index in (middle + i, middle - i) if i else (middle,):
             if index > 0:
                 yield {"base_width": index * step}
-    smallest = min(r.start, r.end) if r.schedule in _CURVES else 0.5
+    smallest = min(r.start, r.end) if r.schedule in shapes.CURVES else 0.5
     yield {"base_width": _round_up(math.ceil(r.multiple_of / smallest), 2 * r.multiple_of)}
 
 

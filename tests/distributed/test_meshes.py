@@ -28,7 +28,7 @@ from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed import sharding
 from tlm_jax.mixers import GatedAttentionConfig, MixerConfig, MLPConfig, TitansConfig
 from tlm_jax.models import skeleton
-from tlm_jax.models.loss import batch_losses
+from tlm_jax.models.loss import training_loss
 from tlm_jax.training import step
 from tlm_jax.training.optimizer import make_optimizer
 
@@ -92,8 +92,8 @@ def loss_and_gradients(config: RunConfig, num_devices: int) -> tuple[float, Any,
     shardings = step.state_shardings(model, tx, mesh)
 
     def loss(params: Any, data: dict[str, jax.Array]) -> jax.Array:
-        nll_BL, _, scored_BL = batch_losses(model, params, data, chunk=16, training=True)
-        return jnp.sum(nll_BL) / jnp.sum(scored_BL)
+        tokens = jnp.sum(data["segment_ids"] > 0)
+        return training_loss(model, params, data, tokens, chunk=16, z_loss=1e-4)[0]
 
     with jax.set_mesh(mesh):
         init = jax.jit(lambda key: step.init_state(model, tx, key), out_shardings=shardings)
