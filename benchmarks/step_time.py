@@ -1,133 +1,189 @@
-"""Step time of a tapered model against its uniform twin, scanned and unrolled.
+"""Step times: a taper against its uniform twin, and against other frameworks' steps.
 
-    python -m benchmarks.step_time [--config configs/tiny.py] [--steps 40]
+    python -m benchmarks.step_time tiny
+    python -m benchmarks.step_time torch --torch_python X/bin/python [--mkl libmkl.so]
+    python -m benchmarks.step_time gpu [--results FILE.json]
 
-Each arm runs in a process of its own (in one process, freed pages would be
-measured too). The processes take turns, step by step, so that both see the same
-machine; medians are written to docs/speed.md.
+`tiny` and `torch` write their tables to docs/speed.md; `gpu` too, where there is one. X is an
+environment with torch and transformers; `--mkl` is a library to preload whose
+`mkl_serv_intel_cpu_true` returns 1, which gives torch MKL's best kernels on other processors.
 """
 
 import argparse
 import dataclasses
-import statistics
-import subprocess
+import json
+import pathlib
 import sys
-import time
+import tempfile
+from collections.abc import Mapping
+from typing import Any
 
-import jax
-import numpy as np
-
-from benchmarks import report
+from benchmarks import race, report
 from tlm_jax import config_io, costs
-from tlm_jax.config import RunConfig
-from tlm_jax.distributed import mesh as mesh_lib
-from tlm_jax.distributed.sharding import to_devices
-from tlm_jax.models import skeleton
-from tlm_jax.training import step
-from tlm_jax.training.optimizer import make_optimizer
+from tlm_jax.architectures import with_architecture
+from tlm_jax.config import AttentionConfig, DataConfig, ModelConfig, RunConfig, TaperConfig
 
-ARMS = ("tapered", "uniform", "uniform_unrolled")
+ROOT = pathlib.Path(__file__).parents[1]
+UNIFORM = TaperConfig(schedule="uniform", multiple_of=1)
 
 
-def arm_config(path: str, arm: str) -> RunConfig:
-    """The config of an arm."""
-    config = config_io.load_config(path)
-    if arm != "tapered":
-        config = dataclasses.replace(config, model=config.model.uniform_twin())
-    if arm == "uniform_unrolled":
-        config = dataclasses.replace(
-            config, model=dataclasses.replace(config.model, scan_layers=False)
+def shape(
+    num_layers: int, d_model: int, heads: int, width: int, vocab: int, rows: int, length: int
+) -> RunConfig:
+    """A tapered Transformer of a yardstick's shape."""
+    return RunConfig(
+        model=ModelConfig(
+            vocab_size=vocab,
+            num_layers=num_layers,
+            d_model=d_model,
+            mlp_width=width,
+            mixer=AttentionConfig(num_heads=heads),
+            remat="none",
+        ),
+        data=DataConfig(batch_size=rows, seq_len=length),
+    )
+
+
+SHAPES = {
+    "12 x 256": shape(12, 256, 4, 704, 4096, 8, 256),
+    "12 x 512": shape(12, 512, 8, 1408, 32_000, 4, 512),
+}
+"""Transformers that are timed against other frameworks."""
+
+
+def with_taper(config: RunConfig, taper: TaperConfig) -> RunConfig:
+    """The config with another taper."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, taper=taper))
+
+
+def unrolled(config: RunConfig) -> RunConfig:
+    """The config with its layers outside of loops."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, scan_layers=False))
+
+
+def stairs(config: RunConfig, number: int | None) -> RunConfig:
+    """The config with its taper in so many segments."""
+    return with_taper(config, dataclasses.replace(config.model.taper, num_segments=number))
+
+
+class Folder:
+    """Where the workers' configs lie."""
+
+    def __init__(self, path: str) -> None:
+        self._path = pathlib.Path(path)
+
+    def ours(self, config: RunConfig, **env: str) -> race.Entrant:
+        """A worker of ours."""
+        file = self._path / f"{len(list(self._path.iterdir()))}.json"
+        file.write_text(json.dumps(config_io.to_dict(config)))
+        return race.Entrant(
+            command=[sys.executable, "-m", "benchmarks.train_worker", str(file)], env=env
         )
-    return config
 
 
-def serve(config: RunConfig) -> None:
-    """Runs one step for each line on standard input and answers with its seconds."""
-    model = skeleton(config.model)
-    tx = make_optimizer(config.optimizer, config.training.num_steps, config.model.mlp.periods)
-    mesh = mesh_lib.make_mesh(config)
-    with jax.set_mesh(mesh):
-        shardings = step.state_shardings(model, tx, mesh)
-        state = jax.jit(lambda k: step.init_state(model, tx, k), out_shardings=shardings)(
-            jax.random.key(0)
-        )
-        run = jax.jit(
-            step.make_train_step(config, model, tx),
-            donate_argnums=0,
-            out_shardings=(shardings, None),
-        )
-        shape = (config.data.batch_size, config.data.seq_len)
-        ids = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, dtype=np.int32)
-        positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-        ones = np.ones(shape, np.int32)
-        batch = to_devices(
-            {"inputs": ids, "targets": ids, "segment_ids": ones, "positions": positions}, mesh
-        )
-        for _ in range(3):
-            state, metrics = run(state, batch)
-        jax.block_until_ready(metrics)
-        for _ in sys.stdin:
-            begin = time.perf_counter()
-            state, metrics = run(state, batch)
-            jax.block_until_ready((state, metrics))
-            print(time.perf_counter() - begin, flush=True)
+def flops_a_step(config: RunConfig) -> int:
+    """Of matrix products, with attention over all keys, as a dense framework counts."""
+    per_token = costs.model_costs(config.model, config.data.seq_len).training_flops_full
+    return per_token * config.data.batch_size * config.data.seq_len
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", default="configs/tiny.py")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--arm", choices=ARMS, help="run as one of the two processes")
-    options = parser.parse_args()
-    if options.arm:
-        serve(arm_config(options.config, options.arm))
-        return
-    command = [sys.executable, "-m", "benchmarks.step_time", "--config", options.config]
-    workers = {
-        arm: subprocess.Popen(
-            [*command, "--arm", arm], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for arm in ARMS
+def tiny(options: argparse.Namespace, folder: Folder) -> None:
+    """configs/tiny.py tapered, and uniform with and without loops."""
+    config = config_io.load_config(ROOT / "configs" / "tiny.py")
+    arms = {
+        "tapered": config,
+        "uniform": with_taper(config, UNIFORM),
+        "uniform_unrolled": unrolled(with_taper(config, UNIFORM)),
     }
-    times: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    for turn in range(options.steps + 2):
-        for arm in ARMS if turn % 2 else ARMS[::-1]:
-            worker = workers[arm]
-            assert worker.stdin is not None
-            assert worker.stdout is not None
-            worker.stdin.write("step\n")
-            worker.stdin.flush()
-            seconds = float(worker.stdout.readline())
-            if turn >= 2:  # the first turns still overlap with the other's start
-                times[arm].append(seconds)
-    for worker in workers.values():
-        worker.communicate()
-    config = arm_config(options.config, "tapered")
-    flops = costs.model_costs(config.model, config.data.seq_len).training_flops_full
-    per_step = flops * config.data.batch_size * config.data.seq_len
-    rows = []
-    for arm in ARMS:
-        median = statistics.median(times[arm])
-        low, _, high = statistics.quantiles(times[arm], n=4)
-        rows.append(
-            [
-                arm,
-                f"{median * 1e3:.1f}",
-                f"{low * 1e3:.1f} to {high * 1e3:.1f}",
-                f"{per_step / median / 1e9:.0f}",
-                f"{_ratio(times['tapered'], times[arm]):.3f}",
-            ]
-        )
+    found = race.run({name: folder.ours(one) for name, one in arms.items()}, options.steps)
+    rows = [
+        [
+            name,
+            f"{one.median * 1e3:.1f}",
+            one.middle_half,
+            f"{flops_a_step(config) / one.median / 1e9:.0f}",
+            f"{race.ratio(found['tapered'], one):.3f}",
+        ]
+        for name, one in found.items()
+    ]
     header = ["model", "ms a step", "middle half", "GFLOP/s", "tapered over it"]
     report.publish(
         "step-time",
         f"{report.table(header, rows)}\n\nMedians of {options.steps} alternating steps; ratios are "
-        f"medians over pairs. {options.config}; {report.machine()}.",
+        f"medians over pairs. configs/tiny.py; {report.machine()}.",
     )
 
 
-def _ratio(ours: list[float], theirs: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+GPU_ROWS = 16
+"""Rows of 4,096 tokens in a step on one GPU."""
+
+
+def gpu(options: argparse.Namespace, folder: Folder) -> None:
+    """configs/tlm_440m.py on one GPU: segments, kernels and architectures."""
+    base = config_io.load_config(ROOT / "configs" / "tlm_440m.py")
+    base = dataclasses.replace(base, data=dataclasses.replace(base.data, batch_size=GPU_ROWS))
+    two = stairs(base, 2)
+    plain = dataclasses.replace(two.model, attention_kernel="xla")
+    arms: dict[str, RunConfig] = {
+        "transformer, uniform": with_taper(base, UNIFORM),
+        "transformer, 2 stairs": two,
+        "transformer, 4 stairs": stairs(base, 4),
+        "transformer, exact": base,
+        "transformer, 2 stairs, plain attention": dataclasses.replace(two, model=plain),
+    }
+    for name in ("gated_attention", "hope_attention", "titans"):
+        arms[f"{name}, 2 stairs"] = with_architecture(two, name)
+    keep = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    workers = {name: folder.ours(one, **keep) for name, one in arms.items() if options.only in name}
+    found = race.run(workers, options.steps, together=False)
+    rows = [
+        {
+            "arm": name,
+            "ms": one.median * 1e3,
+            "middle_half": one.middle_half,
+            "tokens_per_second": GPU_ROWS * base.data.seq_len / one.median,
+            "tflops": flops_a_step(arms[name]) / one.median / 1e12,
+            **one.said,
+        }
+        for name, one in found.items()
+    ]
+    record = {"rows": rows, "machine": report.software(), "steps": options.steps}
+    options.results.write_text(json.dumps(record, indent=1) + "\n")
+    publish_gpu(record)
+
+
+def publish_gpu(record: Mapping[str, Any]) -> None:
+    """The table of a GPU's record."""
+    rows = [
+        [
+            row["arm"],
+            f"{row['compile_s']:.0f}",
+            f"{row['ms']:.0f}",
+            row["middle_half"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['tflops']:.0f}",
+            f"{row['device_peak_mib'] / 1024:.1f}",
+        ]
+        for row in record["rows"]
+    ]
+    header = ["model", "compile s", "ms a step", "middle half", "tokens/s", "TFLOP/s", "peak GiB"]
+    report.publish(
+        "step-gpu",
+        f"{report.table(header, rows)}\n\nMedians of {record['steps']} steps of {GPU_ROWS} rows of "
+        f"4,096 tokens; {record['machine']}.",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    tables = {"tiny": tiny, "gpu": gpu}
+    parser.add_argument("table", choices=tables, nargs="?", default="tiny")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--only", default="", help="arms of gpu whose name has this")
+    parser.add_argument("--results", type=pathlib.Path, default=ROOT / "docs/results/gpu.json")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as path:
+        tables[options.table](options, Folder(path))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Shapes of the width over depth at one budget (arXiv 2606.23670, its first and main experiments).
 
 Command:   DATA=FOLDER tlm sweep configs/sweeps/shapes.py
-Cost:      18 runs of configs/study.py
+Sizes:     FILE.py:medium takes configs/study.py:medium and the first four arms
+Cost:      35 runs of configs/study.py (five seeds), or 12 of medium (three)
 Expected:  docs/results.md
 
-Three seeds for the arms of the main claim, two for the others. The paper gives no factors for its
-three groups; 1.5 for the heavy third is our choice.
+The paper gives no factors for its three groups; 1.5 for the heavy third is our choice.
 """
 
 import pathlib
@@ -32,19 +32,22 @@ def heavy(third: str) -> dict[str, object]:
     }
 
 
-def get_sweep() -> Sweep:
-    two = (0, 1)
+def get_sweep(size: str = "small") -> Sweep:
+    main = (
+        Arm(name="uniform", changes={"model.taper.schedule": "uniform"}),
+        Arm(name="cosine 1.5 to 0.5", changes=curve("cosine", 1.5, 0.5)),
+        Arm(name="reversed 0.5 to 1.5", changes=curve("cosine", 0.5, 1.5)),
+        Arm(name="early-heavy", changes=heavy("early")),
+    )
+    others = (
+        Arm(name="linear 1.5 to 0.5", changes=curve("linear", 1.5, 0.5)),
+        Arm(name="middle-heavy", changes=heavy("middle")),
+        Arm(name="late-heavy", changes=heavy("late")),
+    )
+    small = size == "small"
     return Sweep(
-        name="shapes",
-        base=config_io.load_config(STUDY),
-        arms=(
-            Arm(name="uniform", changes={"model.taper.schedule": "uniform"}),
-            Arm(name="cosine 1.5 to 0.5", changes=curve("cosine", 1.5, 0.5)),
-            Arm(name="reversed 0.5 to 1.5", changes=curve("cosine", 0.5, 1.5)),
-            Arm(name="early-heavy", changes=heavy("early")),
-            Arm(name="linear 1.5 to 0.5", changes=curve("linear", 1.5, 0.5), seeds=two),
-            Arm(name="middle-heavy", changes=heavy("middle"), seeds=two),
-            Arm(name="late-heavy", changes=heavy("late"), seeds=two),
-        ),
-        seeds=(0, 1, 2),
+        name="shapes" if small else f"shapes-{size}",
+        base=config_io.load_config(f"{STUDY}:{size}"),
+        arms=main + others if small else main,
+        seeds=(0, 1, 2, 3, 4) if small else (0, 1, 2),
     )

@@ -1,0 +1,138 @@
+"""Processes that take turns, one step each, so that all of them see the same machine.
+
+A worker is a command that warms up, prints one line of JSON (whatever it wants to say of its
+start), then answers each line on standard input with the seconds of one step, and at the end of
+its input prints a last line of JSON. Each runs in a process of its own: in one process, what one
+program's allocator keeps would be measured with the other.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TextIO
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entrant:
+    """One that takes part."""
+
+    command: Sequence[str]
+    env: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Variables besides those of this process."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Finish:
+    """What a worker did."""
+
+    seconds: list[float]
+    """One a step."""
+    said: dict[str, Any]
+    """Its two lines of JSON, together."""
+
+    @property
+    def median(self) -> float:
+        """Seconds of a step."""
+        return statistics.median(self.seconds)
+
+    @property
+    def middle_half(self) -> str:
+        """Quartiles in milliseconds: "12.1 to 13.0"."""
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return f"{low * 1e3:.1f} to {high * 1e3:.1f}"
+
+
+def run(entrants: Mapping[str, Entrant], turns: int, *, together: bool = True) -> dict[str, Finish]:
+    """Lets workers take turns; who breaks is left out, with a line on standard error.
+
+    Args:
+      entrants: by name.
+      turns: steps of each that count; two more come first.
+      together: step by step; else one after the other, for an accelerator whose memory does not
+        hold all of them.
+    """
+    workers = {
+        name: subprocess.Popen(
+            list(one.command),
+            env=os.environ | dict(one.env),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for name, one in entrants.items()
+    }
+    said: dict[str, dict[str, Any]] = {}
+    times: dict[str, list[float]] = {name: [] for name in workers}
+    for name, worker in workers.items():
+        with _left_out(name, said):
+            said[name] = json.loads(_line(worker.stdout))
+    for group in [list(said)] if together else [[name] for name in said]:
+        for turn in range(turns + 2):
+            for name in group if turn % 2 else group[::-1]:
+                if name in said:
+                    with _left_out(name, said):
+                        seconds = _step(workers[name])
+                        if turn >= 2:
+                            times[name].append(seconds)
+        for name in group:
+            last, _ = workers[name].communicate()
+            with _left_out(name, said):
+                said[name] |= json.loads(last)
+    return {name: Finish(seconds=times[name], said=words) for name, words in said.items()}
+
+
+def ratio(ours: Finish, theirs: Finish) -> float:
+    """Median over pairs of steps."""
+    return statistics.median(a / b for a, b in zip(ours.seconds, theirs.seconds, strict=True))
+
+
+def _step(worker: "subprocess.Popen[str]") -> float:
+    assert worker.stdin is not None
+    worker.stdin.write("step\n")
+    worker.stdin.flush()
+    return float(_line(worker.stdout))
+
+
+def _line(stream: TextIO | None) -> str:
+    assert stream is not None
+    line = stream.readline()
+    if not line:
+        raise EOFError
+    return line
+
+
+@contextlib.contextmanager
+def _left_out(name: str, said: dict[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, EOFError, KeyError, ValueError) as error:
+        said.pop(name, None)
+        print(f"{name} broke: {type(error).__name__} {error}", file=sys.stderr)
+
+
+def answer(step: Callable[[], None], *, start: Mapping[str, Any], end: Callable[[], Any]) -> None:
+    """A worker's part: a step, already warm, for each line of standard input.
+
+    Args:
+      step: does one, and returns when it is done.
+      start: said before the first.
+      end: what is said after the last.
+    """
+    print(json.dumps(dict(start)), flush=True)
+    for _ in sys.stdin:
+        begin = time.perf_counter()
+        step()
+        print(time.perf_counter() - begin, flush=True)
+    print(json.dumps(end()), flush=True)
+
+
+def peak_mib() -> float:
+    """Most memory that this process has had, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,0 +1,73 @@
+"""Train steps of a config, one for each line of standard input (see `race`).
+
+python -m benchmarks.train_worker CONFIG.json
+"""
+
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import race
+from tlm_jax import config_io
+from tlm_jax.config import RunConfig
+from tlm_jax.distributed import mesh as mesh_lib
+from tlm_jax.distributed.sharding import to_devices
+from tlm_jax.models import skeleton
+from tlm_jax.training import step
+from tlm_jax.training.optimizer import make_optimizer
+
+
+def serve(config: RunConfig) -> None:
+    """Takes the steps of `config`, on random tokens."""
+    model = skeleton(config.model)
+    tx = make_optimizer(config.optimizer, config.training.num_steps, config.model.mlp.periods)
+    mesh = mesh_lib.make_mesh(config)
+    with jax.set_mesh(mesh):
+        begin = time.perf_counter()
+        program = step.lower_train_step(config, model, tx, mesh).compile()
+        compiled = time.perf_counter() - begin
+        memory = program.memory_analysis()
+        start = {
+            "compile_s": compiled,
+            "temporary_mib": memory.temp_size_in_bytes / 2**20,
+            "state_mib": memory.argument_size_in_bytes / 2**20,
+        }
+        state: Any = None
+        batch = to_devices(random_batch(config), mesh)
+
+        def one_step() -> None:
+            nonlocal state
+            if state is None:  # memory is taken when the first turn comes
+                shardings = step.state_shardings(model, tx, mesh)
+                begin = jax.jit(lambda k: step.init_state(model, tx, k), out_shardings=shardings)
+                state = begin(jax.random.key(0))
+            state, metrics = program(state, batch)
+            jax.block_until_ready((state, metrics))
+
+        race.answer(one_step, start=start, end=_end)
+
+
+def random_batch(config: RunConfig) -> dict[str, np.ndarray]:
+    """Random tokens, a document a row."""
+    shape = (config.data.batch_size, config.data.seq_len)
+    ids = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, dtype=np.int32)
+    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    ones = np.ones(shape, np.int32)
+    return {"inputs": ids, "targets": ids, "segment_ids": ones, "positions": positions}
+
+
+def _end() -> dict[str, float]:
+    stats = jax.devices()[0].memory_stats() or {}
+    return {
+        "peak_mib": race.peak_mib(),
+        "device_peak_mib": stats.get("peak_bytes_in_use", 0) / 2**20,
+    }
+
+
+if __name__ == "__main__":
+    serve(config_io.from_dict(json.loads(pathlib.Path(sys.argv[1]).read_text())))
