@@ -33,7 +33,7 @@ format: $(READY)          ## mend what ruff can mend
 
 bench: $(READY)           ## compile time, step time, neural memory and data, written to docs/speed.md
 	$(BIN)/python -m benchmarks.compile_time
-	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.step_time tiny
 	$(BIN)/python -m benchmarks.neural_memory
 	$(BIN)/python -m benchmarks.data
 

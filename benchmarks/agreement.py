@@ -3,7 +3,7 @@
     python -m benchmarks.agreement --checkpoint RUN --data_dir FOLDER [--limit 100]
 
 RUN is a Llama-like run folder (`tlm import`); needs the extras `eval` and `reference`. Their logits
-are float32 and added up in float64, as ours are. The table is written to docs/results.md.
+are float32 and added up in float64, as ours are. The table is written to docs/evaluation.md.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from tlm_jax import cli
 from tlm_jax.distributed import mesh
 from tlm_jax.evaluation import suites
 
-RESULTS = pathlib.Path(__file__).parents[1] / "docs" / "results.md"
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "evaluation.md"
 
 
 def log_likelihoods(model: Any, task: Any, limit: int) -> list[float]:
@@ -62,7 +62,7 @@ def main() -> None:
         "largest difference, nats",
         "smallest log-likelihood",
     ]
-    report.publish("agreement", report.table(header, rows), RESULTS)
+    report.publish("agreement", report.table(header, rows), PAGE)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """What the accelerator at hand computes, against float32 on this machine's CPU.
 
-    python -m benchmarks.numerics [--results FILE.json]
+    python -m benchmarks.numerics [--results docs/results/h100_numerics.json]
 
 1. Attention's kernels, with documents and grouped heads: output and gradients against plain
    float32 products on the CPU, relative errors.
 2. Every architecture: loss and gradients of a small model in float32 on both, and the loss of
    bfloat16 on the accelerator.
 
-Exits with status 1 when an error is above its bound.
+With --results the table of docs/pods.md is written too. Exits with status 1 when an error is
+above its bound.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.models import kernels, skeleton
 from tlm_jax.models.loss import training_loss
 
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "pods.md"
 BOUNDS = {"bfloat16": 2e-2, "float32": 1e-4}
 """Relative errors allowed: bfloat16 has 8 bits; float32 in another order of sums."""
 
@@ -122,6 +124,16 @@ def model(architecture: str, dtype: str) -> dict[str, Any]:
     }
 
 
+def publish(record: dict[str, Any]) -> None:
+    """The table of docs/pods.md."""
+    rows = [
+        [row["what"], row["dtype"], f"{row['output']:.1e}", f"{row['gradients']:.1e}"]
+        for row in record["rows"]
+    ]
+    table = report.table(["what", "dtype", "output or loss", "gradients"], rows)
+    report.publish("gpu-numerics", f"{table}\n\n{record['machine']}.", PAGE)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=pathlib.Path)
@@ -142,6 +154,7 @@ def main() -> None:
     record = {"rows": rows, "machine": report.software(), "bounds": BOUNDS}
     if options.results:
         options.results.write_text(json.dumps(record, indent=1) + "\n")
+        publish(record)
     sys.exit(bad)
 
 

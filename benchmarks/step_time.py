@@ -1,22 +1,26 @@
 """Step times: a taper against its uniform twin, and against other frameworks' steps.
 
     python -m benchmarks.step_time tiny
-    python -m benchmarks.step_time torch --torch_python X/bin/python [--mkl libmkl.so]
+    python -m benchmarks.step_time torch --torch_python X/bin/python
     python -m benchmarks.step_time gpu [--results FILE.json]
 
 `tiny` and `torch` write their tables to docs/speed.md; `gpu` too, where there is one. X is an
-environment with torch and transformers; `--mkl` is a library to preload whose
-`mkl_serv_intel_cpu_true` returns 1, which gives torch MKL's best kernels on other processors.
+environment with torch and transformers. MKL, which torch multiplies with, keeps its best kernels
+from processors that are not Intel's; a preloaded function lifts that (this needs gcc).
 """
 
 import argparse
 import dataclasses
 import json
 import pathlib
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping
 from typing import Any
+
+import jax
 
 from benchmarks import race, report
 from tlm_jax import config_io, costs
@@ -44,10 +48,10 @@ def shape(
     )
 
 
-SHAPES = {
-    "12 x 256": shape(12, 256, 4, 704, 4096, 8, 256),
-    "12 x 512": shape(12, 512, 8, 1408, 32_000, 4, 512),
-}
+SHAPES = (
+    shape(12, 256, 4, 704, 4096, 8, 256),
+    shape(12, 512, 8, 1408, 32_000, 4, 512),
+)
 """Transformers that are timed against other frameworks."""
 
 
@@ -70,11 +74,11 @@ class Folder:
     """Where the workers' configs lie."""
 
     def __init__(self, path: str) -> None:
-        self._path = pathlib.Path(path)
+        self.path = pathlib.Path(path)
 
     def ours(self, config: RunConfig, **env: str) -> race.Entrant:
         """A worker of ours."""
-        file = self._path / f"{len(list(self._path.iterdir()))}.json"
+        file = self.path / f"{len(list(self.path.iterdir()))}.json"
         file.write_text(json.dumps(config_io.to_dict(config)))
         return race.Entrant(
             command=[sys.executable, "-m", "benchmarks.train_worker", str(file)], env=env
@@ -111,6 +115,95 @@ def tiny(options: argparse.Namespace, folder: Folder) -> None:
         "step-time",
         f"{report.table(header, rows)}\n\nMedians of {options.steps} alternating steps; ratios are "
         f"medians over pairs. configs/tiny.py; {report.machine()}.",
+    )
+
+
+def torch(options: argparse.Namespace, folder: Folder) -> None:
+    """Our steps against transformers' Llama in PyTorch, shape by shape."""
+    if not options.torch_python:
+        raise SystemExit("--torch_python must name a Python that has torch and transformers")
+    unlocked = {"LD_PRELOAD": unlock_mkl(folder.path)}
+    parts = []
+    for config in SHAPES:
+        arms = {
+            "tlm-jax, tapered": folder.ours(config),
+            "tlm-jax, uniform": folder.ours(with_taper(config, UNIFORM)),
+            "torch, as installed": theirs(options.torch_python, config),
+            "torch, MKL unlocked": theirs(options.torch_python, config, env=unlocked),
+            "torch.compile, MKL unlocked": theirs(
+                options.torch_python, config, "--compile", env=unlocked
+            ),
+        }
+        found = race.run(arms, options.steps)
+        ours = found["tlm-jax, tapered"]
+        rows = [
+            [
+                arm,
+                f"{one.median * 1e3:.0f}",
+                one.middle_half,
+                f"{race.ratio(one, ours):.2f}",
+                f"{flops_a_step(config) / one.median / 1e9:.0f}",
+                f"{one.said['peak_mib']:,.0f}",
+            ]
+            for arm, one in found.items()
+        ]
+        header = ["step", "ms", "middle half", "over ours, tapered", "GFLOP/s", "peak MiB"]
+        parts.append(f"{describe(config)}:\n\n{report.table(header, rows)}")
+    versions = {one.said["versions"] for one in found.values() if "versions" in one.said}
+    parts.append(
+        f"Medians of {options.steps} alternating steps, a process each; ratios are medians over "
+        f"pairs. A product of 2,048 x 2,048 reaches {ceiling():.0f} GFLOP/s here. "
+        f"{', '.join(versions)}; {report.machine()}."
+    )
+    report.publish("step-torch", "\n\n".join(parts))
+
+
+def theirs(
+    python: str, config: RunConfig, *words: str, env: Mapping[str, str] | None = None
+) -> race.Entrant:
+    """A worker of PyTorch's."""
+    model, mixer = config.model, config.model.mixer
+    assert isinstance(mixer, AttentionConfig)
+    shape = {
+        "num_layers": model.num_layers,
+        "d_model": model.d_model,
+        "num_heads": mixer.num_heads,
+        "mlp_width": model.mlp_width,
+        "vocab_size": model.vocab_size,
+        "batch_size": config.data.batch_size,
+        "seq_len": config.data.seq_len,
+    }
+    script = ROOT / "benchmarks" / "torch_worker.py"
+    return race.Entrant(command=[python, str(script), json.dumps(shape), *words], env=env or {})
+
+
+def unlock_mkl(folder: pathlib.Path) -> str:
+    """A library that, preloaded, gives torch MKL's best kernels on other makers' processors."""
+    source, library = folder / "mkl.c", folder / "mkl.so"
+    source.write_text("int mkl_serv_intel_cpu_true(void) { return 1; }\n")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    return str(library)
+
+
+def ceiling() -> float:
+    """GFLOP/s of a large float32 product in JAX, the best of five."""
+    a = jax.random.normal(jax.random.key(0), (2048, 2048))
+    product = jax.jit(jax.numpy.matmul)
+    product(a, a).block_until_ready()
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        product(a, a).block_until_ready()
+        times.append(time.perf_counter() - begin)
+    return 2 * 2048**3 / min(times) / 1e9
+
+
+def describe(config: RunConfig) -> str:
+    """Depth, widths, vocabulary and batch in words."""
+    model, data = config.model, config.data
+    return (
+        f"{model.num_layers} layers x {model.d_model}, MLP {model.mlp_width:,}, vocabulary "
+        f"{model.vocab_size:,}, batch {data.batch_size} x {data.seq_len}"
     )
 
 
@@ -176,9 +269,10 @@ def publish_gpu(record: Mapping[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    tables = {"tiny": tiny, "gpu": gpu}
+    tables = {"tiny": tiny, "torch": torch, "gpu": gpu}
     parser.add_argument("table", choices=tables, nargs="?", default="tiny")
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--torch_python", default="", help="of torch: its interpreter")
     parser.add_argument("--only", default="", help="arms of gpu whose name has this")
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "docs/results/gpu.json")
     options = parser.parse_args()

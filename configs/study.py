@@ -71,5 +71,5 @@ def medium(small: RunConfig) -> RunConfig:
         optimizer=OptimizerConfig(
             learning_rate=1.5e-3, final_learning_rate=1.5e-4, warmup_steps=200
         ),
-        training=dataclasses.replace(small.training, num_steps=2800, checkpoint_every=700),
+        training=dataclasses.replace(small.training, num_steps=1400, checkpoint_every=700),
     )

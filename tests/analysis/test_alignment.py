@@ -168,3 +168,34 @@ def test_mistakes_are_one_line(
         text = str(tmp_path / name)
         assert cli.main(["align", "--checkpoint", str(finished_run), "--text", text]) == 1
         assert message in only_error(capsys.readouterr().err)
+
+
+def test_proposed_widths_keep_the_budget_and_the_order():
+    rho = (-0.2, 0.0, 0.3, 0.1)
+    widths = alignment.proposed_widths(rho, 64, 8)
+    assert sum(widths) == 4 * 64
+    assert all(width % 8 == 0 for width in widths)
+    assert [w / 256 for w in widths] == pytest.approx(
+        [1.2 / 3.8, 1 / 3.8, 0.7 / 3.8, 0.9 / 3.8], abs=8 / 256
+    )
+    taper = c.TaperConfig(schedule="explicit", widths=widths, multiple_of=8)
+    assert taper.apply(4, 64) == widths
+    assert sum(alignment.proposed_widths(rho, 63, 8)) == 4 * 63
+
+
+def test_side_by_side_has_a_column_a_checkpoint():
+    one = {
+        "checkpoint": "a",
+        "mlp_widths": [8, 4],
+        "rho": {"h": [0.25, -0.5]},
+        "pearson": {"h": -1.0},
+    }
+    lines = alignment.side_by_side(
+        [one, one | {"checkpoint": "b", "mlp_widths": [6, 6]}]
+    ).splitlines()
+    assert lines[0] == "| layer | a | b |"
+    assert lines[2:] == [
+        "| 0 | +0.250 (8) | +0.250 (6) |",
+        "| 1 | -0.500 (4) | -0.500 (6) |",
+        "| Pearson r | -1.00 | -1.00 |",
+    ]

@@ -14,7 +14,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
+from tlm_jax._fit import nearest
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.data import open_dataset
 from tlm_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -203,6 +204,41 @@ def table(title: str, alignment: Alignment) -> Table:
         values = (f"{alignment.rho[name][layer]:+.4f}" for name in REFERENCES)
         result.add_row(str(layer), f"{width:,}", *values)
     return result
+
+
+def proposed_widths(rho: Sequence[float], base_width: int, multiple_of: int) -> tuple[int, ...]:
+    """MLP widths in proportion to 1 - rho, at the budget of a uniform model (our choice).
+
+    What points along the stream adds little that is new, so such a layer is given less.
+
+    Args:
+      rho: mean cosine of each layer, first to last.
+      base_width: mean of the widths.
+      multiple_of: of which widths are multiples, where the budget is one.
+    """
+    room = [1.0 - value for value in rho]
+    unit = math.gcd(multiple_of, len(room) * base_width)
+    total = len(room) * base_width // unit
+    ideal = [total * value / sum(room) for value in room]
+    units = nearest([max(1, round(value)) for value in ideal], ideal, total, 1, None)
+    assert units is not None  # without an upper limit there always is a fit
+    return tuple(unit * value for value in units)
+
+
+def side_by_side(records: Sequence[Mapping[str, Any]], reference: str = "h") -> str:
+    """Measurements of several checkpoints as a Markdown table, a column each.
+
+    Args:
+      records: what `record` wrote, parsed; models of equal depth.
+      reference: one of `REFERENCES`.
+    """
+    names = [one["checkpoint"] for one in records]
+    lines = [["layer", *names], ["---"] * (1 + len(names))]
+    for layer in range(len(records[0]["mlp_widths"])):
+        cells = (f"{r['rho'][reference][layer]:+.3f} ({r['mlp_widths'][layer]})" for r in records)
+        lines.append([str(layer), *cells])
+    lines.append(["Pearson r", *(f"{r['pearson'][reference]:+.2f}" for r in records)])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def record(alignment: Alignment, **more: Any) -> str:

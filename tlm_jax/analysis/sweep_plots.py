@@ -146,10 +146,35 @@ def plot_ratios(found: Sequence[Finding], path: Path) -> bool:
     return True
 
 
+def plot_speed(found: Sequence[Finding], path: Path) -> bool:
+    """Share of the tokens after which an arm has the loss of its baseline's end.
+
+    Returns:
+      False, and nothing is drawn, where no arm gets there.
+    """
+    shown = [f for f in found if f.speed]
+    if not shown:
+        return False
+    with house_figure(path, figsize=(7.5, 1.2 + 0.45 * len(shown))) as figure:
+        axes = figure.subplots()
+        means = [f.speed.mean for f in shown if f.speed][::-1]
+        reach = [f.speed.half_width or 0.0 for f in shown if f.speed][::-1]
+        axes.barh(range(len(shown)), means, height=0.5, color=WIDE, alpha=0.8)
+        axes.errorbar(means, range(len(shown)), xerr=reach, fmt="none", ecolor=INK, capsize=3)
+        axes.axvline(1, color=MUTED, linewidth=1)
+        axes.set_yticks(range(len(shown)), [f.arm for f in reversed(shown)])
+        axes.set_xlabel("tokens to the baseline's last loss, as a share (95% interval)")
+        axes.set_xlim(0.0, 1.05)
+        axes.grid(axis="x", color=GRID)
+        axes.set_axisbelow(True)
+    return True
+
+
 PICTURES: dict[str, tuple[str, Callable[[Sequence[Finding], Path], Any]]] = {
     "widths": ("Width of each layer", plot_widths),
     "differences": ("Loss against the baseline", plot_differences),
     "losses": ("Loss curves", plot_losses),
+    "speed": ("Learning speed", plot_speed),
     "ratios": ("Loss against the ratio", plot_ratios),
 }
 

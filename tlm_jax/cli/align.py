@@ -57,5 +57,14 @@ def run(argv: Sequence[str], prog: str) -> int:
         evaluation_plots.plot_alignment(result.rho, result.pearson, title, out / "alignment.png")
     except OSError as error:
         raise UserError(f"cannot write into {out}: {error.strerror}") from error
+    widths = alignment.proposed_widths(
+        result.rho["h"], config.model.base_mlp_width, config.model.taper.multiple_of
+    )
+    console.print(
+        "Widths in proportion to 1 - rho: --model.taper.schedule explicit "
+        f"--model.taper.widths {' '.join(map(str, widths))}",
+        highlight=False,
+        soft_wrap=True,
+    )
     console.print(f"Drawn in {out / 'alignment.png'}", highlight=False, soft_wrap=True)
     return 0

@@ -1,12 +1,14 @@
 """tlm report."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.table import Table
 
 from tlm_jax.cli.parsing import parse
 from tlm_jax.config import UserError
@@ -14,17 +16,19 @@ from tlm_jax.config import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
-    """Results of tlm eval --tasks side by side, or of a tlm sweep with intervals and pictures."""
+    """Results of tlm eval --tasks or tlm align side by side, or of a tlm sweep with intervals."""
 
     runs: Annotated[tuple[pathlib.Path, ...], tyro.conf.Positional] = ()
-    """Run folders, or JSON files that tlm eval wrote; or one sweep: its folder or JSON lines."""
+    """Run folders, or JSON files that tlm eval or tlm align wrote; or one sweep: its folder or
+    JSON lines."""
     markdown: bool = False
     """Print Markdown."""
     out: pathlib.Path | None = None
     """Of a sweep: folder for the table as Markdown, pictures, and an HTML page of both."""
     page: pathlib.Path | None = None
-    """Of a sweep: a Markdown page, whose part between <!-- NAME --> and <!-- end NAME --> it
-    rewrites."""
+    """A Markdown page, whose part between <!-- NAME --> and <!-- end NAME --> it rewrites."""
+    part: str | None = None
+    """NAME of that part; None is the sweep's."""
 
 
 def run(argv: Sequence[str], prog: str) -> int:
@@ -34,13 +38,20 @@ def run(argv: Sequence[str], prog: str) -> int:
         raise UserError(f"{prog} needs run folders: {prog} runs/a runs/b")
     if len(command.runs) == 1 and _is_sweep(command.runs[0]):
         return _sweep(command)
+    if command.out is not None:
+        raise UserError("--out is for a sweep; results of tlm eval go to --page or --markdown")
+    if command.page is not None and command.part is None:
+        raise UserError(f"--page {command.page} needs --part NAME, the name of its marks")
+    if all(_is_alignment(path) for path in command.runs):
+        from tlm_jax.analysis import alignment
+
+        found = [json.loads(path.read_text(encoding="utf-8")) for path in command.runs]
+        _show(command, None, alignment.side_by_side(found), command.part)
+        return 0
     from tlm_jax.evaluation import records
 
-    found = [one for folder in command.runs for one in records.read(folder)]
-    if command.markdown:
-        print(records.markdown(found))
-    else:
-        Console().print(records.table(found))
+    suites = [one for folder in command.runs for one in records.read(folder)]
+    _show(command, records.table(suites), records.markdown(suites), command.part)
     return 0
 
 
@@ -48,21 +59,34 @@ def _is_sweep(path: pathlib.Path) -> bool:
     return path.suffix == ".jsonl" or (path / "results.jsonl").is_file()
 
 
+def _is_alignment(path: pathlib.Path) -> bool:
+    try:
+        return "rho" in json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+
+
+def _show(command: Command, table: Table | None, text: str, part: str | None) -> None:
+    """On the terminal, and in the page that was asked for."""
+    if command.markdown or table is None:
+        print(text)
+    else:
+        Console().print(table)
+    if command.page is not None and part is not None:
+        from tlm_jax.analysis import sweep_report
+
+        new = sweep_report.replace(command.page.read_text(encoding="utf-8"), part, text)
+        command.page.write_text(new, encoding="utf-8")
+
+
 def _sweep(command: Command) -> int:
     from tlm_jax.analysis import sweep_plots, sweep_report
 
     results = sweep_report.read(command.runs[0])
     text = sweep_report.markdown(results)
-    if command.markdown:
-        print(text)
-    else:
-        console = Console()
-        console.print(sweep_report.table(results))
-        console.print(sweep_report.conditions(results), highlight=False)
-    if command.page is not None:
-        page = command.page.read_text(encoding="utf-8")
-        new = sweep_report.replace(page, results[0]["sweep"], text)
-        command.page.write_text(new, encoding="utf-8")
+    _show(command, sweep_report.table(results), text, command.part or results[0]["sweep"])
+    if not command.markdown:
+        Console().print(sweep_report.conditions(results), highlight=False)
     if command.out is not None:
         pictures = sweep_plots.draw(results, command.out)
         (command.out / "report.md").write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,60 @@
+"""Train steps of transformers' Llama in PyTorch, one for each line of standard input (see `race`).
+
+    X/bin/python benchmarks/torch_worker.py '{"num_layers": 12, ...}' [--compile]
+
+Needs torch and transformers, not this package: X is an environment of its own. The model has the
+shape of ours (SwiGLU, rotary positions, RMSNorm, tied embeddings, no biases), uniform, in float32;
+AdamW as torch has it, gradients clipped to norm 1. Random tokens, a document a row.
+"""
+
+import json
+import pathlib
+import sys
+import time
+
+import torch
+import transformers
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from benchmarks import race
+
+
+def main() -> None:
+    shape = json.loads(sys.argv[1])
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=shape["vocab_size"],
+        hidden_size=shape["d_model"],
+        intermediate_size=shape["mlp_width"],
+        num_hidden_layers=shape["num_layers"],
+        num_attention_heads=shape["num_heads"],
+        max_position_embeddings=shape["seq_len"],
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    model = transformers.LlamaForCausalLM(config).float()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, betas=(0.9, 0.95))
+    ids = torch.randint(0, shape["vocab_size"], (shape["batch_size"], shape["seq_len"]))
+    forward = torch.compile(model) if "--compile" in sys.argv else model
+
+    def step() -> None:
+        loss = forward(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        loss.item()
+
+    begin = time.perf_counter()
+    step()
+    start = {
+        "compile_s": time.perf_counter() - begin,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }
+    race.answer(step, start=start, end=lambda: {"peak_mib": race.peak_mib()})
+
+
+if __name__ == "__main__":
+    main()
