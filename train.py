@@ -5,4 +5,4 @@ import sys
 from tlm_jax import cli
 
 if __name__ == "__main__":
-    sys.exit(cli.main(["train", *sys.argv[1:]], prog="train.py"))
+    sys.exit(cli.program("train", prog="train.py"))

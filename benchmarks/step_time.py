@@ -25,6 +25,7 @@ import jax
 from benchmarks import race, report
 from tlm_jax import config_io, costs
 from tlm_jax.architectures import with_architecture
+from tlm_jax.cli import large_pages
 from tlm_jax.config import AttentionConfig, DataConfig, ModelConfig, RunConfig, TaperConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -81,7 +82,8 @@ class Folder:
         file = self.path / f"{len(list(self.path.iterdir()))}.json"
         file.write_text(json.dumps(config_io.to_dict(config)))
         return race.Entrant(
-            command=[sys.executable, "-m", "benchmarks.train_worker", str(file)], env=env
+            command=[sys.executable, "-m", "benchmarks.train_worker", str(file)],
+            env={large_pages.VARIABLE: large_pages.VALUE} | env,  # as train.py sets it
         )
 
 

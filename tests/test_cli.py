@@ -1,6 +1,7 @@
 """Help, entry points and `tlm plan` on the command line."""
 
 import importlib
+import json
 import pathlib
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from helpers import ROOT, environment, only_error, run
 
 from tlm_jax import cli, config_io
+from tlm_jax.cli import large_pages
 
 
 def test_help_of_train_without_a_config() -> None:
@@ -69,7 +71,7 @@ def test_tlm_is_installed_as_a_script() -> None:
     """The entry point in pyproject.toml is the function that `train.py` calls."""
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     module, function = scripts["tlm"].split(":")
-    assert getattr(importlib.import_module(module), function) is cli.main
+    assert getattr(importlib.import_module(module), function) is cli.program
 
 
 def test_plan_is_quick_and_needs_no_jax(tmp_path: pathlib.Path) -> None:
@@ -105,3 +107,38 @@ def test_plan_that_cannot_draw(tmp_path: pathlib.Path, capsys: pytest.CaptureFix
     captured = capsys.readouterr()
     assert only_error(captured.err).startswith(f"cannot write {picture}: ")
     assert "parameters" in captured.out
+
+
+@pytest.mark.parametrize(
+    ("words", "setting", "starts"),
+    [
+        (["eval", "--checkpoint", "/nowhere"], None, [None, large_pages.VALUE]),
+        (["eval", "--checkpoint", "/nowhere"], "", [""]),
+        (["plan", "--num_layers", "x"], None, [None]),
+    ],
+    ids=["begins anew", "not if it is set", "not without arrays"],
+)
+def test_large_pages_are_asked_for(
+    tmp_path: pathlib.Path, words: list[str], setting: str | None, starts: list[str | None]
+):
+    log = tmp_path / "starts"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import json, os\n"
+        f"with open({str(log)!r}, 'a') as log:\n"
+        f"    value = os.environ.get({large_pages.VARIABLE!r})\n"
+        "    print(json.dumps([os.getpid(), value]), file=log)\n"
+    )
+    env = environment() | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    env.pop(large_pages.VARIABLE, None)
+    if setting is not None:
+        env[large_pages.VARIABLE] = setting
+    done = subprocess.run(
+        [sys.executable, "-m", "tlm_jax", *words], env=env, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode in (1, 2)
+    assert done.stderr.count("error:") == 1
+    if "[madvise]" not in large_pages.SETTING.read_text():
+        starts = starts[:1]
+    found = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [value for _, value in found] == starts
+    assert len({pid for pid, _ in found}) == 1

@@ -217,7 +217,7 @@ def test_long_units_are_written_in_parts(lines: pathlib.Path, tmp_path: pathlib.
 
 
 def start(source: pathlib.Path, out: pathlib.Path, *words: str) -> subprocess.Popen[str]:
-    script = "import sys; from tlm_jax import cli; sys.exit(cli.main())"
+    script = "import sys; from tlm_jax import cli; sys.exit(cli.main(sys.argv[1:]))"
     words = ("prepare", str(source), "--out", str(out), "--shard_mb", "1", *words)
     return subprocess.Popen(
         [*command("train.py")[:1], "-c", script, *words],

@@ -17,6 +17,7 @@ from tlm_jax.cli import (
     export,
     generate,
     import_model,
+    large_pages,
     plan,
     prepare,
     report,
@@ -41,12 +42,19 @@ VERBS: dict[str, ModuleType] = {
 }
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
-    """Entry point of `tlm`, `train.py` and `eval.py`; returns the exit status.
+def program(*first: str, prog: str | None = None) -> int:
+    """`tlm`, and with a verb as `first` train.py and eval.py; returns the exit status."""
+    words = [*first, *sys.argv[1:]]
+    if large_pages.wanted(words):
+        large_pages.begin_anew()
+    return main(words, prog)
+
+
+def main(argv: Sequence[str], prog: str | None = None) -> int:
+    """Runs a verb with its options; returns the exit status.
 
     A user's mistake is one line on standard error and status 1 or 2.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
     verb = argv[0] if argv else "--help"
     if verb in ("-h", "--help"):
         print("usage: tlm VERB ...\n")
