@@ -111,6 +111,11 @@ def known() -> dict[Cell, dict[str, Any]]:
     return {cell: found[cell] for cell in cells() if cell in found}
 
 
+def mark(c: dict[str, Any]) -> str:
+    """A dagger for a cell of before the loss made its gradient in one pass."""
+    return " †" if c.get("older") else ""
+
+
 def memory(c: dict[str, Any]) -> str:
     """GiB a chip of what there is, or what the compiler said."""
     return f"{c['gib']:.2f} of {c['limit_gib']:.2f}" if c["fits"] else f"no: {c['refusal']}"
@@ -133,7 +138,7 @@ def publish() -> None:
     done = known()
     rows = [
         [
-            name(cell),
+            name(cell) + mark(c),
             cell[2],
             " ".join(f"{axis}={n}" for axis, n in c["mesh"].items()),
             f"{c['batch_size']} / {c['grad_accumulation']}",
@@ -155,7 +160,7 @@ def publish() -> None:
         for c in (done[(*where, n)] for n in numbers if twin and (*where, n) in done):
             rows.append(
                 [
-                    name((*where, STAIRS)),
+                    name((*where, STAIRS)) + mark(c),
                     where[2],
                     "uniform" if c["num_segments"] == UNIFORM else str(c["segments"]),
                     f"{c['gib']:.3f}",
@@ -178,7 +183,9 @@ def main() -> None:
     topology.prepare_environment()
     done = known()
     for cell in cells():
-        if cell in done or options.only not in "{}:{}@{}/{}".format(*cell):
+        if (cell in done and not mark(done[cell])) or options.only not in "{}:{}@{}/{}".format(
+            *cell
+        ):
             continue
         found = measure(cell)
         with CELLS.open("a") as file:
