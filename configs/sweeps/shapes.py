@@ -1,8 +1,8 @@
 """Shapes of the width over depth at one budget (arXiv 2606.23670, its first and main experiments).
 
 Command:   DATA=FOLDER tlm sweep configs/sweeps/shapes.py
-Sizes:     FILE.py:medium takes configs/study.py:medium and the first four arms
-Cost:      35 runs of configs/study.py (five seeds), or 12 of medium (three)
+Sizes:     FILE.py:medium takes configs/study.py:medium and the first three arms
+Cost:      21 runs of configs/study.py, or 9 of medium (three seeds)
 Expected:  docs/results.md
 
 The paper gives no factors for its three groups; 1.5 for the heavy third is our choice.
