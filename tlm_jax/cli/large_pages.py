@@ -21,7 +21,12 @@ def wanted(words: Sequence[str]) -> bool:
 
     Not when the variable is set already, to whatever: an empty one turns this off.
     """
-    if VARIABLE in os.environ or not words or words[0] not in VERBS or "--help" in words:
+    if (
+        VARIABLE in os.environ
+        or not words
+        or words[0] not in VERBS
+        or {"-h", "--help"} & set(words)
+    ):
         return False
     try:
         return sys.platform == "linux" and "[madvise]" in SETTING.read_text()

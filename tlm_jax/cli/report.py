@@ -46,12 +46,12 @@ def run(argv: Sequence[str], prog: str) -> int:
         from tlm_jax.analysis import alignment
 
         found = [json.loads(path.read_text(encoding="utf-8")) for path in command.runs]
-        _show(command, None, alignment.side_by_side(found), command.part)
+        _show(command, None, alignment.side_by_side(found))
         return 0
     from tlm_jax.evaluation import records
 
     suites = [one for folder in command.runs for one in records.read(folder)]
-    _show(command, records.table(suites), records.markdown(suites), command.part)
+    _show(command, records.table(suites), records.markdown(suites))
     return 0
 
 
@@ -66,16 +66,18 @@ def _is_alignment(path: pathlib.Path) -> bool:
         return False
 
 
-def _show(command: Command, table: Table | None, text: str, part: str | None) -> None:
+def _show(command: Command, table: Table | None, text: str, sweep: str = "") -> None:
     """On the terminal, and in the page that was asked for."""
     if command.markdown or table is None:
         print(text)
     else:
         Console().print(table)
-    if command.page is not None and part is not None:
+    if command.page is not None:
         from tlm_jax.analysis import sweep_report
 
-        new = sweep_report.replace(command.page.read_text(encoding="utf-8"), part, text)
+        new = sweep_report.replace(
+            command.page.read_text(encoding="utf-8"), command.part or sweep, text
+        )
         command.page.write_text(new, encoding="utf-8")
 
 
@@ -84,7 +86,7 @@ def _sweep(command: Command) -> int:
 
     results = sweep_report.read(command.runs[0])
     text = sweep_report.markdown(results)
-    _show(command, sweep_report.table(results), text, command.part or results[0]["sweep"])
+    _show(command, sweep_report.table(results), text, sweep=results[0]["sweep"])
     if not command.markdown:
         Console().print(sweep_report.conditions(results), highlight=False)
     if command.out is not None:
