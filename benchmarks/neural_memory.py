@@ -20,12 +20,12 @@ import functools
 import os
 import pathlib
 import re
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
+
+from benchmarks import race
 
 # An arm's Python has jax or torch, never both: each is imported where it is used.
 
@@ -126,45 +126,17 @@ def resident(name: str) -> float:
 
 
 def serve(run: Callable[[], Any]) -> None:
-    """Runs once for each line on standard input and answers with seconds and peak MiB."""
+    """An arm's part in a race; its peak is that beyond its memory before the first pass."""
     before = resident("VmRSS")
     for _ in range(2):
         run()
-    for _ in sys.stdin:
-        begin = time.perf_counter()
-        run()
-        print(time.perf_counter() - begin, resident("VmHWM") - before, flush=True)
+    race.answer(run, start={}, end=lambda: {"peak_mib": resident("VmHWM") - before})
 
 
-def take_turns(
-    commands: dict[str, list[str]], repetitions: int
-) -> dict[str, tuple[list[float], float]]:
-    """Seconds of each repetition and peak MiB of every arm, whose processes run in turn."""
-    workers = {
-        name: subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for name, command in commands.items()
-    }
-    times: dict[str, list[float]] = {name: [] for name in workers}
-    peaks = dict.fromkeys(workers, 0.0)
-    for turn in range(repetitions + 2):
-        for name in list(workers) if turn % 2 else list(workers)[::-1]:
-            worker = workers[name]
-            assert worker.stdin is not None
-            assert worker.stdout is not None
-            worker.stdin.write("run\n")
-            worker.stdin.flush()
-            seconds, peaks[name] = map(float, worker.stdout.readline().split())
-            if turn >= 2:  # the first turns still overlap with the others' start
-                times[name].append(seconds)
-    for worker in workers.values():
-        worker.communicate()
-    return {name: (times[name], peaks[name]) for name in workers}
-
-
-def command(python: str, arm: str, length: int) -> list[str]:
-    """Starts an arm's process."""
+def entrant(python: str, arm: str, length: int) -> race.Entrant:
+    """An arm's process."""
     module = ["-m", "benchmarks.neural_memory"]
-    return [python, *module, "--arm", arm, "--length", str(length)]
+    return race.Entrant(command=[python, *module, "--arm", arm, "--length", str(length)])
 
 
 def compare(torch_python: str, repetitions: int) -> None:
@@ -172,16 +144,20 @@ def compare(torch_python: str, repetitions: int) -> None:
     from benchmarks import report
 
     pythons = {arm: torch_python if "pytorch" in arm else sys.executable for arm in ARMS}
-    results = take_turns(
-        {arm: command(python, arm, LENGTH) for arm, python in pythons.items()}, repetitions
+    results = race.run(
+        {arm: entrant(python, arm, LENGTH) for arm, python in pythons.items()}, repetitions
     )
-    ours, _ = results["tlm-jax"]
-    rows = []
-    for arm, (times, peak) in results.items():
-        low, median, high = statistics.quantiles(times, n=4)
-        ratio = statistics.median(a / b for a, b in zip(times, ours, strict=True))
-        spread = f"{low * 1e3:.0f} to {high * 1e3:.0f}"
-        rows.append([arm, f"{median * 1e3:.0f}", spread, f"{ratio:.2f}", f"{peak:.0f}"])
+    ours = results["tlm-jax"]
+    rows = [
+        [
+            arm,
+            f"{one.median * 1e3:.0f}",
+            one.middle_half,
+            f"{race.ratio(one, ours):.2f}",
+            f"{one.said['peak_mib']:.0f}",
+        ]
+        for arm, one in results.items()
+    ]
     versions = subprocess.check_output([torch_python, "-c", VERSIONS], text=True).strip()
     report.publish(
         "neural-memory",
@@ -203,19 +179,18 @@ def grow(repetitions: int) -> None:
     """Publishes the table of our layer at several lengths."""
     from benchmarks import report
 
-    results = take_turns(
-        {str(length): command(sys.executable, "tlm-jax", length) for length in LENGTHS},
+    results = race.run(
+        {str(length): entrant(sys.executable, "tlm-jax", length) for length in LENGTHS},
         repetitions,
     )
+    shortest = results[str(LENGTHS[0])]
     rows = []
-    for name, (times, peak) in results.items():
-        tokens = BATCH * int(name)
-        first, least = results[str(LENGTHS[0])][0], BATCH * LENGTHS[0]
-        ratio = statistics.median(a / b for a, b in zip(times, first, strict=True))
-        median = statistics.median(times)
-        each = f"{median / tokens * 1e6:.1f}"
-        growth = f"{ratio * least / tokens:.2f}"
-        rows.append([name, f"{median * 1e3:.0f}", each, growth, f"{peak:.0f}"])
+    for name, one in results.items():
+        length = int(name)
+        each = f"{one.median / (BATCH * length) * 1e6:.1f}"
+        growth = f"{race.ratio(one, shortest) * LENGTHS[0] / length:.2f}"
+        peak = f"{one.said['peak_mib']:.0f}"
+        rows.append([name, f"{one.median * 1e3:.0f}", each, growth, peak])
     header = ["length", "ms", "us a token", f"over length {LENGTHS[0]}", "peak MiB"]
     report.publish(
         "neural-memory-length",
