@@ -1,12 +1,15 @@
 """Step times: a taper against its uniform twin, and against other frameworks' steps.
 
     python -m benchmarks.step_time tiny
-    python -m benchmarks.step_time torch --torch_python X/bin/python
+    python -m benchmarks.step_time others [--torch_python X/bin/python]
+        [--nanodo Y/bin/python CHECKOUT] [--maxtext_python Z/bin/python]
     python -m benchmarks.step_time gpu [--results FILE.json]
 
-`tiny` and `torch` write their tables to docs/speed.md; `gpu` too, where there is one. X is an
-environment with torch and transformers. MKL, which torch multiplies with, keeps its best kernels
-from processors that are not Intel's; a preloaded function lifts that (this needs gcc).
+`tiny` and `others` write their tables to docs/speed.md; `gpu` too, where there is one. X is an
+environment with torch and transformers; the heads of nanodo_worker.py and maxtext_worker.py say how
+to make Y and Z. MKL, which torch multiplies with, keeps its best kernels from processors that are
+not Intel's; a preloaded function lifts that (this needs gcc). Each runs as its users would run it:
+ours asks for large pages, as train.py does.
 """
 
 import argparse
@@ -54,6 +57,7 @@ SHAPES = (
     shape(12, 512, 8, 1408, 32_000, 4, 512),
 )
 """Transformers that are timed against other frameworks."""
+OURS = "tlm-jax, tapered"
 
 
 def with_taper(config: RunConfig, taper: TaperConfig) -> RunConfig:
@@ -61,9 +65,9 @@ def with_taper(config: RunConfig, taper: TaperConfig) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, taper=taper))
 
 
-def unrolled(config: RunConfig) -> RunConfig:
-    """The config with its layers outside of loops."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, scan_layers=False))
+def scanned(config: RunConfig) -> RunConfig:
+    """The config with equal layers in loops, on a CPU too."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, scan_layers=True))
 
 
 def stairs(config: RunConfig, number: int | None) -> RunConfig:
@@ -94,12 +98,12 @@ def flops_a_step(config: RunConfig) -> int:
 
 
 def tiny(options: argparse.Namespace, folder: Folder) -> None:
-    """configs/tiny.py tapered, and uniform with and without loops."""
+    """configs/tiny.py tapered, and uniform without and with loops."""
     config = config_io.load_config(ROOT / "configs" / "tiny.py")
     arms = {
         "tapered": config,
         "uniform": with_taper(config, UNIFORM),
-        "uniform_unrolled": unrolled(with_taper(config, UNIFORM)),
+        "uniform, scanned": scanned(with_taper(config, UNIFORM)),
     }
     found = race.run({name: folder.ours(one) for name, one in arms.items()}, options.steps)
     rows = [
@@ -120,30 +124,34 @@ def tiny(options: argparse.Namespace, folder: Folder) -> None:
     )
 
 
-def torch(options: argparse.Namespace, folder: Folder) -> None:
-    """Our steps against transformers' Llama in PyTorch, shape by shape."""
-    if not options.torch_python:
-        raise SystemExit("--torch_python must name a Python that has torch and transformers")
+def others(options: argparse.Namespace, folder: Folder) -> None:
+    """Our steps against those of other frameworks that are here, shape by shape."""
     unlocked = {"LD_PRELOAD": unlock_mkl(folder.path)}
     parts = []
     for config in SHAPES:
         arms = {
-            "tlm-jax, tapered": folder.ours(config),
+            OURS: folder.ours(config),
             "tlm-jax, uniform": folder.ours(with_taper(config, UNIFORM)),
-            "torch, as installed": theirs(options.torch_python, config),
-            "torch, MKL unlocked": theirs(options.torch_python, config, env=unlocked),
-            "torch.compile, MKL unlocked": theirs(
-                options.torch_python, config, "--compile", env=unlocked
-            ),
         }
+        if python := options.torch_python:
+            theirs = worker(python, "torch_worker.py", config)
+            compiled = worker(python, "torch_worker.py", config, "--compile")
+            arms["torch, as installed"] = theirs
+            arms["torch, MKL unlocked"] = dataclasses.replace(theirs, env=unlocked)
+            arms["torch.compile, MKL unlocked"] = dataclasses.replace(compiled, env=unlocked)
+        if options.nanodo:
+            python, checkout = options.nanodo
+            arms["NanoDO"] = worker(python, "nanodo_worker.py", config, checkout)
+        if python := options.maxtext_python:
+            arms["MaxText"] = worker(python, "maxtext_worker.py", config)
+            arms["MaxText, unrolled"] = worker(python, "maxtext_worker.py", config, "--unrolled")
         found = race.run(arms, options.steps)
-        ours = found["tlm-jax, tapered"]
         rows = [
             [
                 arm,
                 f"{one.median * 1e3:.0f}",
                 one.middle_half,
-                f"{race.ratio(one, ours):.2f}",
+                f"{race.ratio(one, found[OURS]):.2f}",
                 f"{flops_a_step(config) / one.median / 1e9:.0f}",
                 f"{one.said['peak_mib']:,.0f}",
             ]
@@ -151,19 +159,17 @@ def torch(options: argparse.Namespace, folder: Folder) -> None:
         ]
         header = ["step", "ms", "middle half", "over ours, tapered", "GFLOP/s", "peak MiB"]
         parts.append(f"{describe(config)}:\n\n{report.table(header, rows)}")
-    versions = {one.said["versions"] for one in found.values() if "versions" in one.said}
+    versions = sorted({one.said["versions"] for one in found.values() if "versions" in one.said})
     parts.append(
         f"Medians of {options.steps} alternating steps, a process each; ratios are medians over "
-        f"pairs. A product of 2,048 x 2,048 reaches {ceiling():.0f} GFLOP/s here. "
-        f"{', '.join(versions)}; {report.machine()}."
+        f"pairs; FLOPs as ours would need, attention over all keys. A product of 2,048 x 2,048 "
+        f"reaches {ceiling():.0f} GFLOP/s here. {'; '.join(versions)}; {report.machine()}."
     )
-    report.publish("step-torch", "\n\n".join(parts))
+    report.publish("step-others", "\n\n".join(parts))
 
 
-def theirs(
-    python: str, config: RunConfig, *words: str, env: Mapping[str, str] | None = None
-) -> race.Entrant:
-    """A worker of PyTorch's."""
+def worker(python: str, script: str, config: RunConfig, *words: str) -> race.Entrant:
+    """One of another framework, for a model of the config's shape, uniform."""
     model, mixer = config.model, config.model.mixer
     assert isinstance(mixer, AttentionConfig)
     shape = {
@@ -175,8 +181,8 @@ def theirs(
         "batch_size": config.data.batch_size,
         "seq_len": config.data.seq_len,
     }
-    script = ROOT / "benchmarks" / "torch_worker.py"
-    return race.Entrant(command=[python, str(script), json.dumps(shape), *words], env=env or {})
+    path = ROOT / "benchmarks" / script
+    return race.Entrant(command=[python, str(path), json.dumps(shape), *words])
 
 
 def unlock_mkl(folder: pathlib.Path) -> str:
@@ -271,10 +277,12 @@ def publish_gpu(record: Mapping[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    tables = {"tiny": tiny, "torch": torch, "gpu": gpu}
+    tables = {"tiny": tiny, "others": others, "gpu": gpu}
     parser.add_argument("table", choices=tables, nargs="?", default="tiny")
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--torch_python", default="", help="of torch: its interpreter")
+    parser.add_argument("--torch_python", default="", help="of others: PyTorch's interpreter")
+    parser.add_argument("--maxtext_python", default="", help="of others: MaxText's interpreter")
+    parser.add_argument("--nanodo", nargs=2, metavar=("PYTHON", "CHECKOUT"), help="of others")
     parser.add_argument("--only", default="", help="arms of gpu whose name has this")
     parser.add_argument("--results", type=pathlib.Path, default=ROOT / "docs/results/gpu.json")
     options = parser.parse_args()

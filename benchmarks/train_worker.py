@@ -19,6 +19,7 @@ from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed.sharding import to_devices
 from tlm_jax.models import skeleton
 from tlm_jax.training import step
+from tlm_jax.training.allocator import release_freed_memory
 from tlm_jax.training.optimizer import make_optimizer
 
 
@@ -31,6 +32,7 @@ def serve(config: RunConfig) -> None:
         begin = time.perf_counter()
         program = step.lower_train_step(config, model, tx, mesh).compile()
         compiled = time.perf_counter() - begin
+        release_freed_memory()  # as training does
         memory = program.memory_analysis()
         start = {
             "compile_s": compiled,
@@ -46,6 +48,7 @@ def serve(config: RunConfig) -> None:
                 shardings = step.state_shardings(model, tx, mesh)
                 begin = jax.jit(lambda k: step.init_state(model, tx, k), out_shardings=shardings)
                 state = begin(jax.random.key(0))
+                release_freed_memory()
             state, metrics = program(state, batch)
             jax.block_until_ready((state, metrics))
 

@@ -55,8 +55,9 @@ class ModelConfig:
     remat: Literal["none", "dots", "attention", "full", "offload"] = _may_change("full")
     """What the backward pass recomputes: nothing, all but matrix products, all but attention's
     kernel, or each whole layer; offload is full with layers' inputs kept in the host's memory."""
-    scan_layers: bool = True
-    """Scan over the layers of a segment; off unrolls them (longer compile)."""
+    scan_layers: bool | None = _may_change(None)
+    """Scan over the layers of a segment, or unroll them (compiles longer); None scans, but on a CPU
+    with remat none, where the stacks of what the backward pass needs cost a fifth of the time."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the layers; auto is float32 on CPU, bfloat16 elsewhere."""
 

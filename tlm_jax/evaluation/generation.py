@@ -107,22 +107,35 @@ class Generator:
         max_tokens: Sequence[int],
         stops: Sequence[Sequence[str]],
     ) -> list[str]:
+        written: list[list[int]] = [[] for _ in max_tokens]
+        texts: list[str | None] = [None] * len(written)
+        for piece in self.pieces(rows, P, max(max_tokens)):
+            for i, row in enumerate(piece[: len(written)].tolist()):
+                if texts[i] is None:
+                    written[i] += row
+                    texts[i] = self._ended(written[i], max_tokens[i], stops[i])
+            if None not in texts:
+                break
+        return [text for text in texts if text is not None]
+
+    def pieces(self, rows: Sequence[Sequence[int]], P: int, total: int) -> Iterator[np.ndarray]:
+        """Yields the next tokens (B, T) int32 of all rows, a few at a time, at least `total`.
+
+        Args:
+          rows: prompts of at most P tokens.
+          P: what they are filled up to, on the left.
+          total: tokens to write.
+        """
         tokens = np.zeros((len(rows), P), np.int32)
         for i, row in enumerate(rows):
             tokens[i, P - len(row) :] = row
         lengths = np.asarray([len(row) for row in rows], np.int32)
-        total = max(max_tokens)
-        room = P + -(-total // _PIECE) * _PIECE
+        number = -(-total // _PIECE)
+        room = P + number * _PIECE
         token_B, state = self._begin(self.params, tokens, lengths, room=room)
-        written: list[list[int]] = [[] for _ in max_tokens]
-        texts: list[str | None] = [None] * len(written)
-        while None in texts:
+        for _ in range(number):
             token_B, state, out_BT = self._continue(self.params, token_B, state)
-            for i, row in enumerate(np.asarray(out_BT)[: len(written)].tolist()):
-                if texts[i] is None:
-                    written[i] += row
-                    texts[i] = self._ended(written[i], max_tokens[i], stops[i])
-        return [text for text in texts if text is not None]
+            yield np.asarray(out_BT)
 
     def _ended(self, written: Sequence[int], most: int, stops: Sequence[str]) -> str | None:
         """The text, if it has come to its end; what follows a stop text may be with it."""

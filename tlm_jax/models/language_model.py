@@ -29,6 +29,13 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     return jnp.dtype(name)
 
 
+def scans_layers(config: ModelConfig) -> bool:
+    """Whether equal layers run as a loop; None asks which backend runs."""
+    if config.scan_layers is None:
+        return jax.default_backend() != "cpu" or config.remat != "none"
+    return config.scan_layers
+
+
 class LanguageModel(nnx.Module):
     """A stack of segments over a residual stream of constant width.
 
@@ -106,7 +113,7 @@ class LanguageModel(nnx.Module):
                     segment_ids_BL,
                     length=spec.length,
                     remat=config.remat,
-                    scan=config.scan_layers,
+                    scan=scans_layers(config),
                 )
             new_cache.append(segment_cache)
         x_BLD = constrain(x_BLD, "batch", "sequence", None)

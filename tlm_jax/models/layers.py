@@ -7,7 +7,6 @@ maps the names to mesh axes. Parameters are float32; products run in the dtype
 of their input.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -83,7 +82,7 @@ class MLP(nnx.Module):
         return _gated(gate_BLF, up_BLF, self.down[...])
 
 
-@functools.partial(jax.checkpoint, prevent_cse=False)
+@jax.checkpoint
 def _gated(gate_BLF: jax.Array, up_BLF: jax.Array, down_FD: jax.Array) -> jax.Array:
     """(silu(gate) * up) @ down; the backward pass keeps gate and up only."""
     return dense(jax.nn.silu(gate_BLF) * up_BLF, down_FD)

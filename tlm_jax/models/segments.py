@@ -99,8 +99,11 @@ def run_segment(
         body = jax.checkpoint(body, policy=POLICIES[remat], prevent_cse=unrolled)
     if not unrolled:
         return jax.lax.scan(body, x, (stacked, cache))
+    # Unstacked all at once, so that gradients are stacked once: those of indexing are sums of
+    # arrays that are zero but for one layer.
+    leaves, tree = jax.tree.flatten((stacked, cache))
     caches = []
-    for index in range(length):
-        x, new = body(x, (layer_at(stacked, index), layer_at(cache, index)))
+    for parts in zip(*map(jax.numpy.unstack, leaves), strict=True):
+        x, new = body(x, tree.unflatten(parts))
         caches.append(new)
     return x, jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *caches)

@@ -70,7 +70,11 @@ def for_devices(config: RunConfig) -> RunConfig:
     dtype = "bfloat16" if dtype == "auto" else dtype
     length = config.data.seq_len // max(config.mesh.sequence, 1)
     kernel = kernels.of_model(model, length=length, backend="tpu", dtype=dtype)
-    settings: dict[str, Any] = {"compute_dtype": dtype, "attention_kernel": kernel or "xla"}
+    settings: dict[str, Any] = {
+        "compute_dtype": dtype,
+        "attention_kernel": kernel or "xla",
+        "scan_layers": model.scan_layers is not False,
+    }
     return dataclasses.replace(config, model=dataclasses.replace(model, **settings))
 
 

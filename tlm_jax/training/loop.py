@@ -30,6 +30,7 @@ from tlm_jax.evaluation.options import SuiteConfig
 from tlm_jax.models import kernels, sampling, skeleton
 from tlm_jax.models.language_model import compute_dtype
 from tlm_jax.training import checkpoint, faults, metrics, step
+from tlm_jax.training.allocator import release_freed_memory
 from tlm_jax.training.optimizer import make_optimizer
 from tlm_jax.training.profiling import Profiler, ProfileSpan
 
@@ -234,6 +235,7 @@ class Trainer:
             self._say(f"Attention: {kernel} ({self.config.model.attention_kernel}).")
         begin = time.perf_counter()
         compiled = step.lower_train_step(self.config, self.skeleton, self.tx, self.mesh).compile()
+        release_freed_memory()
         self._say(f"Compiled the train step in {time.perf_counter() - begin:.1f} s.")
         return compiled
 
