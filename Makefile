@@ -9,6 +9,7 @@ CONFIG ?= configs/tiny.py
 WORKDIR ?= runs/tiny
 ARGS ?=
 EXTRAS ?= dev
+THEIRS := $(if $(TORCH_PYTHON),--torch_python $(TORCH_PYTHON))
 
 .PHONY: train test lint format bench clean setup help
 
@@ -31,11 +32,19 @@ format: $(READY)          ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)           ## compile time, step time, neural memory and data, written to docs/speed.md
+bench: $(READY)           ## the tables of docs/speed.md (TORCH_PYTHON=..., RUN=..., DATA_DIR=... for comparisons)
 	$(BIN)/python -m benchmarks.compile_time
 	$(BIN)/python -m benchmarks.step_time tiny
-	$(BIN)/python -m benchmarks.neural_memory
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.neural_memory $(THEIRS)
 	$(BIN)/python -m benchmarks.data
+ifdef TORCH_PYTHON
+	$(BIN)/python -m benchmarks.step_time others $(THEIRS)
+ifdef RUN
+	$(BIN)/python -m benchmarks.decoding --checkpoint $(RUN) $(THEIRS)
+	$(BIN)/python -m benchmarks.evaluation --checkpoint $(RUN) --data_dir $(DATA_DIR) $(THEIRS)
+endif
+endif
 
 clean:                    ## remove the environment and caches; runs/ stays
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

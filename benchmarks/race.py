@@ -1,4 +1,4 @@
-"""Processes that take turns, one step each, so that all of them see the same machine.
+"""Processes that take turns of two steps, so that all of them see the same machine.
 
 A worker is a command that warms up, prints one line of JSON (whatever it wants to say of its
 start), then answers each line on standard input with the seconds of one step, and at the end of
@@ -18,6 +18,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
+_PAUSE = 0.3
+"""Seconds before each turn: threads of the one before look out for work for a while (OpenMP's for
+0.2), on cores that the next one would miss."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entrant:
@@ -33,7 +37,7 @@ class Finish:
     """What a worker did."""
 
     seconds: list[float]
-    """One a step."""
+    """One a turn."""
     said: dict[str, Any]
     """Its two lines of JSON, together."""
 
@@ -54,7 +58,7 @@ def run(entrants: Mapping[str, Entrant], turns: int, *, together: bool = True) -
 
     Args:
       entrants: by name.
-      turns: steps of each that count; two more come first.
+      turns: of each that count; two more come first.
       together: step by step; else one after the other, for an accelerator whose memory does not
         hold all of them.
     """
@@ -78,7 +82,7 @@ def run(entrants: Mapping[str, Entrant], turns: int, *, together: bool = True) -
             for name in group if turn % 2 else group[::-1]:
                 if name in said:
                     with _left_out(name, said):
-                        seconds = _step(workers[name])
+                        seconds = _turn(workers[name])
                         if turn >= 2:
                             times[name].append(seconds)
         for name in group:
@@ -93,11 +97,14 @@ def ratio(ours: Finish, theirs: Finish) -> float:
     return statistics.median(a / b for a, b in zip(ours.seconds, theirs.seconds, strict=True))
 
 
-def _step(worker: "subprocess.Popen[str]") -> float:
+def _turn(worker: "subprocess.Popen[str]") -> float:
+    """Seconds of the second of two steps: before the first the process was idle, and its memory
+    may have gone to others."""
     assert worker.stdin is not None
-    worker.stdin.write("step\n")
+    time.sleep(_PAUSE)
+    worker.stdin.write("step\nstep\n")
     worker.stdin.flush()
-    return float(_line(worker.stdout))
+    return [float(_line(worker.stdout)) for _ in range(2)][1]
 
 
 def _line(stream: TextIO | None) -> str:

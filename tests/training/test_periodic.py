@@ -26,7 +26,13 @@ from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed.sharding import to_devices
 from tlm_jax.models import skeleton
 from tlm_jax.training import checkpoint, step
-from tlm_jax.training.optimizer import decay_mask, learning_rate, make_optimizer, update_period
+from tlm_jax.training.optimizer import (
+    clip_by_global_norm,
+    decay_mask,
+    learning_rate,
+    make_optimizer,
+    update_period,
+)
 
 # One worker runs them all, for they share compiled programs.
 pytestmark = pytest.mark.xdist_group("periodic")
@@ -142,7 +148,7 @@ def _leaves(tree):
 
 def test_period_one_everywhere_is_plain_adamw_to_the_last_bit():
     plain = optax.chain(
-        optax.clip_by_global_norm(OPTIMIZER.clip_norm),
+        clip_by_global_norm(OPTIMIZER.clip_norm),
         optax.adamw(
             learning_rate(OPTIMIZER, 12),
             b1=OPTIMIZER.beta1,

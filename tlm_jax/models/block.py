@@ -39,6 +39,13 @@ def layer_specs(config: ModelConfig) -> tuple[LayerSpec, ...]:
     )
 
 
+def scans_layers(config: ModelConfig) -> bool:
+    """Whether equal layers run as a loop; None asks which backend runs."""
+    if config.scan_layers is None:
+        return jax.default_backend() != "cpu" or config.remat != "none"
+    return config.scan_layers
+
+
 class Block(nnx.Module):
     """Pre-norm residual block of the shape that `spec` says."""
 
@@ -49,6 +56,7 @@ class Block(nnx.Module):
             std=config.init_std,
             out_scale=1.0 / math.sqrt(2 * config.num_layers),
             attention_kernel=config.attention_kernel,
+            prevent_cse=not scans_layers(config),
         )
         self.mixer_norm = RMSNorm(config.d_model, config.norm_eps, "norm")
         self.mixer = registry.make_mixer(spec.mixer, context, rngs=rngs)

@@ -24,7 +24,7 @@ from tlm_jax.distributed.sharding import RULES, constrain, mesh_size, sequence_s
 from tlm_jax.mixers import AttentionConfig
 from tlm_jax.models.segments import ATTENTION
 
-_QUERY_BLOCK, _MOST_BLOCKS = 64, 8
+_QUERY_BLOCK, _MOST_BLOCKS = 128, 8
 """Least length of a block of queries, and most blocks of a row."""
 _BLOCKS = (1024, 512, 256, 128)
 """Sizes of a splash block, the largest that divides a device's queries."""

@@ -15,7 +15,7 @@ from flax import nnx
 from tlm_jax.config import ModelConfig
 from tlm_jax.distributed.sharding import constrain
 from tlm_jax.models import segments
-from tlm_jax.models.block import Block, layer_specs
+from tlm_jax.models.block import Block, layer_specs, scans_layers
 from tlm_jax.models.layers import RMSNorm, weight
 
 Params = dict[str, Any]
@@ -27,13 +27,6 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
-
-
-def scans_layers(config: ModelConfig) -> bool:
-    """Whether equal layers run as a loop; None asks which backend runs."""
-    if config.scan_layers is None:
-        return jax.default_backend() != "cpu" or config.remat != "none"
-    return config.scan_layers
 
 
 class LanguageModel(nnx.Module):

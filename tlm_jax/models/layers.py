@@ -65,6 +65,7 @@ class MLP(nnx.Module):
     def __init__(self, width: int, context: LayerContext, *, rngs: nnx.Rngs):
         d_model, std = context.d_model, context.std
         inner, outer = ("embed", "mlp"), ("mlp", "embed")
+        self.prevent_cse = context.prevent_cse
         self.norm = RMSNorm(d_model, context.norm_eps, "norm")
         self.gate = weight(rngs, (d_model, width), inner, fan_in=d_model, std=std)
         self.up = weight(rngs, (d_model, width), inner, fan_in=d_model, std=std)
@@ -79,12 +80,12 @@ class MLP(nnx.Module):
         """SwiGLU(norm(x)), what the MLP adds to the stream."""
         h_BLD = self.norm(x_BLD)
         gate_BLF, up_BLF = dense(h_BLD, self.gate[...]), dense(h_BLD, self.up[...])
-        return _gated(gate_BLF, up_BLF, self.down[...])
+        # The backward pass keeps gate and up only.
+        gated = jax.checkpoint(_gated, prevent_cse=self.prevent_cse)
+        return gated(gate_BLF, up_BLF, self.down[...])
 
 
-@jax.checkpoint
 def _gated(gate_BLF: jax.Array, up_BLF: jax.Array, down_FD: jax.Array) -> jax.Array:
-    """(silu(gate) * up) @ down; the backward pass keeps gate and up only."""
     return dense(jax.nn.silu(gate_BLF) * up_BLF, down_FD)
 
 

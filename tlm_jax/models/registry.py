@@ -28,6 +28,9 @@ class LayerContext:
     """Factor on the initial output projection, which keeps the residual's variance in depth."""
     attention_kernel: str = "auto"
     """See `models.kernels`."""
+    prevent_cse: bool = False
+    """Whether what is computed again needs a barrier to stay apart from the forward pass: in
+    layers outside of loops. (Inside, on TPU, weights would be gathered many times more.)"""
 
 
 def register(config: type[MixerConfig], module: Callable[..., nnx.Module]) -> None:

@@ -104,6 +104,6 @@ def run_segment(
     leaves, tree = jax.tree.flatten((stacked, cache))
     caches = []
     for parts in zip(*map(jax.numpy.unstack, leaves), strict=True):
-        x, new = body(x, tree.unflatten(parts))
+        x, new = body(x, jax.tree.unflatten(tree, parts))
         caches.append(new)
     return x, jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *caches)
