@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import pathlib
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+
+from benchmarks import race
 
 TABLES = ("prepare", "loader", "start")
 PREPARERS = ("tlm prepare", "datasets.map, encode_batch", "datasets.map, encode_batch_fast")
@@ -186,12 +187,13 @@ def load(folder: str, packing: str, workers: str, seconds: str) -> dict[str, flo
 
 def consumed(steps: int) -> float:
     """Tokens a second that training the tiny model consumes on this machine."""
-    command = [sys.executable, "-m", "benchmarks.step_time", "--arm", "tapered"]
-    done = subprocess.run(
-        command, input="step\n" * steps, check=True, capture_output=True, text=True
-    )
-    seconds = statistics.median(float(line) for line in done.stdout.splitlines())
-    return TINY_ROWS * TINY_LENGTH / seconds
+    from benchmarks import step_time
+    from tlm_jax import config_io
+
+    tiny = config_io.load_config(f"{step_time.ROOT}/configs/tiny.py")
+    with tempfile.TemporaryDirectory() as folder:
+        found = race.run({"tiny": step_time.Folder(folder).ours(tiny)}, steps)
+    return TINY_ROWS * TINY_LENGTH / found["tiny"].median
 
 
 def measure_loader(options: argparse.Namespace, folder: pathlib.Path) -> str:
@@ -258,14 +260,11 @@ def start(folder: str) -> dict[str, float]:
     from tlm_jax.config import DataConfig
     from tlm_jax.data import open_dataset
 
-    def peak() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
     config = DataConfig(path=folder, seq_len=TINY_LENGTH, batch_size=TINY_ROWS)
-    before, begin = peak(), time.perf_counter()
+    before, begin = race.resident_mib(), time.perf_counter()
     iterator = open_dataset(config, 4096).train_iterator()
     next(iterator)
-    seconds, first = time.perf_counter() - begin, peak()
+    seconds, first = time.perf_counter() - begin, race.resident_mib()
     for _ in range(START_BATCHES - 1):
         next(iterator)
     handles = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else -1
@@ -273,7 +272,7 @@ def start(folder: str) -> dict[str, float]:
         "seconds": seconds,
         "before": before,
         "first": first,
-        "later": peak(),
+        "later": race.resident_mib(),
         "handles": handles,
     }
 

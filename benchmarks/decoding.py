@@ -15,19 +15,19 @@ import tempfile
 from collections.abc import Sequence
 
 from benchmarks import race, report
-from benchmarks.step_time import ROOT, unlock_mkl
+from benchmarks.step_time import ROOT
 from tlm_jax import cli
 from tlm_jax.cli import large_pages
 from tlm_jax.data import load_tokenizer
 from tlm_jax.training import restore
 
-PROMPT, NEW = 64, 128
+PROMPT, NEW = 64, 64
 """Tokens of a prompt, and to write after it."""
 OURS, THEIRS = "tlm-jax", "torch, as installed"
 
 
 def prompts(checkpoint: pathlib.Path, rows: int) -> list[list[int]]:
-    """Rows of `PROMPT` tokens of the package's own prose."""
+    """Rows of `PROMPT` tokens, from docs/concepts.md."""
     _, metadata = restore.saved_metadata(checkpoint, None)
     tokenizer = load_tokenizer(restore.saved_config(metadata).data.tokenizer)
     text = (ROOT / "docs" / "concepts.md").read_text()
@@ -35,7 +35,9 @@ def prompts(checkpoint: pathlib.Path, rows: int) -> list[list[int]]:
     return [list(tokens[i * PROMPT : (i + 1) * PROMPT]) for i in range(rows)]
 
 
-def compare(options: argparse.Namespace, rows: int, exported: str, library: str) -> list[list[str]]:
+def compare(
+    options: argparse.Namespace, rows: int, exported: str, unlocked: dict[str, str]
+) -> list[list[str]]:
     """The table's rows for batches of so many rows."""
     words = [json.dumps(prompts(options.checkpoint, rows)), str(NEW)]
     ours = [sys.executable, "-m", "benchmarks.generate_worker", str(options.checkpoint), *words]
@@ -45,7 +47,7 @@ def compare(options: argparse.Namespace, rows: int, exported: str, library: str)
     arms = {
         OURS: race.Entrant(command=ours, env=pages),
         THEIRS: race.Entrant(command=theirs),
-        "torch, MKL unlocked": race.Entrant(command=theirs, env={"LD_PRELOAD": library}),
+        "torch, MKL unlocked": race.Entrant(command=theirs, env=unlocked),
     }
     found = race.run(arms, options.turns)
     return [
@@ -77,10 +79,10 @@ def main() -> None:
     options = parser.parse_args()
     table = []
     with tempfile.TemporaryDirectory() as folder:
-        exported, library = f"{folder}/exported", unlock_mkl(pathlib.Path(folder))
+        exported, unlocked = f"{folder}/exported", race.unlocked_mkl(pathlib.Path(folder))
         assert cli.main(["export", "--checkpoint", str(options.checkpoint), "--out", exported]) == 0
         for rows in options.rows:
-            table += compare(options, rows, exported, library)
+            table += compare(options, rows, exported, unlocked)
     header = ["rows", "", "tokens/s", "ms a batch, middle half", "time over ours", "same tokens"]
     report.publish(
         "decoding",

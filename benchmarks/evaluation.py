@@ -26,35 +26,52 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks import race
+
 TASKS = ("hellaswag", "piqa", "lambada_openai")
 OURS = "tlm-jax"
 BATCH_SIZES = {"as installed": 1, "batch of 16": 16, "batch of 16, MKL unlocked": 16}
 """Of the arms with lm-eval's own backend, transformers and PyTorch."""
 
 
-def our_model(folder: pathlib.Path) -> Any:
-    """A harness model of a run folder."""
+def open_run(folder: pathlib.Path) -> tuple[Any, Any, Any, Any, Any]:
+    """A run's (metadata, tokenizer, model, params, mesh); the mesh becomes the current one."""
     import jax
 
     from tlm_jax.data import load_tokenizer
     from tlm_jax.distributed import mesh as mesh_lib
-    from tlm_jax.evaluation.generation import Generator
-    from tlm_jax.evaluation.harness import HarnessModel
-    from tlm_jax.evaluation.journal import Journal
-    from tlm_jax.evaluation.scoring import Scorer
     from tlm_jax.models import skeleton
     from tlm_jax.training import restore
 
-    mesh_lib.one_device_a_core()  # first: Orbax asks for devices when it reads metadata
     step, metadata = restore.saved_metadata(folder, None)
     config = restore.saved_config(metadata)
     mesh = mesh_lib.device_mesh(config.mesh)
     jax.set_mesh(mesh)
     tokenizer, model = load_tokenizer(config.data.tokenizer), skeleton(config.model)
-    params = restore.load_params(folder, step, model, tokenizer, mesh)
+    return (
+        metadata,
+        tokenizer,
+        model,
+        restore.load_params(folder, step, model, tokenizer, mesh),
+        mesh,
+    )
+
+
+def our_model(folder: pathlib.Path) -> Any:
+    """A harness model of a run folder."""
+    from tlm_jax.distributed import mesh as mesh_lib
+    from tlm_jax.evaluation.generation import Generator
+    from tlm_jax.evaluation.harness import HarnessModel
+    from tlm_jax.evaluation.journal import Journal
+    from tlm_jax.evaluation.scoring import Scorer
+    from tlm_jax.training import restore
+
+    mesh_lib.one_device_a_core()  # first: Orbax asks for devices when it reads metadata
+    metadata, tokenizer, model, params, mesh = open_run(folder)
+    max_length = restore.saved_config(metadata).data.seq_len
     return HarnessModel(
-        Scorer(model, params, mesh, max_length=config.data.seq_len),
-        Generator(model, params, tokenizer, mesh, max_length=config.data.seq_len),
+        Scorer(model, params, mesh, max_length=max_length),
+        Generator(model, params, tokenizer, mesh, max_length=max_length),
         tokenizer,
         prefix=restore.document_prefix(metadata, tokenizer),
         journal=Journal(None, {}),
@@ -114,15 +131,6 @@ def serve(make: Callable[[], Any], data_dir: pathlib.Path, limit: int) -> None:
         print(json.dumps([seconds, requests, values]), file=answers, flush=True)
 
 
-def unlock(folder: str) -> dict[str, str]:
-    """Builds the library that lifts MKL's check; returns what to preload."""
-    source = pathlib.Path(folder) / "unlock.c"
-    source.write_text("int mkl_serv_intel_cpu_true(void) { return 1; }\n")
-    library = source.with_suffix(".so")
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
-    return {"LD_PRELOAD": str(library)}
-
-
 def compare(options: argparse.Namespace) -> None:
     """Publishes the table."""
     from benchmarks import report
@@ -131,7 +139,7 @@ def compare(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         exported = f"{temporary}/exported"
         assert cli.main(["export", "--checkpoint", str(options.checkpoint), "--out", exported]) == 0
-        unlocked = unlock(temporary)
+        unlocked = race.unlocked_mkl(pathlib.Path(temporary))
         workers = {}
         for arm in (OURS, *BATCH_SIZES):
             variables = unlocked if "unlocked" in arm else {}

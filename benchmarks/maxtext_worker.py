@@ -91,7 +91,7 @@ def main() -> None:
             "parameters": count,
             "versions": f"MaxText {maxtext.__version__}, jax {jax.__version__}",
         }
-        race.answer(step, start=start, end=lambda: {"peak_mib": race.peak_mib()})
+        race.answer(step, start=start, end=lambda: {"peak_mib": race.resident_mib()})
 
 
 if __name__ == "__main__":

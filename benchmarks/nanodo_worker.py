@@ -76,7 +76,7 @@ def main() -> None:
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "versions": f"NanoDO {commit}, jax {jax.__version__}",
     }
-    race.answer(step, start=start, end=lambda: {"peak_mib": race.peak_mib()})
+    race.answer(step, start=start, end=lambda: {"peak_mib": race.resident_mib()})
 
 
 if __name__ == "__main__":

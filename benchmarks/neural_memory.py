@@ -18,8 +18,6 @@ processes' peaks are written to docs/speed.md.
 import argparse
 import functools
 import os
-import pathlib
-import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -118,19 +116,12 @@ ARMS: dict[str, Callable[[int], Callable[[], Any]]] = {
 }
 
 
-def resident(name: str) -> float:
-    """MiB of this process now (VmRSS) or at its peak (VmHWM), as Linux counts them."""
-    found = re.search(rf"{name}:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
-    assert found, "needs Linux"
-    return int(found[1]) / 1024
-
-
 def serve(run: Callable[[], Any]) -> None:
     """An arm's part in a race; its peak is that beyond its memory before the first pass."""
-    before = resident("VmRSS")
+    before = race.resident_mib("VmRSS")
     for _ in range(2):
         run()
-    race.answer(run, start={}, end=lambda: {"peak_mib": resident("VmHWM") - before})
+    race.answer(run, start={}, end=lambda: {"peak_mib": race.resident_mib() - before})
 
 
 def entrant(python: str, arm: str, length: int) -> race.Entrant:

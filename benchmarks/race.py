@@ -10,7 +10,8 @@ import contextlib
 import dataclasses
 import json
 import os
-import resource
+import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -140,6 +141,22 @@ def answer(step: Callable[[], None], *, start: Mapping[str, Any], end: Callable[
     print(json.dumps(end()), flush=True)
 
 
-def peak_mib() -> float:
-    """Most memory that this process has had, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def resident_mib(name: str = "VmHWM") -> float:
+    """MiB that this process has in memory now (VmRSS), or has had at most (VmHWM).
+
+    Linux's own count: getrusage's begins with the peak of the process that started this one.
+    """
+    found = re.search(rf"{name}:\s+(\d+) kB", pathlib.Path("/proc/self/status").read_text())
+    assert found, "needs Linux"
+    return int(found[1]) / 1024
+
+
+def unlocked_mkl(folder: pathlib.Path) -> dict[str, str]:
+    """What gives torch MKL's best kernels on other makers' processors: a library to preload.
+
+    It is made in `folder`, with a C compiler.
+    """
+    source, library = folder / "mkl.c", folder / "mkl.so"
+    source.write_text("int mkl_serv_intel_cpu_true(void) { return 1; }\n")
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    return {"LD_PRELOAD": str(library)}

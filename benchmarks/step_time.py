@@ -1,4 +1,4 @@
-"""Step times: a taper against its uniform twin, and against other frameworks' steps.
+"""Step times: tapers against their uniform twins, and against other frameworks' steps.
 
     python -m benchmarks.step_time tiny
     python -m benchmarks.step_time others [--torch_python X/bin/python]
@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +26,7 @@ import jax
 
 from benchmarks import race, report
 from tlm_jax import config_io, costs
-from tlm_jax.architectures import with_architecture
+from tlm_jax.architectures import ARCHITECTURES, with_architecture
 from tlm_jax.cli import large_pages
 from tlm_jax.config import AttentionConfig, DataConfig, ModelConfig, RunConfig, TaperConfig
 
@@ -65,11 +64,6 @@ def with_taper(config: RunConfig, taper: TaperConfig) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, taper=taper))
 
 
-def scanned(config: RunConfig) -> RunConfig:
-    """The config with equal layers in loops, on a CPU too."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, scan_layers=True))
-
-
 def stairs(config: RunConfig, number: int | None) -> RunConfig:
     """The config with its taper in so many segments."""
     return with_taper(config, dataclasses.replace(config.model.taper, num_segments=number))
@@ -98,35 +92,35 @@ def flops_a_step(config: RunConfig) -> int:
 
 
 def tiny(options: argparse.Namespace, folder: Folder) -> None:
-    """configs/tiny.py tapered, and uniform without and with loops."""
-    config = config_io.load_config(ROOT / "configs" / "tiny.py")
-    arms = {
-        "tapered": config,
-        "uniform": with_taper(config, UNIFORM),
-        "uniform, scanned": scanned(with_taper(config, UNIFORM)),
-    }
-    found = race.run({name: folder.ours(one) for name, one in arms.items()}, options.steps)
-    rows = [
-        [
-            name,
-            f"{one.median * 1e3:.1f}",
-            one.middle_half,
-            f"{flops_a_step(config) / one.median / 1e9:.0f}",
-            f"{race.ratio(found['tapered'], one):.3f}",
-        ]
-        for name, one in found.items()
-    ]
-    header = ["model", "ms a step", "middle half", "GFLOP/s", "tapered over it"]
+    """configs/tiny.py of each architecture, tapered and uniform."""
+    rows = []
+    for name in ARCHITECTURES:
+        tapered = config_io.load_config(f"{ROOT}/configs/tiny.py:{name}")
+        arms = {"tapered": tapered, "uniform": with_taper(tapered, UNIFORM)}
+        found = race.run({arm: folder.ours(one) for arm, one in arms.items()}, options.steps)
+        for arm, one in found.items():
+            rows.append(
+                [
+                    f"{name}, {arm}",
+                    f"{one.median * 1e3:.0f}",
+                    one.middle_half,
+                    f"{flops_a_step(arms[arm]) / one.median / 1e9:.0f}",
+                    f"{one.said['compile_s']:.0f}",
+                    f"{one.said['peak_mib']:,.0f}",
+                    f"{race.ratio(found['tapered'], one):.3f}",
+                ]
+            )
+    header = ["model", "ms a step", "middle half", "GFLOP/s", "compile s", "peak MiB"]
     report.publish(
         "step-time",
-        f"{report.table(header, rows)}\n\nMedians of {options.steps} alternating steps; ratios are "
-        f"medians over pairs. configs/tiny.py; {report.machine()}.",
+        f"{report.table([*header, 'tapered over it'], rows)}\n\nMedians of {options.steps} "
+        f"alternating steps; ratios are medians over pairs. configs/tiny.py; {report.machine()}.",
     )
 
 
 def others(options: argparse.Namespace, folder: Folder) -> None:
     """Our steps against those of other frameworks that are here, shape by shape."""
-    unlocked = {"LD_PRELOAD": unlock_mkl(folder.path)}
+    unlocked = race.unlocked_mkl(folder.path)
     parts, versions = [], set()
     for config in SHAPES:
         # In two races, as memory may not hold all; ours takes part in both.
@@ -185,14 +179,6 @@ def worker(python: str, script: str, config: RunConfig, *words: str) -> race.Ent
     }
     path = ROOT / "benchmarks" / script
     return race.Entrant(command=[python, str(path), json.dumps(shape), *words])
-
-
-def unlock_mkl(folder: pathlib.Path) -> str:
-    """A library that, preloaded, gives torch MKL's best kernels on other makers' processors."""
-    source, library = folder / "mkl.c", folder / "mkl.so"
-    source.write_text("int mkl_serv_intel_cpu_true(void) { return 1; }\n")
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
-    return str(library)
 
 
 def ceiling() -> float:
@@ -281,7 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     tables = {"tiny": tiny, "others": others, "gpu": gpu}
     parser.add_argument("table", choices=tables, nargs="?", default="tiny")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--torch_python", default="", help="of others: PyTorch's interpreter")
     parser.add_argument("--maxtext_python", default="", help="of others: MaxText's interpreter")
     parser.add_argument("--nanodo", nargs=2, metavar=("PYTHON", "CHECKOUT"), help="of others")

@@ -42,7 +42,7 @@ def main() -> None:
     race.answer(
         step,
         start={"versions": versions},
-        end=lambda: {"peak_mib": race.peak_mib(), "written": written},
+        end=lambda: {"peak_mib": race.resident_mib(), "written": written},
     )
 
 

@@ -53,7 +53,7 @@ def main() -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
-    race.answer(step, start=start, end=lambda: {"peak_mib": race.peak_mib()})
+    race.answer(step, start=start, end=lambda: {"peak_mib": race.resident_mib()})
 
 
 if __name__ == "__main__":

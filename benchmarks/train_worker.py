@@ -67,7 +67,7 @@ def random_batch(config: RunConfig) -> dict[str, np.ndarray]:
 def _end() -> dict[str, float]:
     stats = jax.devices()[0].memory_stats() or {}
     return {
-        "peak_mib": race.peak_mib(),
+        "peak_mib": race.resident_mib(),
         "device_peak_mib": stats.get("peak_bytes_in_use", 0) / 2**20,
     }
 
