@@ -37,8 +37,8 @@ def prompts(checkpoint: pathlib.Path, rows: int) -> list[list[int]]:
 
 def compare(
     options: argparse.Namespace, rows: int, exported: str, unlocked: dict[str, str]
-) -> list[list[str]]:
-    """The table's rows for batches of so many rows."""
+) -> tuple[str, list[list[str]]]:
+    """Their versions, and the table's rows for batches of so many rows."""
     words = [json.dumps(prompts(options.checkpoint, rows)), str(NEW)]
     ours = [sys.executable, "-m", "benchmarks.generate_worker", str(options.checkpoint), *words]
     script = str(ROOT / "benchmarks" / "torch_generate_worker.py")
@@ -50,7 +50,7 @@ def compare(
         "torch, MKL unlocked": race.Entrant(command=theirs, env=unlocked),
     }
     found = race.run(arms, options.turns)
-    return [
+    return found[THEIRS].said["versions"], [
         [
             str(rows),
             arm,
@@ -77,18 +77,19 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--rows", type=int, nargs="*", default=[1, 8])
     options = parser.parse_args()
-    table = []
+    versions, table = "", list[list[str]]()
     with tempfile.TemporaryDirectory() as folder:
         exported, unlocked = f"{folder}/exported", race.unlocked_mkl(pathlib.Path(folder))
         assert cli.main(["export", "--checkpoint", str(options.checkpoint), "--out", exported]) == 0
         for rows in options.rows:
-            table += compare(options, rows, exported, unlocked)
+            versions, lines = compare(options, rows, exported, unlocked)
+            table += lines
     header = ["rows", "", "tokens/s", "ms a batch, middle half", "time over ours", "same tokens"]
     report.publish(
         "decoding",
         f"{report.table([*header, 'peak MiB'], table)}\n\n{NEW} tokens after prompts of {PROMPT}, "
         f"read included, float32; medians of {options.turns} alternating batches, ratios over "
-        f"pairs. {report.software()}.",
+        f"pairs. {versions}; {report.software()}.",
     )
 
 

@@ -1,0 +1,46 @@
+"""Benchmarks' processes: turns, ratios, who breaks, and what a process itself has needed."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import race
+
+SLEEPER = """
+import sys, time
+from benchmarks import race
+race.answer(lambda: time.sleep(float(sys.argv[1])), start={"a": 1}, end=lambda: {"b": 2})
+"""
+BREAKS = "print('{}', flush=True); input(); raise SystemExit(1)"
+NEEDS = """
+from benchmarks import race
+race.answer(lambda: None, start={}, end=lambda: {"mib": race.resident_mib()})
+"""
+
+
+def entrant(code: str, *words: str) -> race.Entrant:
+    return race.Entrant(command=[sys.executable, "-c", code, *words])
+
+
+def test_turns_and_ratios(capfd: pytest.CaptureFixture[str]) -> None:
+    """A worker that ends early is left out with a line; the others go on."""
+    found = race.run(
+        {"fast": entrant(SLEEPER, "0.02"), "ends": entrant(BREAKS), "slow": entrant(SLEEPER, "0.2")},
+        turns=3,
+    )
+    assert list(found) == ["fast", "slow"]
+    assert found["slow"].said == {"a": 1, "b": 2}
+    assert [len(one.seconds) for one in found.values()] == [3, 3]
+    assert 0.2 <= found["slow"].median < 0.4
+    assert race.ratio(found["slow"], found["fast"]) > 3
+    assert "ends broke" in capfd.readouterr().err
+
+
+def test_a_process_s_peak_is_its_own() -> None:
+    """Not that of the one which started it, as getrusage has it."""
+    large = np.ones(400 * 2**20, np.uint8)
+    assert race.resident_mib() > 400
+    found = race.run({"small": entrant(NEEDS)}, turns=2)
+    assert found["small"].said["mib"] < 200
+    del large
