@@ -26,7 +26,11 @@ def entrant(code: str, *words: str) -> race.Entrant:
 def test_turns_and_ratios(capfd: pytest.CaptureFixture[str]) -> None:
     """A worker that ends early is left out with a line; the others go on."""
     found = race.run(
-        {"fast": entrant(SLEEPER, "0.02"), "ends": entrant(BREAKS), "slow": entrant(SLEEPER, "0.2")},
+        {
+            "fast": entrant(SLEEPER, "0.02"),
+            "ends": entrant(BREAKS),
+            "slow": entrant(SLEEPER, "0.2"),
+        },
         turns=3,
     )
     assert list(found) == ["fast", "slow"]

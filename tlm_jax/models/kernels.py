@@ -24,8 +24,11 @@ from tlm_jax.distributed.sharding import RULES, constrain, mesh_size, sequence_s
 from tlm_jax.mixers import AttentionConfig
 from tlm_jax.models.segments import ATTENTION
 
-_QUERY_BLOCK, _MOST_BLOCKS = 128, 8
-"""Least length of a block of queries, and most blocks of a row."""
+_BLOCK_LENGTHS, _MOST_BLOCKS = (128, 512), 8
+"""Queries of a block: a quarter of the row's, within these bounds unless there were more blocks.
+
+More blocks leave out more keys; longer ones make larger products, until a CPU's cache is full.
+"""
 _BLOCKS = (1024, 512, 256, 128)
 """Sizes of a splash block, the largest that divides a device's queries."""
 
@@ -114,8 +117,9 @@ def attend(
     # Heads outside, so that the products are plain ones: on a CPU several times as fast.
     q_BNGLK = (q_BLHK * K**-0.5).reshape(B, L, N, H // N, K).transpose(0, 2, 3, 1, 4)
     k_BNKS, v_BNSK = k_BSNK.transpose(0, 2, 3, 1), v_BSNK.transpose(0, 2, 1, 3)
-    in_blocks = causal and L % _QUERY_BLOCK == 0 and sequence_shards() == 1
-    block = max(_QUERY_BLOCK, L // _MOST_BLOCKS) if in_blocks else L
+    least, most = _BLOCK_LENGTHS
+    in_blocks = causal and L % least == 0 and sequence_shards() == 1
+    block = max(least, min(L // 4, most), L // _MOST_BLOCKS) if in_blocks else L
     blocks = []
     for begin in range(0, L, block):
         end = min(begin + block, L)
