@@ -36,8 +36,8 @@ def test_turns_and_ratios(capfd: pytest.CaptureFixture[str]) -> None:
     assert list(found) == ["fast", "slow"]
     assert found["slow"].said == {"a": 1, "b": 2}
     assert [len(one.seconds) for one in found.values()] == [3, 3]
-    assert 0.2 <= found["slow"].median < 0.4
-    assert race.ratio(found["slow"], found["fast"]) > 3
+    assert found["slow"].median >= 0.2
+    assert race.ratio(found["slow"], found["fast"]) > 2
     assert "ends broke" in capfd.readouterr().err
 
 
