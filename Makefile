@@ -36,6 +36,7 @@ bench: $(READY)           ## the tables of docs/speed.md (TORCH_PYTHON=..., RUN=
 	$(BIN)/python -m benchmarks.compile_time
 	$(BIN)/python -m benchmarks.step_time tiny
 	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.start_up
 	$(BIN)/python -m benchmarks.neural_memory $(THEIRS)
 	$(BIN)/python -m benchmarks.data
 ifdef TORCH_PYTHON

@@ -85,6 +85,7 @@ def test_the_train_step_compiles_for_given_devices() -> None:
     assert memories[0].arguments == pytest.approx(state, rel=0.02)
     assert memories[1].temporary > 2 * memories[0].temporary
     assert results[1].flops == pytest.approx(8 * results[0].flops)
+    assert results[1].accessed > results[0].accessed > state
     assert {c.kind for c in results[0].collectives} == {"all-reduce"}
     limit = memories[0].total + 1
     assert aot.compile_step("evaluation", small, jax.devices()[:2], limit).fits

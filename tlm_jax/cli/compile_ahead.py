@@ -109,6 +109,7 @@ def _table(results: Sequence[Any]) -> Table:
     row("limit", [f"{r.limit / 2**30:.2f} GiB" for r in results])
     row("fits", ["yes" if r.fits else f"no: {_used(r)}" for r in results])
     row("TFLOPs a step", [f"{r.flops / 1e12:.3f}" for r in results])
+    row("accessed, loops once", [f"{r.accessed / 2**30:.3f} GiB" for r in results])
     for kind in dict.fromkeys(c.kind for r in results for c in r.collectives):
         found = [next((c for c in r.collectives if c.kind == kind), None) for r in results]
         row(kind, [f"{c.count}, {c.bytes / 2**30:.3f} GiB" if c else "" for c in found])

@@ -56,6 +56,8 @@ class Compiled:
     """What the compiler said of a program that does not fit, or nothing."""
     flops: float
     """Of matrix products on a device, in one step, as `costs` counts them."""
+    accessed: float
+    """Bytes that operations on a device read and write, as the compiler counts them: loops once."""
     collectives: tuple[Collectives, ...]
 
     @property
@@ -98,7 +100,7 @@ def compile_step(name: str, config: RunConfig, devices: list[Any], limit: int) -
     mesh = mesh_lib.make_mesh(config, devices)
     model = skeleton(config.model)
     begin = time.perf_counter()
-    memory, refusal = None, ""
+    memory, refusal, accessed = None, "", 0.0
     found: tuple[Collectives, ...] = ()
     lowered = _LOWER[name](config, model, mesh)
     try:
@@ -107,6 +109,7 @@ def compile_step(name: str, config: RunConfig, devices: list[Any], limit: int) -
         refusal = _refusal(error)
     else:
         memory = _memory(program.memory_analysis())
+        accessed = (program.cost_analysis() or {}).get("bytes accessed", 0.0)
         found = collectives(program.as_text() or "")
     per_token = costs.model_costs(config.model, config.data.seq_len)
     flops = per_token.training_flops if name == "train" else per_token.forward_flops
@@ -118,6 +121,7 @@ def compile_step(name: str, config: RunConfig, devices: list[Any], limit: int) -
         limit=limit,
         refusal=refusal,
         flops=flops * config.data.batch_size * config.data.seq_len / len(devices),
+        accessed=accessed,
         collectives=found,
     )
 
