@@ -48,13 +48,8 @@ def open_run(folder: pathlib.Path) -> tuple[Any, Any, Any, Any, Any]:
     mesh = mesh_lib.device_mesh(config.mesh)
     jax.set_mesh(mesh)
     tokenizer, model = load_tokenizer(config.data.tokenizer), skeleton(config.model)
-    return (
-        metadata,
-        tokenizer,
-        model,
-        restore.load_params(folder, step, model, tokenizer, mesh),
-        mesh,
-    )
+    params = restore.load_params(folder, step, model, tokenizer, mesh)
+    return metadata, tokenizer, model, params, mesh
 
 
 def our_model(folder: pathlib.Path) -> Any:

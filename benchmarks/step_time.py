@@ -8,8 +8,8 @@
 `tiny` and `others` write their tables to docs/speed.md; `gpu` too, where there is one. X is an
 environment with torch and transformers; the heads of nanodo_worker.py and maxtext_worker.py say how
 to make Y and Z. MKL, which torch multiplies with, keeps its best kernels from processors that are
-not Intel's; a preloaded function lifts that (this needs gcc). Each runs as its users would run it:
-ours asks for large pages, as train.py does.
+not Intel's; a preloaded function lifts that (this needs a C compiler). Each runs as its users
+would run it: ours asks for large pages, as train.py does.
 """
 
 import argparse

@@ -41,6 +41,7 @@ def test_turns_and_ratios(capfd: pytest.CaptureFixture[str]) -> None:
     assert "ends broke" in capfd.readouterr().err
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_process_s_peak_is_its_own() -> None:
     """Not that of the one which started it, as getrusage has it."""
     large = np.ones(400 * 2**20, np.uint8)

@@ -168,6 +168,7 @@ def test_sources_that_cannot_be_opened(
     assert fails("hf:x/y") == "hf:x/y needs the package datasets: pip install 'tlm-jax[hf]'"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_line_of_100_mb_in_bounded_memory(tmp_path: pathlib.Path) -> None:
     """It is refused, or skipped, without being held in memory."""
     source = tmp_path / "a.jsonl"
