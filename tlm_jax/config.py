@@ -15,14 +15,11 @@ from typing import Any, Literal
 from tlm_jax import taper as taper_lib
 from tlm_jax.mixers import AttentionConfig, MixerConfig, MLPConfig
 from tlm_jax.taper_config import TaperConfig
+from tlm_jax.validation import UserError as UserError
 from tlm_jax.validation import divisors, require, round_up
 
 RUN_AGAIN = 75
 """Exit status of a run that is not complete and that the same command continues (EX_TEMPFAIL)."""
-
-
-class UserError(Exception):
-    """A mistake the user can mend; shown as one line, without a stack trace."""
 
 
 def _may_change(default: Any) -> Any:

@@ -1,4 +1,8 @@
-"""Small helpers for error messages that say what would work."""
+"""Errors for users, and small helpers for messages that say what would work."""
+
+
+class UserError(Exception):
+    """A mistake the user can mend; shown as one line, without a stack trace."""
 
 
 def require(condition: bool, message: str) -> None:

@@ -12,7 +12,6 @@ import difflib
 import importlib.metadata
 import itertools
 import json
-import os
 import pathlib
 import re
 import signal
@@ -26,7 +25,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from tlm_jax import config_io, costs
+from tlm_jax import config_io, costs, files
 from tlm_jax.analysis.plots import series
 from tlm_jax.config import RUN_AGAIN, RunConfig, UserError
 
@@ -222,7 +221,7 @@ def run(
             broken[cell.folder] = str(error)
             console.print(f"{label}: [red]broken[/]: {escape(str(error))}", highlight=False)
             continue
-        _write(where / RESULT, json.dumps(result) + "\n")
+        files.write_text(where / RESULT, json.dumps(result) + "\n")
         gather(folder)
         console.print(
             f"{label}: loss {result['final']['loss']:.4f}, {time.monotonic() - begin:,.0f} s",
@@ -237,7 +236,7 @@ def gather(folder: pathlib.Path) -> pathlib.Path:
     results = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*/{RESULT}"))]
     results.sort(key=lambda r: (r["seed"], r["order"]))
     target = folder / RESULTS
-    _write(target, "".join(json.dumps(r) + "\n" for r in results))
+    files.write_text(target, "".join(json.dumps(r) + "\n" for r in results))
     return target
 
 
@@ -258,7 +257,7 @@ def _train(config: RunConfig, folder: pathlib.Path) -> int:
     """Runs `tlm train`; returns its exit status. Signals to stop are handed on."""
     folder.mkdir(parents=True, exist_ok=True)
     written = folder / "cell.json"
-    _write(written, json.dumps(config_io.to_dict(config), indent=1) + "\n")
+    files.write_text(written, json.dumps(config_io.to_dict(config), indent=1) + "\n")
     command = [sys.executable, "-m", "tlm_jax", "train", "--config", str(written)]
     with (folder / LOG).open("a") as log:
         process = subprocess.Popen(
@@ -329,10 +328,3 @@ def _thinned(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[float]]:
     for begin in range(0, len(rows), size):
         part = rows[begin : begin + size]
         yield [part[-1]["step"], round(statistics.fmean(row["loss"] for row in part), 5)]
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    """All of it or nothing, whatever happens meanwhile."""
-    half = path.with_name(f"{path.name}.{os.getpid()}.part")
-    half.write_text(text, encoding="utf-8")
-    half.replace(path)

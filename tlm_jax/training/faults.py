@@ -2,12 +2,10 @@
 
 import contextlib
 import faulthandler
-import fcntl
 import os
 import pathlib
 import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -18,6 +16,7 @@ import jax
 from jax.experimental import multihost_utils
 from rich.console import Console
 
+from tlm_jax import files
 from tlm_jax.config import RUN_AGAIN, UserError
 
 _LOCK = ".lock"
@@ -167,28 +166,9 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     if jax.process_index() > 0:
         yield
         return
-    path = workdir / _LOCK
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            who = file.read().strip() or "another process"
-            raise UserError(
-                f"{workdir} is in use: {who} trains there; wait for it, or use another --workdir"
-            ) from None
-        except OSError:
-            pass
-        file.seek(0)
-        file.truncate()
-        with contextlib.suppress(OSError):  # a full disk is another one's business
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                file.truncate(0)
+    in_use = f"{workdir} is in use: {{who}} trains there; wait for it, or use another --workdir"
+    with files.locked(workdir / _LOCK, in_use):
+        yield
 
 
 def make_writable(workdir: pathlib.Path) -> None:
