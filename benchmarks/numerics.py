@@ -23,10 +23,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import report
+from tlm_jax import ops
 from tlm_jax.architectures import ARCHITECTURES, with_architecture
 from tlm_jax.config import AttentionConfig, DataConfig, ModelConfig, RunConfig
 from tlm_jax.distributed import mesh as mesh_lib
-from tlm_jax.models import kernels, skeleton
+from tlm_jax.models import skeleton
 from tlm_jax.models.loss import training_loss
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "pods.md"
@@ -53,7 +54,7 @@ def attention(kernel: str, dtype: str) -> dict[str, Any]:
     def run(kernel: str, dtype: str, device: Any) -> Any:
         def loss(q: Any, k: Any, v: Any) -> Any:
             q, k, v = (a.astype(dtype) for a in (q, k, v))
-            y = kernels.self_attention(q, k, v, on[4], kernel=kernel)
+            y = ops.self_attention(q, k, v, on[4], kernel=kernel)
             return jnp.sum(y.astype(jnp.float32) * on[3]), y
 
         on = jax.device_put((q, k, v, weights, ids), device)

@@ -17,7 +17,8 @@ from jax import Array
 from tlm_jax import costs
 from tlm_jax.mixers import MixerConfig
 from tlm_jax.models import registry
-from tlm_jax.models.layers import dense, weight
+from tlm_jax.models.decoder import weight
+from tlm_jax.ops import dense
 
 C = 8.0  # Griffin's c: how sharply the recurrence gate acts
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tlm_jax._fit import best_stairs
-from tlm_jax.taper import TaperError, layer_widths, segments
+from tlm_jax.segments import group
+from tlm_jax.taper import TaperError, layer_widths
 
 CURVES = ("linear", "cosine", "sigmoid")
 # Computed from the paper's formula: 24 layers, mean 4096, cosine 1.5/0.5, multiples of 16.
@@ -94,7 +95,7 @@ def test_groups_of_unequal_thirds() -> None:
     widths = layer_widths(8, 704, "groups")
     assert widths == (1056,) * 3 + (31 * 16,) * 4 + (30 * 16,)
     assert layer_widths(8, 704, "groups", heavy="late") == widths[::-1]
-    assert segments(layer_widths(7, 640, "groups", heavy="middle"))[1].length == 3
+    assert group(layer_widths(7, 640, "groups", heavy="middle"))[1].length == 3
 
 
 def test_uniform_needs_no_multiple() -> None:
@@ -153,13 +154,13 @@ def _check(request: dict[str, Any]) -> tuple[int, ...]:
         r["num_layers"],
         r["base_width"],
         r["multiple_of"],
-        segments(widths),
+        group(widths),
     )
     assert len(widths) == layers
     assert sum(widths) == layers * base
     assert sum(s.length for s in stairs) == layers
-    assert [w for s in stairs for w in [s.width] * s.length] == list(widths)
-    assert all(a.stop == b.start and a.width != b.width for a, b in itertools.pairwise(stairs))
+    assert [w for s in stairs for w in s.pattern * s.repeats] == list(widths)
+    assert all(a.stop == b.start and a.pattern != b.pattern for a, b in itertools.pairwise(stairs))
     uniform = r["schedule"] == "uniform" or (
         r["schedule"] in CURVES and r["start"] == r["end"] == 1
     )
@@ -173,7 +174,7 @@ def _check(request: dict[str, Any]) -> tuple[int, ...]:
         sign = 1 if r["start"] >= r["end"] else -1
         assert all(sign * a >= sign * b for a, b in itertools.pairwise(widths))
         exact = layer_widths(**(request | {"num_segments": None}))
-        if limit is None or limit >= len(segments(exact)):
+        if limit is None or limit >= len(group(exact)):
             assert widths == exact
             for width, ratio in ((widths[0], r["start"]), (widths[-1], r["end"])):
                 assert abs(width - ratio * base) <= unit / 2 + 1e-6
@@ -297,7 +298,7 @@ def test_stairs_are_optimal(values: list[float], count: int, shift: int) -> None
         assert count == 0
     else:
         assert sum(found) == total
-        assert len(segments(found)) == count
+        assert len(group(found)) == count
         assert _squares(found, ideal) == pytest.approx(expected, abs=1e-5)
 
 
@@ -311,7 +312,7 @@ def test_stairs_are_quick_and_as_many_as_asked(
     began = time.process_time()
     widths = layer_widths(layers, 2048, schedule, multiple_of=unit, num_segments=8)
     assert time.process_time() - began < limit_s
-    assert len(segments(widths)) == 8
+    assert len(group(widths)) == 8
     assert sum(widths) == layers * 2048
 
 

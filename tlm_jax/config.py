@@ -8,12 +8,13 @@ them; all others must stay as they were when the run began.
 """
 
 import dataclasses
-import itertools
+import functools
 import math
 from typing import Any, Literal
 
 from tlm_jax import taper as taper_lib
 from tlm_jax.mixers import AttentionConfig, MixerConfig, MLPConfig
+from tlm_jax.segments import Segment, group
 from tlm_jax.taper_config import TaperConfig
 from tlm_jax.validation import UserError as UserError
 from tlm_jax.validation import divisors, require, round_up
@@ -24,6 +25,21 @@ RUN_AGAIN = 75
 
 def _may_change(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"may_change": True})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """The static shape of one layer."""
+
+    mixer: MixerConfig
+    """With the sizes of this layer, nothing left to taper."""
+    mlp_widths: tuple[int, ...]
+    """One per level of the MLP."""
+
+    @property
+    def mlp_width(self) -> int:
+        """Of all levels together."""
+        return sum(self.mlp_widths)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,10 +79,34 @@ class ModelConfig:
             value = getattr(self, name)
             require(value > 0, f"{name} is {value}; it must be at least 1")
         self.mixer.check(self.d_model)
-        for mixer in self.mixers:  # an impossible taper is an error here, not later
-            mixer.check(self.d_model)
-        for layer, width in enumerate(self.mlp_widths):
+        for layer in self.layers:  # an impossible taper is an error here, not later
+            layer.mixer.check(self.d_model)
+
+    @functools.cached_property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """The spec of each layer, first to last: what model, costs and plan are made from.
+
+        The recipe: the mixer says how it varies over depth (`MixerConfig.layers`), the taper how
+        the MLP's width does. Where mixers take turns, the layers of one turn are equally wide.
+        """
+        mixers = self.mixer.layers(self.num_layers, self.d_model)
+        turn = self.mixer.turn
+        try:
+            steps = self.taper.apply(self.num_layers // turn, self.base_mlp_width)
+        except taper_lib.TaperError as error:
+            raise ValueError(str(error).replace("base_width", "mlp_width")) from None
+        widths = [width for width in steps for _ in range(turn)]
+        for layer, width in enumerate(widths):
             self.mlp.check(width, layer)
+        return tuple(
+            LayerSpec(mixer=mixer, mlp_widths=self.mlp.level_widths(width))
+            for mixer, width in zip(mixers, widths, strict=True)
+        )
+
+    @functools.cached_property
+    def segments(self) -> tuple[Segment[LayerSpec], ...]:
+        """The layers in runs that repeat, each one scan."""
+        return group(self.layers)
 
     @property
     def base_mlp_width(self) -> int:
@@ -75,27 +115,13 @@ class ModelConfig:
 
     @property
     def mlp_widths(self) -> tuple[int, ...]:
-        """MLP width of each layer, first to last."""
-        try:
-            return self.taper.apply(self.num_layers, self.base_mlp_width)
-        except taper_lib.TaperError as error:
-            raise ValueError(str(error).replace("base_width", "mlp_width")) from None
+        """MLP width of each layer, all levels together."""
+        return tuple(layer.mlp_width for layer in self.layers)
 
     @property
     def mixers(self) -> tuple[MixerConfig, ...]:
-        """Mixer of each layer, first to last."""
-        return self.mixer.layers(self.num_layers, self.d_model)
-
-    @property
-    def segments(self) -> tuple[taper_lib.Segment, ...]:
-        """Runs of equal layers (mixer and MLP width), each one scan."""
-        runs, start = [], 0
-        layers = zip(self.mixers, self.mlp_widths, strict=True)
-        for (_, width), run in itertools.groupby(layers):
-            length = len(list(run))
-            runs.append(taper_lib.Segment(start=start, length=length, width=width))
-            start += length
-        return tuple(runs)
+        """Mixer of each layer."""
+        return tuple(layer.mixer for layer in self.layers)
 
     def uniform_twin(self) -> "ModelConfig":
         """The same model with nothing tapered: every layer `base_mlp_width` wide."""

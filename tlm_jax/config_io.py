@@ -72,11 +72,16 @@ def to_dict(config: Any) -> dict[str, Any]:
         values[KIND] = f"{type(config).__module__}:{type(config).__qualname__}"
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            values[field.name] = to_dict(value)
-        else:
-            values[field.name] = json.loads(json.dumps(value))
+        values[field.name] = _to_json(value)
     return values
+
+
+def _to_json(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    if isinstance(value, tuple):
+        return [_to_json(entry) for entry in value]
+    return json.loads(json.dumps(value))
 
 
 def from_dict(values: dict[str, Any], cls: type = RunConfig, where: str = "") -> Any:
@@ -98,7 +103,12 @@ def from_dict(values: dict[str, Any], cls: type = RunConfig, where: str = "") ->
         if nested is not None and isinstance(value, dict):
             value = from_dict(value, nested, f"{where}{name}.")
         elif isinstance(value, list):
-            value = tuple(value)
+            value = tuple(
+                from_dict(entry, cls, f"{where}{name}[{index}].")
+                if isinstance(entry, dict)
+                else entry
+                for index, entry in enumerate(value)
+            )
         arguments[name] = value
     try:
         return cls(**arguments)

@@ -174,14 +174,12 @@ def model_costs(config: ModelConfig, seq_len: int) -> ModelCosts:
         layers=tuple(
             LayerCosts(
                 layer=layer,
-                mlp_width=width,
-                mlp_levels=len(config.mlp.periods),
+                mlp_width=spec.mlp_width,
+                mlp_levels=len(spec.mlp_widths),
                 d_model=config.d_model,
-                mixer=mixer_costs(mixer, config.d_model, seq_len),
+                mixer=mixer_costs(spec.mixer, config.d_model, seq_len),
             )
-            for layer, (width, mixer) in enumerate(
-                zip(config.mlp_widths, config.mixers, strict=True)
-            )
+            for layer, spec in enumerate(config.layers)
         ),
         embedding_parameters=table,
         head_parameters=0 if config.tie_embeddings else table,
@@ -218,10 +216,8 @@ def _accumulated_parameters(config: ModelConfig) -> int:
     """Parameters of the MLP levels whose update period is more than one step."""
     return sum(
         3 * config.d_model * width + config.d_model
-        for layer_width in config.mlp_widths
-        for width, period in zip(
-            config.mlp.level_widths(layer_width), config.mlp.periods, strict=True
-        )
+        for spec in config.layers
+        for width, period in zip(spec.mlp_widths, config.mlp.periods, strict=True)
         if period > 1
     )
 

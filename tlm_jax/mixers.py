@@ -128,6 +128,11 @@ class MixerConfig:
         del d_model
         return (self,) * num_layers
 
+    @property
+    def turn(self) -> int:
+        """Layers after which the kinds of mixers repeat."""
+        return 1
+
     def uniform_twin(self) -> "MixerConfig":
         """The same mixer with nothing tapered."""
         return self
@@ -147,6 +152,57 @@ class MixerConfig:
     def describe(self, d_model: int) -> str:
         """A few words for tables."""
         return type(self).__name__.removesuffix("Config")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InterleavedConfig(MixerConfig):
+    """Mixers that take turns over depth, such as three of attention and one of Titans."""
+
+    mixers: tuple[MixerConfig, ...]
+    """One turn, which is repeated to the last layer. The MLPs of a turn are equally wide."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mixers", tuple(self.mixers))  # JSON knows lists only
+        require(len(self.mixers) > 1, f"interleaved mixers need at least 2, not {self.mixers}")
+        require(
+            all(mixer.turn == 1 for mixer in self.mixers),
+            "interleaved mixers cannot be interleaved themselves; write out one turn",
+        )
+
+    @property
+    def turn(self) -> int:
+        """Layers of one turn."""
+        return len(self.mixers)
+
+    def layers(self, num_layers: int, d_model: int) -> tuple[MixerConfig, ...]:
+        """Each mixer tapers over the layers that are its own."""
+        require(
+            num_layers % self.turn == 0,
+            f"num_layers={num_layers} does not divide into turns of {self.turn} mixers; use "
+            f"{round_up(num_layers, self.turn)}",
+        )
+        turns = num_layers // self.turn
+        parts = [mixer.layers(turns, d_model) for mixer in self.mixers]
+        return tuple(itertools.chain.from_iterable(zip(*parts, strict=True)))
+
+    def uniform_twin(self) -> "InterleavedConfig":
+        """The same turns with nothing tapered."""
+        return InterleavedConfig(mixers=tuple(mixer.uniform_twin() for mixer in self.mixers))
+
+    def mlp_width_taken(self, d_model: int) -> int:
+        """The mean over a turn, to the nearest multiple of 16."""
+        taken = sum(mixer.mlp_width_taken(d_model) for mixer in self.mixers)
+        return 16 * round(taken / self.turn / 16)
+
+    def check(self, d_model: int) -> None:
+        """Raises `ValueError` if one of them does not fit the stream."""
+        for mixer in self.mixers:
+            mixer.check(d_model)
+
+    def describe(self, d_model: int) -> str:
+        """One turn, such as `3 x attention, ... + 1 x Titans ...`."""
+        runs = itertools.groupby(mixer.describe(d_model) for mixer in self.mixers)
+        return " + ".join(f"{len(list(run))} x {words}" for words, run in runs)
 
 
 def _check_head_dim(head_dim: int | None) -> None:

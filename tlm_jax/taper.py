@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from tlm_jax import _fit, shapes
+from tlm_jax.segments import group
 
 Schedule = Literal[
     "uniform", "linear", "cosine", "sigmoid", "groups", "explicit",
@@ -45,33 +46,6 @@ class _Impossible(Exception):
     def __init__(self, problem: str, candidates: Iterable[dict[str, Any]] = ()) -> None:
         super().__init__(problem)
         self.candidates = candidates
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Segment:
-    """Neighbouring layers of equal width, run as one scanned stack."""
-
-    start: int
-    """First layer."""
-    length: int
-    """Number of layers."""
-    width: int
-    """Width of each."""
-
-    @property
-    def stop(self) -> int:
-        """One past the last layer."""
-        return self.start + self.length
-
-
-def segments(widths: Sequence[int]) -> tuple[Segment, ...]:
-    """Groups equal neighbours; the segments cover all layers in order."""
-    result, start = [], 0
-    for width, group in itertools.groupby(widths):
-        length = len(list(group))
-        result.append(Segment(start=start, length=length, width=width))
-        start += length
-    return tuple(result)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,7 +174,7 @@ def _solve(r: _Request) -> tuple[int, ...]:
             )
         solvers = {"groups": _groups, **dict.fromkeys(shapes.CURVES, _curve)}
         ideal, exact = solvers.get(r.schedule, _shape)(r)
-    if r.num_segments is None or len(segments(exact)) <= r.num_segments:
+    if r.num_segments is None or len(group(exact)) <= r.num_segments:
         return exact
     return _approximate(r, ideal, exact)
 
@@ -359,9 +333,9 @@ def _approximate(r: _Request, ideal: list[float], exact: tuple[int, ...]) -> tup
     rises = all(a <= b for a, b in itertools.pairwise(exact))
     if not (falls or rises):
         raise _Impossible(
-            f"num_segments={r.num_segments} is less than the {len(segments(exact))} of these "
+            f"num_segments={r.num_segments} is less than the {len(group(exact))} of these "
             "widths, which go both up and down",
-            [{"num_segments": len(segments(exact))}],
+            [{"num_segments": len(group(exact))}],
         )
     curve = ideal if falls else ideal[::-1]
     units = _fit.best_stairs(tuple(curve), r.num_segments, r.budget // r.multiple_of)

@@ -23,7 +23,6 @@ from tlm_jax.config import (
     TrainingConfig,
 )
 from tlm_jax.models import skeleton
-from tlm_jax.models.block import layer_specs
 from tlm_jax.training import step
 from tlm_jax.training.optimizer import make_optimizer
 
@@ -83,11 +82,11 @@ def test_a_layer_is_attention_and_then_each_level_with_its_own_residual():
     """y_i = y_{i-1} + SwiGLU_i(RMSNorm_i(y_{i-1})), in the order of the periods."""
     params, ids = parameters(CONFIG), tokens()
     model = skeleton(CONFIG).merge(params)
-    widths = [spec.mlp_widths for spec in layer_specs(CONFIG)]
+    widths = [spec.mlp_widths for spec in CONFIG.layers]
     assert widths == [(36, 24, 12), (20, 12, 4), (20, 12, 4)]
     x = np.asarray(params["embedding"])[np.asarray(ids)]
-    for segment, index in (("000", 0), ("001", 0), ("001", 1)):
-        layer = jax.tree.map(lambda a, i=index: a[i], model.segments[segment])
+    for number, (segment, index) in enumerate([("000", 0), ("001", 0), ("001", 1)]):
+        layer = model.segments.layer(number)
         normed = layer.mixer_norm(np.float32(x))
         x = x + np.asarray(layer.mixer(normed, POSITIONS, SEGMENT_IDS)[0])
         for level in range(3):
@@ -125,7 +124,7 @@ def test_tapered_and_uniform_twins_cost_the_same(levels: int, level_taper: bool)
     )
     twin = dataclasses.replace(config.uniform_twin(), scan_layers=False)
     assert config.mlp_widths[0] > config.mlp_widths[-1]
-    tapered_levels = len({len(set(spec.mlp_widths)) for spec in layer_specs(config)} - {1}) > 0
+    tapered_levels = len({len(set(spec.mlp_widths)) for spec in config.layers} - {1}) > 0
     assert tapered_levels == level_taper
     assert costs.twin_difference(config, 16) == {}
     plain = dataclasses.replace(config, mlp=MLPConfig())

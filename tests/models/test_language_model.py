@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tlm_jax import ops
 from tlm_jax.config import AttentionConfig, ModelConfig, TaperConfig
-from tlm_jax.models import LanguageModel, kernels, layers, skeleton
-from tlm_jax.models.block import layer_specs
-from tlm_jax.models.segments import group
+from tlm_jax.models import LanguageModel, skeleton
+from tlm_jax.models.decoder import RMSNorm
 
 VOCAB, LENGTH = 96, 24
 
@@ -108,10 +108,8 @@ def test_segments_run_in_order_of_depth():
     model = skeleton(config).merge(params)
     positions = jnp.broadcast_to(jnp.arange(LENGTH), ids.shape)
     x = model.embedding[...][ids]
-    for spec, name in zip(model.segment_specs, sorted(model.segments), strict=True):
-        for index in range(spec.length):
-            layer = jax.tree.map(lambda a, i=index: a[i], model.segments[name])
-            x, _ = layer(x, positions, jnp.ones_like(ids))
+    for index in range(config.num_layers):
+        x = model.segments.layer(index)(x, positions, jnp.ones_like(ids))
     expected = model.logits(model.final_norm(x))
     np.testing.assert_allclose(logits(config, params, ids), expected, rtol=1e-5, atol=1e-5)
 
@@ -193,7 +191,7 @@ def test_grouped_attention_equals_a_loop_over_heads():
         for i, heads in enumerate((H, N, N))
     )
     mask = np.tril(np.ones((L, L), bool))[None].repeat(B, 0)
-    got = kernels.attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(mask))
+    got = ops.attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(mask))
     for b in range(B):
         for h in range(H):
             n = h // (H // N)
@@ -208,17 +206,17 @@ def test_rotary_scores_depend_on_distance_only():
     x = jax.random.normal(jax.random.key(0), (1, 2, 3, 16))
 
     def score(i: int, j: int) -> np.ndarray:
-        q, k = jnp.split(layers.rotary(x, jnp.array([[i, j]]), 10_000.0), 2, axis=1)
+        q, k = jnp.split(ops.rotary(x, jnp.array([[i, j]]), 10_000.0), 2, axis=1)
         return np.asarray(jnp.sum(q * k, axis=-1))
 
     np.testing.assert_allclose(score(5, 3), score(105, 103), rtol=1e-3, atol=1e-4)
     assert np.abs(score(5, 3) - score(5, 4)).max() > 1e-2
-    norms = jnp.linalg.norm(layers.rotary(x, jnp.array([[7, 9]]), 100.0), axis=-1)
+    norms = jnp.linalg.norm(ops.rotary(x, jnp.array([[7, 9]]), 100.0), axis=-1)
     np.testing.assert_allclose(norms, jnp.linalg.norm(x, axis=-1), rtol=1e-5)
 
 
 def test_rms_norm_is_computed_in_float32():
-    norm = layers.RMSNorm(64, 1e-6)
+    norm = RMSNorm(64, 1e-6)
     x = 300.0 * jax.random.normal(jax.random.key(0), (5, 64))
     expected = x / np.sqrt(np.mean(np.square(np.asarray(x, np.float64)), -1, keepdims=True))
     np.testing.assert_allclose(norm(x), expected, rtol=1e-5)
@@ -237,7 +235,7 @@ def test_every_layer_is_initialised_by_one_rule():
     )
     params = jax.jit(skeleton(config).init)(jax.random.key(0))
     out_scale = 1 / np.sqrt(2 * config.num_layers)
-    assert [s.length for s in group(layer_specs(config))] == [1, 4, 1]
+    assert [s.length for s in config.segments] == [1, 4, 1]
     for name, width in (("000", 384), ("001", 256), ("002", 128)):
         block = params["segments"][name]
         for layer in range(block["mlp"]["0"]["gate"].shape[0]):

@@ -108,7 +108,7 @@ def oracle_losses(params, versions, version_L, row):
     model = skeleton(CONFIG).merge(params)
     ids, positions = row["segment_ids"][None], row["positions"][None]
     x = model.embedding[...][row["inputs"]]
-    layers = [jax.tree.map(lambda a: a[0], model.segments[name]) for name in ("000", "001")]
+    layers = [model.segments.layer(index) for index in range(2)]
     for layer, levels in zip(layers, versions, strict=True):
         x = x + layer.mixer(layer.mixer_norm(x[None]), positions, ids)[0][0]
         for level in levels:

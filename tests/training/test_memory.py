@@ -20,7 +20,7 @@ from tlm_jax.config import (
 )
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.models import skeleton
-from tlm_jax.models.language_model import scans_layers
+from tlm_jax.models.settings import scans_layers
 from tlm_jax.training import aot, optimizer, step
 
 UNIFORM = ModelConfig(

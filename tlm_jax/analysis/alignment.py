@@ -161,8 +161,8 @@ def _sums(model: Skeleton, params: Any, batch: Batch) -> tuple[jax.Array, jax.Ar
     after_first_BL = all_BL & (positions_BL > 0)
     merged = model.merge(params)
 
-    def layer(h_BLD: jax.Array, block: Any) -> tuple[jax.Array, jax.Array]:
-        z_BLD, _ = block.mix(h_BLD, positions_BL, segment_ids_BL)
+    def layer(block: Any, h_BLD: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        z_BLD, _ = block.mix(h_BLD, None, positions_BL, segment_ids_BL)
         y_BLD, branch_BLD = z_BLD, jnp.zeros_like(z_BLD)
         for level in block.mlp.values():
             added_BLD = level.branch(y_BLD)  # y - z would lose digits beside a large stream
@@ -173,13 +173,9 @@ def _sums(model: Skeleton, params: Any, batch: Batch) -> tuple[jax.Array, jax.Ar
         )
         return y_BLD, sums_R
 
-    x_BLD = merged.embedding[...][batch["inputs"]]
-    parts = []
-    for stacked in merged.segments.values():
-        x_BLD, sums_NR = jax.lax.scan(layer, x_BLD, stacked)
-        parts.append(sums_NR)
+    _, sums = merged.segments.fold(layer, merged.embedding[...][batch["inputs"]])
     counts = jnp.stack([jnp.sum(all_BL), jnp.sum(all_BL) - jnp.sum(after_first_BL)])
-    return jnp.concatenate(parts).T, counts
+    return merged.segments.per_layer(sums).T, counts
 
 
 def _cosine(a_BLD: jax.Array, b_BLD: jax.Array) -> jax.Array:

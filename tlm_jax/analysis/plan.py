@@ -1,6 +1,7 @@
 """What a run will be, before any device is touched: widths, parameters, FLOPs, memory, tokens."""
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console, Group
@@ -10,8 +11,8 @@ from rich.text import Text
 
 from tlm_jax import costs as costs_lib
 from tlm_jax import shapes
-from tlm_jax import taper as taper_lib
-from tlm_jax.config import ModelConfig, RunConfig
+from tlm_jax.config import LayerSpec, ModelConfig, RunConfig
+from tlm_jax.segments import Segment
 
 _MAX_ROWS = 32
 _BAR_CELLS = 14
@@ -99,7 +100,8 @@ def _segment_table(
     widths = model.mlp_widths
     stairs = model.segments
     sizes = [mixer.sizes() for mixer in model.mixers]
-    tapered = [name for name in sizes[0] if len({size[name] for size in sizes}) > 1]
+    names = dict.fromkeys(name for size in sizes for name in size)
+    tapered = [name for name in names if len({size[name] for size in sizes if name in size}) > 1]
     bars = width >= _WIDE
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -121,7 +123,9 @@ def _segment_table(
     if bars:
         table.add_column("", no_wrap=True, min_width=_BAR_CELLS)
     for name in tapered:
-        table.add_column(name, str(sum(s[name] for s in sizes)), justify="right", no_wrap=True)
+        table.add_column(
+            name, str(sum(s.get(name, 0) for s in sizes)), justify="right", no_wrap=True
+        )
     table.add_column("parameters", f"{layer_parameters:,}", justify="right", no_wrap=True)
     table.add_column("FLOPs/token", f"{layer_flops:,}", justify="right", no_wrap=True)
     table.add_column("kept/token", byte_size(activations), justify="right", no_wrap=True)
@@ -129,14 +133,15 @@ def _segment_table(
         if isinstance(segment, int):
             table.add_row(f"{segment} more", style="dim")
             continue
-        layers = costs.layers[segment.start : segment.stop]
-        last = segment.stop - 1
+        here = slice(segment.start, segment.stop)
+        layers, last = costs.layers[here], segment.stop - 1
+        mean = statistics.mean(layer.mlp_width for layer in layers)
         table.add_row(
             f"{segment.start}" if segment.length == 1 else f"{segment.start}-{last}",
-            f"{segment.width:,}",
-            f"{segment.width / model.mlp_width:.3f}",
-            *([Text(_bar(segment.width / max(widths)), style="cyan")] if bars else []),
-            *(f"{sizes[segment.start][name]:,}" for name in tapered),
+            _each(layer.mlp_width for layer in layers),
+            f"{mean / model.mlp_width:.3f}",
+            *([Text(_bar(mean / max(widths)), style="cyan")] if bars else []),
+            *(_each(size.get(name, 0) for size in sizes[here]) for name in tapered),
             f"{sum(layer.parameters for layer in layers):,}",
             f"{sum(layer.forward_flops for layer in layers):,}",
             byte_size(_activations(costs, segment)),
@@ -144,12 +149,17 @@ def _segment_table(
     return table
 
 
-def _activations(costs: costs_lib.ModelCosts, segment: taper_lib.Segment) -> int:
+def _each(values: Iterable[int]) -> str:
+    """The values that differ, in order, such as `1,024` or `16/8`."""
+    return "/".join(f"{value:,}" for value in dict.fromkeys(values))
+
+
+def _activations(costs: costs_lib.ModelCosts, segment: Segment[LayerSpec]) -> int:
     layers = costs.layers[segment.start : segment.stop]
     return sum(layer.activation_bytes(costs.remat, costs.value_bytes) for layer in layers)
 
 
-def _abridge(stairs: Sequence[taper_lib.Segment], max_rows: int) -> list[taper_lib.Segment | int]:
+def _abridge(stairs: Sequence[Segment[LayerSpec]], max_rows: int) -> list[Segment[LayerSpec] | int]:
     """All segments, or the first and last of them around the number left out."""
     if len(stairs) <= max_rows:
         return list(stairs)

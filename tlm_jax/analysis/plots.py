@@ -29,23 +29,26 @@ def plot_plan(model: ModelConfig, path: Path) -> None:
     from matplotlib.ticker import MaxNLocator
 
     widths = model.mlp_widths
-    stairs = taper_lib.segments(widths)
+    stairs = model.segments
     parameters = costs_lib.model_costs(model, seq_len=1).parameters
     with house_figure(path, figsize=(8.0, 4.5)) as figure:
         axes = figure.subplots()
         for segment in stairs:
             # One block per segment, for one scan runs its layers; thin lines part those.
-            left, right = segment.start - 0.44, segment.stop - 0.56
+            layers = range(segment.start, segment.stop)
+            left = [layer - (0.44 if layer == segment.start else 0.5) for layer in layers]
+            right = [layer + (0.44 if layer == layers[-1] else 0.5) for layer in layers]
             axes.bar(
                 left,
-                segment.width,
-                width=right - left,
+                [widths[layer] for layer in layers],
+                width=[b - a for a, b in zip(left, right, strict=True)],
                 align="edge",
-                color=_shade(segment.width, widths),
+                color=[_shade(widths[layer], widths) for layer in layers],
                 zorder=2,
             )
-            inner = [layer - 0.5 for layer in range(segment.start + 1, segment.stop)]
-            axes.vlines(inner, 0, segment.width, color="white", linewidth=0.5, zorder=3)
+            axes.vlines(
+                left[1:], 0, [widths[x] for x in layers[1:]], color="white", linewidth=0.5, zorder=3
+            )
         _uniform_line(axes, model.mlp_width, len(widths))
         axes.set_xlim(-0.7, len(widths) - 0.3)
         axes.set_ylim(0, max(*widths, model.mlp_width) * 1.12)

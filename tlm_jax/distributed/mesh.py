@@ -63,7 +63,7 @@ def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mes
 def _check_widths(model: ModelConfig, parts: int) -> None:
     """MLP widths over the tensor axis, segment by segment, with a schedule that fits."""
     for index, segment in enumerate(model.segments):
-        uneven = [w for w in model.mlp.level_widths(segment.width) if w % parts]
+        uneven = [w for spec in segment.pattern for w in spec.mlp_widths if w % parts]
         if not uneven:
             continue
         levels = len(model.mlp.periods)

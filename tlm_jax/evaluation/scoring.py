@@ -21,7 +21,7 @@ from tlm_jax.config import UserError
 from tlm_jax.distributed.sharding import batch_sharding
 from tlm_jax.evaluation.requests import Batch, Likelihood, Request, make_batches
 from tlm_jax.models import Skeleton, online
-from tlm_jax.models.cross_entropy import token_scores
+from tlm_jax.ops.cross_entropy import token_scores
 
 _LOGIT_POSITIONS = 512
 """Positions, over all rows, whose float32 logits exist at a time."""

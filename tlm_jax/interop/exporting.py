@@ -104,10 +104,10 @@ def _native(params: Any) -> Iterator[tuple[str, np.ndarray]]:
 def _llama(params: Any, model: ModelConfig, form: Format) -> Iterator[tuple[str, np.ndarray]]:
     widest = max(model.mlp_widths)
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path, first, count = loading.place(model, loading.path_of(keys))
-        for index in range(count):
-            spelled = llama.tensor(path, None if first is None else first + index)
-            array = np.asarray(leaf if first is None else leaf[index])
+        path, layers = loading.place(model, loading.path_of(keys))
+        for index, layer in enumerate(layers or [None]):
+            spelled = llama.tensor(path, layer)
+            array = np.asarray(leaf if layers is None else leaf[index])
             if spelled.inputs is not None:
                 outputs, inputs = loading.flat_shape(array.shape, spelled.inputs)
                 array = array.reshape(inputs, outputs).T

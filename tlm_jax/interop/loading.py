@@ -16,17 +16,19 @@ from tlm_jax.interop.tensors import TensorSource
 from tlm_jax.models import Skeleton
 
 Index = tuple[slice, ...]
-Place = tuple[str, int | None, int]
-"""(path below the segment, first layer or None, layers)."""
+Place = tuple[str, range | None]
+"""(path below the layer, the layers that it stacks or None)."""
 
 
 def place(config: ModelConfig, path: str) -> Place:
     """Which layers a parameter of ours, such as `segments/003/mixer/query`, stacks."""
     if not path.startswith("segments/"):
-        return path, None, 1
+        return path, None
     _, number, rest = path.split("/", 2)
-    segment = config.segments[int(number)]
-    return rest, segment.start, segment.length
+    segment, place = config.segments[int(number)], "0"
+    if len(segment.pattern) > 1:
+        place, rest = rest.split("/", 1)
+    return rest, segment.layers(int(place))
 
 
 def path_of(keys: Any) -> str:
@@ -91,9 +93,9 @@ def expected_shapes(skeleton: Skeleton, *, native: bool) -> dict[str, tuple[int,
         if native:
             found[path] = leaf.shape
             continue
-        rest, first, count = place(skeleton.config, path)
-        shape = leaf.shape if first is None else leaf.shape[1:]
-        for layer in [None] if first is None else range(first, first + count):
+        rest, layers = place(skeleton.config, path)
+        shape = leaf.shape if layers is None else leaf.shape[1:]
+        for layer in layers or [None]:
             spelled = llama.tensor(rest, layer)
             found[spelled.name] = flat_shape(shape, spelled.inputs)
     return found
@@ -105,12 +107,11 @@ def flat_shape(shape: tuple[int, ...], inputs: int | None) -> tuple[int, ...]:
 
 
 def _stack(source: TensorSource, where: Place, shape: tuple[int, ...], index: Index) -> np.ndarray:
-    path, first, _ = where
-    if first is None:
+    path, layers = where
+    if layers is None:
         return _part(source, llama.tensor(path, None), shape, index)
-    layers = range(shape[0])[index[0]]
     parts = [
-        _part(source, llama.tensor(path, first + layer), shape[1:], index[1:]) for layer in layers
+        _part(source, llama.tensor(path, layer), shape[1:], index[1:]) for layer in layers[index[0]]
     ]
     return np.stack(parts)
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from tlm_jax.models import online
-from tlm_jax.models.cross_entropy import token_losses, total_loss
-from tlm_jax.models.language_model import Skeleton
+from tlm_jax.models.skeleton import Skeleton
+from tlm_jax.ops.cross_entropy import token_losses, total_loss
 
 
 def training_loss(

@@ -28,8 +28,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tlm_jax.models.layers import gelu_and_slope
 from tlm_jax.models.memory_gates import Gates, Tokens, coefficients, documents
+from tlm_jax.ops import gelu_and_slope
 
 Weights = tuple[jax.Array, ...]
 """One array a layer: (H, I, O) at the start, (B, H, I, O) for each sequence."""

@@ -28,19 +28,19 @@ Shapes: B batch (rows), L length, C tokens of a piece, P pieces of a row, V voca
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from tlm_jax.mixers import MLPConfig
-from tlm_jax.models.cross_entropy import token_losses
-from tlm_jax.models.language_model import Skeleton
+from tlm_jax.models.skeleton import Skeleton
+from tlm_jax.ops.cross_entropy import token_losses
 
 TokenLosses = Callable[..., tuple[jax.Array, jax.Array]]
 Levels = dict[str, dict[str, Any]]
-"""Parameters of the updated levels, by segment and level."""
+"""Parameters of the updated levels, by stack of layers and level."""
 
 
 @jax.tree_util.register_dataclass
@@ -82,21 +82,29 @@ def _like(mask_B: jax.Array, a: jax.Array) -> jax.Array:
 
 
 def _levels(config: MLPConfig, params: Any) -> Levels:
+    updated = [str(level) for level, chunk in enumerate(config.online_chunks) if chunk]
     return {
-        name: {
-            str(level): segment["mlp"][str(level)]
-            for level, chunk in enumerate(config.online_chunks)
-            if chunk
-        }
-        for name, segment in params["segments"].items()
+        name: {level: layers["mlp"][level] for level in updated}
+        for name, layers in _stacked_layers(params["segments"])
     }
+
+
+def _stacked_layers(segments: Any, above: str = "") -> Iterator[tuple[str, Any]]:
+    """Name and parameters of each stack of layers; a segment with a pattern has several."""
+    for name, part in segments.items():
+        if "mlp" in part:
+            yield above + name, part
+        else:
+            yield from _stacked_layers(part, f"{above}{name}/")
 
 
 def _with_levels(params: Any, levels: Levels) -> Any:
-    segments = {
-        name: segment | {"mlp": segment["mlp"] | levels[name]}
-        for name, segment in params["segments"].items()
-    }
+    def replaced(part: Any, name: str) -> Any:
+        if name in levels:
+            return part | {"mlp": part["mlp"] | levels[name]}
+        return {key: replaced(value, f"{name}/{key}") for key, value in part.items()}
+
+    segments = {name: replaced(part, name) for name, part in params["segments"].items()}
     return params | {"segments": segments}
 
 

@@ -27,10 +27,9 @@ class LayerContext:
     out_scale: float
     """Factor on the initial output projection, which keeps the residual's variance in depth."""
     attention_kernel: str = "auto"
-    """See `models.kernels`."""
-    prevent_cse: bool = False
-    """Whether what is computed again needs a barrier to stay apart from the forward pass: in
-    layers outside of loops. (Inside, on TPU, weights would be gathered many times more.)"""
+    """See `ops.attention`."""
+    in_scan: bool = True
+    """Whether layers run inside a loop; see `ops.swiglu`."""
 
 
 def register(config: type[MixerConfig], module: Callable[..., nnx.Module]) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tlm_jax.models import online
-from tlm_jax.models.language_model import Skeleton
+from tlm_jax.models.skeleton import Skeleton
 from tlm_jax.validation import require
 
 

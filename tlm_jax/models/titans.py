@@ -14,8 +14,8 @@ from flax import nnx
 
 from tlm_jax.mixers import TitansConfig
 from tlm_jax.models import registry
-from tlm_jax.models.attention import KVCache
-from tlm_jax.models.layers import RMSNorm
+from tlm_jax.models.decoder import RMSNorm
+from tlm_jax.models.kv_cache import KVCache
 from tlm_jax.models.neural_memory import MemoryState
 from tlm_jax.models.titans_context import MemoryAsContext
 from tlm_jax.models.titans_memory import Memory, Output, Tail

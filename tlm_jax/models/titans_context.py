@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tlm_jax import ops
 from tlm_jax.mixers import TitansConfig
-from tlm_jax.models.layers import RMSNorm, dense, weight
+from tlm_jax.models.decoder import RMSNorm, weight
 from tlm_jax.models.neural_memory import MemoryState, recall
 from tlm_jax.models.registry import LayerContext
 from tlm_jax.models.titans_memory import Memory, Output, Tail
@@ -230,4 +231,4 @@ class MemoryAsContext(nnx.Module):
 def _merge(heads_BLHK: jax.Array, w_HKD: jax.Array) -> jax.Array:
     """Heads to the model's width."""
     flat = heads_BLHK.reshape(*heads_BLHK.shape[:2], -1)
-    return dense(flat, w_HKD.reshape(-1, w_HKD.shape[-1]))
+    return ops.dense(flat, w_HKD.reshape(-1, w_HKD.shape[-1]))

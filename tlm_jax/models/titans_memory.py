@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tlm_jax import ops
 from tlm_jax.mixers import TitansConfig
-from tlm_jax.models.layers import dense, weight
+from tlm_jax.models.decoder import weight
 from tlm_jax.models.memory_gates import Gates
 from tlm_jax.models.neural_memory import MemoryState, Weights, neural_memory
 from tlm_jax.models.registry import LayerContext
@@ -133,12 +134,12 @@ class Memory(nnx.Module):
             channels = (y_BL3HK[:, :, i] for i in range(first))
             return [_unit(y) if i < 2 else y for i, y in enumerate(channels)], tail
 
-        return after(dense(x_BLD, self.qkv[...][:, :first]), filters, tail)
+        return after(ops.dense(x_BLD, self.qkv[...][:, :first]), filters, tail)
 
     def gate(self, x_BLD: jax.Array) -> Gates:
         """The gates of every token and head."""
         c = self.config
-        logits_BLGH = dense(x_BLD, self.gates[...]).astype(jnp.float32) + self.bias[...]
+        logits_BLGH = ops.dense(x_BLD, self.gates[...]).astype(jnp.float32) + self.bias[...]
         log_keep = jax.nn.log_sigmoid(-logits_BLGH[:, :, 1]) if c.forgetting else None
         max_rate = RATE / c.chunk if c.max_rate is None else c.max_rate
         rate = max_rate * jax.nn.sigmoid(logits_BLGH[:, :, 0])
@@ -196,6 +197,6 @@ class Output(nnx.Module):
         self.out = weight(rngs, shape, axes, fan_in=H * K, std=std, scale=context.out_scale)
 
     def __call__(self, y_BLHK: jax.Array, x_BLD: jax.Array) -> jax.Array:
-        y_BLHK = y_BLHK * jax.nn.sigmoid(dense(x_BLD, self.gate[...]))
+        y_BLHK = y_BLHK * jax.nn.sigmoid(ops.dense(x_BLD, self.gate[...]))
         out = self.out[...]
-        return dense(y_BLHK.reshape(*x_BLD.shape[:2], -1), out.reshape(-1, out.shape[-1]))
+        return ops.dense(y_BLHK.reshape(*x_BLD.shape[:2], -1), out.reshape(-1, out.shape[-1]))

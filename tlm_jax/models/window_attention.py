@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tlm_jax import ops
 from tlm_jax.mixers import TitansConfig
-from tlm_jax.models.attention import KVCache
-from tlm_jax.models.kernels import attend
-from tlm_jax.models.layers import RMSNorm, dense, rotary, weight
+from tlm_jax.models.decoder import RMSNorm, weight
+from tlm_jax.models.kv_cache import KVCache
 from tlm_jax.models.registry import LayerContext
 
 
@@ -37,14 +37,14 @@ class WindowAttention(nnx.Module):
     ) -> list[jax.Array]:
         """q, k and v (B, L, H, K), or k and v alone."""
         w, theta = self.qkv[...], self.config.rope_theta
-        y = dense(x_BLI, w if queries else w[:, 1:])
+        y = ops.dense(x_BLI, w if queries else w[:, 1:])
         *q, k, v = (y[:, :, i] for i in range(y.shape[2]))
-        q = [rotary(self.query_norm(x), positions_BL, theta) for x in q]
-        return [*q, rotary(self.key_norm(k), positions_BL, theta), v]
+        q = [ops.rotary(self.query_norm(x), positions_BL, theta) for x in q]
+        return [*q, ops.rotary(self.key_norm(k), positions_BL, theta), v]
 
     def persistent_kv(self) -> tuple[jax.Array, jax.Array]:
         """Keys and values (P, H, K) of the persistent tokens, float32."""
-        kv_P2HK = dense(self.persistent[...], self.qkv[...][:, 1:])
+        kv_P2HK = ops.dense(self.persistent[...], self.qkv[...][:, 1:])
         return self.key_norm(kv_P2HK[:, 0]), kv_P2HK[:, 1]
 
     def attend(
@@ -64,7 +64,7 @@ class WindowAttention(nnx.Module):
         k_BSHK, v_BSHK = (prepend(*x) for x in zip(persistent, (k_BSHK, v_BSHK), strict=True))
         P = self.config.num_persistent
         mask_BLS = jnp.pad(mask_BLS, ((0, 0), (0, 0), (P, 0)), constant_values=True)
-        return attend(q_BLHK, k_BSHK, v_BSHK, mask_BLS)
+        return ops.attend(q_BLHK, k_BSHK, v_BSHK, mask_BLS)
 
     def __call__(
         self,

@@ -9,12 +9,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from tlm_jax import costs
+from tlm_jax import costs, ops
 from tlm_jax.config import RunConfig
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed.collectives import Collectives, collectives
 from tlm_jax.evaluation import perplexity
-from tlm_jax.models import Skeleton, kernels, skeleton
+from tlm_jax.models import Skeleton, skeleton
+from tlm_jax.models.settings import attention_kernel
 from tlm_jax.training import step
 from tlm_jax.training.optimizer import make_optimizer
 
@@ -71,7 +72,7 @@ def for_devices(config: RunConfig) -> RunConfig:
     model, dtype = config.model, config.model.compute_dtype
     dtype = "bfloat16" if dtype == "auto" else dtype
     length = config.data.seq_len // max(config.mesh.sequence, 1)
-    kernel = kernels.of_model(model, length=length, backend="tpu", dtype=dtype)
+    kernel = attention_kernel(model, length=length, target="tpu", dtype=dtype)
     settings: dict[str, Any] = {
         "compute_dtype": dtype,
         "attention_kernel": kernel or "xla",
@@ -102,7 +103,8 @@ def compile_step(name: str, config: RunConfig, devices: list[Any], limit: int) -
     begin = time.perf_counter()
     memory, refusal, accessed = None, "", 0.0
     found: tuple[Collectives, ...] = ()
-    lowered = _LOWER[name](config, model, mesh)
+    with ops.tracing_for(devices[0].platform):
+        lowered = _LOWER[name](config, model, mesh)
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

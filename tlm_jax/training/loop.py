@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from tlm_jax import config_io, costs
+from tlm_jax import config_io, costs, ops
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.data import open_dataset
 from tlm_jax.distributed import mesh as mesh_lib
@@ -27,8 +27,8 @@ from tlm_jax.evaluation import perplexity
 from tlm_jax.evaluation.evaluator import Evaluator
 from tlm_jax.evaluation.journal import Journal
 from tlm_jax.evaluation.options import SuiteConfig
-from tlm_jax.models import kernels, sampling, skeleton
-from tlm_jax.models.language_model import compute_dtype
+from tlm_jax.models import sampling, skeleton
+from tlm_jax.models.settings import attention_kernel, compute_dtype
 from tlm_jax.training import checkpoint, faults, metrics, step
 from tlm_jax.training.allocator import release_freed_memory
 from tlm_jax.training.optimizer import make_optimizer
@@ -225,10 +225,10 @@ class Trainer:
             )
 
     def _compile_train_step(self) -> Any:
-        kernel = kernels.of_model(
+        kernel = attention_kernel(
             self.config.model,
             length=self.config.data.seq_len // self.mesh.shape["sequence"],
-            backend=jax.default_backend(),
+            target=ops.target(),
             dtype=compute_dtype(self.config.model).name,
         )
         if kernel is not None:

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tlm_jax import costs
 from tlm_jax.config import RunConfig, UserError
-from tlm_jax.models.language_model import compute_dtype
+from tlm_jax.models.settings import compute_dtype
 from tlm_jax.training.optimizer import learning_rate
 
 METRICS_FILE = "metrics.jsonl"

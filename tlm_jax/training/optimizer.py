@@ -60,11 +60,14 @@ def decay_mask(params: Any) -> Any:
 def update_period(path: Sequence[Any], periods: tuple[int, ...]) -> int:
     """Steps between updates of the parameter at a path of the parameter tree.
 
-    Level i of an MLP lies at segments/<segment>/mlp/<i>/...; all else is updated each step.
+    Level i of an MLP lies at segments/<segment>/mlp/<i>/..., with the layer's place before mlp
+    where a segment's pattern has several; all else is updated each step.
     """
-    keys = [str(key.key) for key in path]
-    if len(keys) > 4 and keys[0] == "segments" and keys[2] == "mlp":
-        return periods[int(keys[3])]
+    top, _, *layer = (str(key.key) for key in path)
+    if layer and layer[0].isdigit():
+        del layer[0]
+    if top == "segments" and layer[0] == "mlp":
+        return periods[int(layer[1])]
     return 1
 
 

@@ -8,8 +8,8 @@ from jax.extend.core import jaxprs_in_params
 
 from tlm_jax.config import AttentionConfig, ModelConfig
 from tlm_jax.models import skeleton
-from tlm_jax.models.cross_entropy import token_losses, total_loss
 from tlm_jax.models.loss import batch_losses
+from tlm_jax.ops.cross_entropy import token_losses, total_loss
 
 B, L, D, V = 3, 32, 16, 1000
 

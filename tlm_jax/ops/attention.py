@@ -5,9 +5,10 @@ key/value head (H = N*G), K head dim.
 
 | kernel | where | what it is |
 |---|---|---|
-| xla | everywhere | plain products; blocks of queries leave out later keys |
 | splash | TPU | Pallas kernel of JAX that never writes the L x L scores |
 | cudnn | GPU | cuDNN's flash attention, bfloat16 |
+| xla | everywhere | plain products; blocks of queries leave out later keys |
+| reference | everywhere | the definition, as the others are tested against it |
 """
 
 from collections.abc import Callable
@@ -19,10 +20,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
 from tlm_jax.branches import BRANCH
-from tlm_jax.config import ModelConfig
 from tlm_jax.distributed.sharding import RULES, constrain, mesh_size, sequence_shards
-from tlm_jax.mixers import AttentionConfig
-from tlm_jax.models.segments import ATTENTION
+from tlm_jax.ops.backend import REFERENCE, Op, Version, everywhere, target
+
+ATTENTION = "attention"
+"""Name of what attention's kernel gives, for rematerialisation policies."""
 
 _BLOCK_LENGTHS, _MOST_BLOCKS = (128, 512), 8
 """Queries of a block: a quarter of the row's, within these bounds unless there were more blocks.
@@ -33,63 +35,34 @@ _BLOCKS = (1024, 512, 256, 128)
 """Sizes of a splash block, the largest that divides a device's queries."""
 
 
-def choose(wanted: str, *, length: int, head_dim: int, backend: str, dtype: str) -> str:
-    """The kernel for `auto`; what was asked for otherwise.
-
-    Args:
-      wanted: the model's setting.
-      length: tokens of a row that one device holds.
-      head_dim: of queries and keys.
-      backend: cpu, tpu or gpu.
-      dtype: of the layers' arithmetic.
-    """
-    if wanted != "auto":
-        return wanted
-    if backend == "tpu" and length % _BLOCKS[-1] == 0:
-        return "splash"
-    if backend in ("gpu", "cuda") and dtype != "float32" and head_dim % 8 == 0 and head_dim <= 128:
-        return "cudnn"
-    return "xla"
-
-
-def of_model(config: ModelConfig, *, length: int, backend: str, dtype: str) -> str | None:
-    """The kernel of a model's attention layers, or None if it has none; see `choose`."""
-    for mixer in config.mixers:
-        if isinstance(mixer, AttentionConfig):
-            _, _, head_dim = mixer.heads(config.d_model)
-            return choose(
-                config.attention_kernel,
-                length=length,
-                head_dim=head_dim,
-                backend=backend,
-                dtype=dtype,
-            )
-    return None
-
-
 def self_attention(
     q_BLHK: jax.Array,
     k_BLNK: jax.Array,
     v_BLNK: jax.Array,
     segment_ids_BL: jax.Array,
     *,
-    kernel: str,
+    kernel: str = "auto",
 ) -> jax.Array:
     """softmax(q k / sqrt(K)) v over the tokens before in the same document -> (B, L, H, K).
 
     Query head h reads key/value head h // (H / N). Scores and softmax are float32. On a mesh
     with a sequence axis the queries stay where they are and keys and values are gathered. Only
-    xla knows branches (see `branches`).
+    xla and the reference know branches (see `branches`).
 
     Raises:
       ValueError: no such kernel, or one that cannot do these shapes.
     """
+    _, L, _, K = q_BLHK.shape
+    version = SELF_ATTENTION.choose(
+        kernel,
+        target=target(),
+        length=L // sequence_shards(),
+        head_dim=K,
+        dtype=q_BLHK.dtype.name,
+    )
     q_BLHK = constrain(q_BLHK, "batch", "sequence", "heads", None)
     k_BLNK, v_BLNK = (constrain(a, "batch", None, "kv_heads", None) for a in (k_BLNK, v_BLNK))
-    if kernel not in _KERNELS:
-        raise ValueError(f"unknown attention kernel {kernel!r}; known: {', '.join(_KERNELS)}")
-    y_BLHK = _KERNELS[kernel](q_BLHK, k_BLNK, v_BLNK, segment_ids_BL)
-    return checkpoint_name(y_BLHK, ATTENTION)
+    return checkpoint_name(version.function(q_BLHK, k_BLNK, v_BLNK, segment_ids_BL), ATTENTION)
 
 
 def sees(query_ids_BL: jax.Array, key_ids_BS: jax.Array) -> jax.Array:
@@ -251,4 +224,30 @@ def _splash(
     return rows(kernel, q, k, v, segment_ids_BL, segment_ids_BL).transpose(0, 2, 1, 3)
 
 
-_KERNELS: dict[str, Callable[..., jax.Array]] = {"xla": _xla, "splash": _splash, "cudnn": _cudnn}
+def _reference(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+    B, L, H, K = q.shape
+    q_BLNGK = q.reshape(B, L, k.shape[2], -1, K)
+    scores = jnp.einsum("BLNGK,BSNK->BNGLS", q_BLNGK, k, preferred_element_type=jnp.float32)
+    mask_BLL = _mask(segment_ids_BL)[:, None, None]
+    weights = jax.nn.softmax(jnp.where(mask_BLL, scores * K**-0.5, -jnp.inf), axis=-1)
+    return jnp.einsum("BNGLS,BSNK->BLNGK", weights.astype(v.dtype), v).reshape(B, L, H, K)
+
+
+def _runs_splash(*, target: str, length: int, **_: Any) -> bool:
+    return target == "tpu" and length % _BLOCKS[-1] == 0
+
+
+def _runs_cudnn(*, target: str, head_dim: int, dtype: str, **_: Any) -> bool:
+    return target == "gpu" and dtype != "float32" and head_dim % 8 == 0 and head_dim <= 128
+
+
+SELF_ATTENTION = Op(
+    name="attention",
+    versions=(
+        Version(name="splash", function=_splash, runs=_runs_splash),
+        Version(name="cudnn", function=_cudnn, runs=_runs_cudnn),
+        Version(name="xla", function=_xla, runs=everywhere),
+        Version(name=REFERENCE, function=_reference, runs=everywhere),
+    ),
+)
+"""Facts: `target`, `length` (tokens of a row on one device), `head_dim`, `dtype` (its name)."""

@@ -3,6 +3,7 @@
 Shapes: B batch, L length, H query heads, N key/value heads, K head dim.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -11,9 +12,21 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from tlm_jax.models import kernels
+from tlm_jax.ops import attention as attention_ops
+from tlm_jax.ops import self_attention
+from tlm_jax.ops.attention import SELF_ATTENTION
 
 B, L, H, N, K = 2, 256, 4, 2, 16
+INTERPRETED = dataclasses.replace(
+    SELF_ATTENTION,
+    versions=tuple(
+        dataclasses.replace(v, function=functools.partial(v.function, interpret=True))
+        if v.name == "splash"
+        else v
+        for v in SELF_ATTENTION.versions
+    ),
+)
+"""With Pallas interpreting what a TPU would run."""
 
 
 def inputs(dtype: str = "float32", L: int = L) -> list[jax.Array]:
@@ -51,12 +64,11 @@ def assert_same(found, expected) -> None:
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-@pytest.mark.parametrize("kernel", ["xla", "splash"])
+@pytest.mark.parametrize("kernel", ["reference", "xla", "splash"])
 def test_equals_the_definition(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents apart, grouped heads, gradients; Pallas interprets what a TPU would run."""
-    interpreted = functools.partial(kernels._splash, interpret=True)
-    monkeypatch.setitem(kernels._KERNELS, "splash", interpreted)
-    attention = functools.partial(kernels.self_attention, kernel=kernel)
+    monkeypatch.setattr(attention_ops, "SELF_ATTENTION", INTERPRETED)
+    attention = functools.partial(self_attention, kernel=kernel)
     assert_same(values_and_gradients(attention, *inputs()), values_and_gradients(plain, *inputs()))
 
 
@@ -65,7 +77,7 @@ def test_equals_the_definition(kernel: str, monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_blocks_of_queries(length: int, blocks: int) -> None:
     """Their number, and the same as the definition however long they are."""
-    attention = functools.partial(kernels.self_attention, kernel="xla")
+    attention = functools.partial(self_attention, kernel="xla")
     shapes = jax.eval_shape(functools.partial(inputs, L=length))
     names = [e.primitive.name for e in jax.make_jaxpr(attention)(*shapes).eqns]
     assert names.count("custom_vjp_call") == blocks
@@ -77,9 +89,8 @@ def test_blocks_of_queries(length: int, blocks: int) -> None:
 
 def test_splash_on_a_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows, heads and the queries of a row on different devices."""
-    interpreted = functools.partial(kernels._splash, interpret=True)
-    monkeypatch.setitem(kernels._KERNELS, "splash", interpreted)
-    attention = functools.partial(kernels.self_attention, kernel="splash")
+    monkeypatch.setattr(attention_ops, "SELF_ATTENTION", INTERPRETED)
+    attention = functools.partial(self_attention, kernel="splash")
     expected = values_and_gradients(plain, *inputs())
     axes = ("data", "fsdp", "sequence", "tensor")
     mesh = jax.make_mesh((2, 1, 2, 2), axes, axis_types=(AxisType.Auto,) * 4)
@@ -88,7 +99,7 @@ def test_splash_on_a_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lowered(platform: str, kernel: str) -> str:
-    attention = functools.partial(kernels.self_attention, kernel=kernel)
+    attention = functools.partial(self_attention, kernel=kernel)
     gradients = jax.jit(functools.partial(values_and_gradients, attention))
     traced = gradients.trace(*inputs("bfloat16"))
     return traced.lower(lowering_platforms=(platform,)).as_text()
@@ -110,7 +121,7 @@ def test_cudnn_is_lowered_for_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "length", "head_dim", "dtype", "kernel"),
+    ("target", "length", "head_dim", "dtype", "kernel"),
     [
         ("cpu", 256, 64, "float32", "xla"),
         ("tpu", 256, 64, "bfloat16", "splash"),
@@ -120,15 +131,15 @@ def test_cudnn_is_lowered_for_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ("gpu", 200, 256, "bfloat16", "xla"),
     ],
 )
-def test_auto(backend: str, length: int, head_dim: int, dtype: str, kernel: str) -> None:
-    settings = {"length": length, "head_dim": head_dim, "backend": backend, "dtype": dtype}
-    assert kernels.choose("auto", **settings) == kernel
-    assert kernels.choose("xla", **settings) == "xla"
+def test_auto(target: str, length: int, head_dim: int, dtype: str, kernel: str) -> None:
+    facts = {"length": length, "head_dim": head_dim, "target": target, "dtype": dtype}
+    assert SELF_ATTENTION.choose("auto", **facts).name == kernel
+    assert SELF_ATTENTION.choose("reference", **facts).name == "reference"
 
 
 def test_what_a_kernel_cannot_do_is_said() -> None:
     short = [x[:, :200] for x in inputs()]
     with pytest.raises(ValueError, match=r"multiples of 128 tokens a device, and has 200 on 1"):
-        kernels.self_attention(*short, kernel="splash")
-    with pytest.raises(ValueError, match=r"unknown attention kernel 'flash'; known: xla, splash"):
-        kernels.self_attention(*inputs(), kernel="flash")
+        self_attention(*short, kernel="splash")
+    with pytest.raises(ValueError, match=r"unknown attention kernel 'flash'; known: splash, cudnn, xla"):
+        self_attention(*inputs(), kernel="flash")

@@ -1,0 +1,45 @@
+"""What `auto` means on the hardware at hand."""
+
+import jax.numpy as jnp
+
+from tlm_jax import ops
+from tlm_jax.config import ModelConfig
+from tlm_jax.mixers import AttentionConfig
+from tlm_jax.ops.attention import SELF_ATTENTION
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """The dtype of the layers' arithmetic: as configured, or by the backend."""
+    name = config.compute_dtype
+    if name == "auto":
+        name = "float32" if ops.target() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def scans_layers(config: ModelConfig) -> bool:
+    """Whether the layers of a segment run as a loop: as configured, or by the backend."""
+    if config.scan_layers is None:
+        return ops.target() != "cpu" or config.remat != "none"
+    return config.scan_layers
+
+
+def attention_kernel(config: ModelConfig, *, length: int, target: str, dtype: str) -> str | None:
+    """The kernel of a model's attention layers, or None if it has none.
+
+    Args:
+      config: the model.
+      length: tokens of a row that one device holds.
+      target: cpu, gpu or tpu.
+      dtype: name of the layers' dtype.
+    """
+    for layer in config.layers:
+        if isinstance(layer.mixer, AttentionConfig):
+            _, _, head_dim = layer.mixer.heads(config.d_model)
+            return SELF_ATTENTION.choose(
+                config.attention_kernel,
+                target=target,
+                length=length,
+                head_dim=head_dim,
+                dtype=dtype,
+            ).name
+    return None

@@ -1,0 +1,72 @@
+"""A model without its numbers, and the way back to one with them."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+from flax import nnx
+
+from tlm_jax.config import ModelConfig
+from tlm_jax.models.decoder import LanguageModel
+from tlm_jax.stack import logical_axes
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Skeleton:
+    """A model without its numbers: structure, shapes and logical axes.
+
+    Parameters travel through training and checkpoints as a plain nested dict of
+    arrays; `merge` makes a model of them.
+    """
+
+    config: ModelConfig
+    graphdef: Any
+    state: Any
+
+    @property
+    def shapes(self) -> Params:
+        """`jax.ShapeDtypeStruct` of each parameter."""
+        return nnx.to_pure_dict(self.state)
+
+    @property
+    def logical_axes(self) -> Params:
+        """Logical axis names of each parameter; a stack's first dim is `layers`."""
+
+        def names(path: Any, leaf: Any) -> tuple[str | None, ...]:
+            variable = functools.reduce(lambda node, key: node[key.key], path, self.state)
+            return logical_axes(variable, leaf.ndim)
+
+        return jax.tree_util.tree_map_with_path(names, self.shapes)
+
+    @property
+    def num_params(self) -> int:
+        """Parameters in all."""
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes))
+
+    def init(self, key: jax.Array) -> Params:
+        """Fresh float32 parameters; jit it with out_shardings to have them born sharded."""
+        return _init(self.config, key)
+
+    def merge(self, params: Params) -> LanguageModel:
+        """The model with these parameters."""
+        state = jax.tree.map(lambda leaf: leaf, self.state)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(self.graphdef, state)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # operation by operation it takes seconds
+def _init(config: ModelConfig, key: jax.Array) -> Params:
+    model = LanguageModel(config, key=key)
+    return nnx.to_pure_dict(nnx.split(model, nnx.Param)[1])
+
+
+@functools.lru_cache(maxsize=64)
+def skeleton(config: ModelConfig) -> Skeleton:
+    """Traces the model's constructor without allocating anything."""
+    abstract = nnx.eval_shape(lambda: LanguageModel(config, key=jax.random.key(0)))
+    graphdef, state = nnx.split(abstract, nnx.Param)
+    return Skeleton(config=config, graphdef=graphdef, state=state)

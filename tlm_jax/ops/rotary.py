@@ -1,0 +1,46 @@
+"""Rotary positions (arXiv 2104.09864).
+
+Shapes: B batch, L length, H heads, K head dim.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from tlm_jax.ops.backend import REFERENCE, Op, Version, everywhere, target
+
+
+def rotary(x_BLHK: jax.Array, positions_BL: jax.Array, theta: float) -> jax.Array:
+    """Rotates pairs (k, k + K/2) of each head by position * theta^(-2k/K), in float32."""
+    half = x_BLHK.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions_BL[:, :, None, None].astype(jnp.float32) * frequencies
+    sin, cos = SINES.choose(target=target()).function(angles)
+    a, b = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return rotated.astype(x_BLHK.dtype)
+
+
+def _reference(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.sin(angles), jnp.cos(angles)
+
+
+def _materialized(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same behind a product, with which XLA's CPU backend fuses nothing.
+
+    Sines count as cheap there, and would be computed again for each head and each use.
+    """
+    both = jnp.stack(_reference(angles))
+    identity = jnp.eye(both.shape[-1], dtype=both.dtype)
+    sin, cos = jnp.matmul(both, identity, precision=jax.lax.Precision.HIGHEST)
+    return sin, cos
+
+
+SINES = Op(
+    name="rotary",
+    versions=(
+        Version(
+            name="materialized", function=_materialized, runs=lambda target, **_: target == "cpu"
+        ),
+        Version(name=REFERENCE, function=_reference, runs=everywhere),
+    ),
+)
