@@ -1,13 +1,11 @@
 """What tests of whole runs share: real processes, and folders compared by content."""
 
 import hashlib
-import math
 import os
 import pathlib
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
 DRIVER = ROOT / "tests" / "training" / "driver.py"
@@ -87,27 +85,3 @@ def only_error(stderr: str) -> str:
     assert len(lines) == 1, f"one line was expected:\n{stderr}"
     assert lines[0].startswith("error: "), stderr
     return lines[0].removeprefix("error: ")
-
-
-def count_products(jaxpr: Any) -> int:
-    """FLOPs of the matrix products of a traced program: 2 m n k each, loops multiplied out.
-
-    Of a choice the cheapest branch counts.
-    """
-    from jax.extend.core import jaxprs_in_params
-
-    total = 0
-    for eqn in jaxpr.eqns:
-        inner = [count_products(sub) for sub in jaxprs_in_params(eqn.params)]
-        match eqn.primitive.name:
-            case "dot_general":
-                (contracted, _), _ = eqn.params["dimension_numbers"]
-                depth = math.prod(eqn.invars[0].aval.shape[d] for d in contracted)
-                total += 2 * depth * eqn.outvars[0].aval.size
-            case "scan":
-                total += eqn.params["length"] * sum(inner)
-            case "cond":
-                total += min(inner)
-            case _:
-                total += sum(inner)
-    return total

@@ -11,7 +11,13 @@ from collections.abc import Callable
 
 from tlm_jax import costs
 from tlm_jax.config import ModelConfig, RunConfig, UserError
-from tlm_jax.mixers import AttentionConfig, GatedAttentionConfig, MLPConfig, TitansConfig
+from tlm_jax.mixers import (
+    AttentionConfig,
+    GatedAttentionConfig,
+    InterleavedConfig,
+    MLPConfig,
+    TitansConfig,
+)
 
 HOPE_PERIODS = (1, 4)
 """Optimizer steps between updates of the levels of Hope-attention's MLP chain (our choice)."""
@@ -63,11 +69,20 @@ def _titans(model: ModelConfig, seq_len: int) -> ModelConfig:
     return dataclasses.replace(model, mixer=dataclasses.replace(mixer, chunks_per_checkpoint=every))
 
 
+def _hybrid(model: ModelConfig, seq_len: int) -> ModelConfig:
+    """Three layers of attention, then one of Titans, to the last layer (our choice)."""
+    titans = _titans(model, seq_len).mixer
+    return dataclasses.replace(
+        model, mixer=InterleavedConfig(mixers=(*(_attention(model),) * 3, titans))
+    )
+
+
 ARCHITECTURES: dict[str, Callable[[ModelConfig, int], ModelConfig]] = {
     "transformer": _transformer,
     "gated_attention": _gated_attention,
     "hope_attention": _hope_attention,
     "titans": _titans,
+    "hybrid": _hybrid,
 }
 
 

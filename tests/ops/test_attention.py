@@ -141,5 +141,7 @@ def test_what_a_kernel_cannot_do_is_said() -> None:
     short = [x[:, :200] for x in inputs()]
     with pytest.raises(ValueError, match=r"multiples of 128 tokens a device, and has 200 on 1"):
         self_attention(*short, kernel="splash")
-    with pytest.raises(ValueError, match=r"unknown attention kernel 'flash'; known: splash, cudnn, xla"):
+    with pytest.raises(
+        ValueError, match=r"unknown attention kernel 'flash'; known: splash, cudnn, xla"
+    ):
         self_attention(*inputs(), kernel="flash")

@@ -32,14 +32,12 @@ class ShardingRules:
     def spec(self, logical_axes: tuple[str | None, ...]) -> PartitionSpec:
         """The partition of an array whose dims carry these logical names.
 
+        A name without a rule, as a custom layer may have, is not split.
+
         Raises:
-          ValueError: an unknown name, or one mesh axis for two dims.
+          ValueError: one mesh axis for two dims.
         """
-        known = {field.name for field in dataclasses.fields(self)}
-        unknown = [name for name in logical_axes if name is not None and name not in known]
-        if unknown:
-            raise ValueError(f"logical axis {unknown[0]!r} has no sharding rule; known: {known}")
-        axes = [None if name is None else getattr(self, name) for name in logical_axes]
+        axes = [None if name is None else getattr(self, name, None) for name in logical_axes]
         flat = [a for axis in axes for a in (axis if isinstance(axis, tuple) else (axis,)) if a]
         if len(flat) != len(set(flat)):
             raise ValueError(f"logical axes {logical_axes} use a mesh axis twice: {flat}")

@@ -196,7 +196,7 @@ class Block(nnx.Module):
         """z = x + mixer(norm(x)), the stream that the MLP reads, and the mixer's new cache."""
         with jax.named_scope("mixer"):
             y_BLD, cache = self.mixer(self.mixer_norm(x_BLD), positions_BL, segment_ids_BL, cache)
-            return x_BLD + y_BLD, cache
+            return x_BLD + y_BLD.astype(x_BLD.dtype), cache  # a stock Flax layer may give float32
 
 
 class LanguageModel(nnx.Module):
