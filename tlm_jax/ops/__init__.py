@@ -5,8 +5,9 @@ rule (`backend.Op.choose`). Models say what is computed and hold nothing for one
 """
 
 from tlm_jax.ops.activations import gelu_and_slope, swiglu
-from tlm_jax.ops.attention import ATTENTION, attend, sees, self_attention
+from tlm_jax.ops.attention import attend, self_attention
 from tlm_jax.ops.backend import references, target, tracing_for
+from tlm_jax.ops.masks import ATTENTION, sees
 from tlm_jax.ops.products import dense
 from tlm_jax.ops.rotary import rotary
 

@@ -11,28 +11,22 @@ key/value head (H = N*G), K head dim.
 | reference | everywhere | the definition, as the others are tested against it |
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import NamedSharding
 
-from tlm_jax.branches import BRANCH
-from tlm_jax.distributed.sharding import RULES, constrain, mesh_size, sequence_shards
+from tlm_jax.distributed.sharding import constrain, sequence_shards
+from tlm_jax.ops import _gpu, _tpu
 from tlm_jax.ops.backend import REFERENCE, Op, Version, everywhere, target
-
-ATTENTION = "attention"
-"""Name of what attention's kernel gives, for rematerialisation policies."""
+from tlm_jax.ops.masks import ATTENTION, causal_mask
 
 _BLOCK_LENGTHS, _MOST_BLOCKS = (128, 512), 8
 """Queries of a block: a quarter of the row's, within these bounds unless there were more blocks.
 
 More blocks leave out more keys; longer ones make larger products, until a CPU's cache is full.
 """
-_BLOCKS = (1024, 512, 256, 128)
-"""Sizes of a splash block, the largest that divides a device's queries."""
 
 
 def self_attention(
@@ -63,12 +57,6 @@ def self_attention(
     q_BLHK = constrain(q_BLHK, "batch", "sequence", "heads", None)
     k_BLNK, v_BLNK = (constrain(a, "batch", None, "kv_heads", None) for a in (k_BLNK, v_BLNK))
     return checkpoint_name(version.function(q_BLHK, k_BLNK, v_BLNK, segment_ids_BL), ATTENTION)
-
-
-def sees(query_ids_BL: jax.Array, key_ids_BS: jax.Array) -> jax.Array:
-    """(B, L, S) bool: the key is of the query's document and branch, or of the trunk."""
-    query_ids, key_ids = query_ids_BL[:, :, None], key_ids_BS[:, None, :]
-    return (key_ids == query_ids) | (key_ids == query_ids % BRANCH)
 
 
 def attend(
@@ -157,95 +145,24 @@ def _softmax_backward(residuals: Any, dy: jax.Array) -> Any:
 _softmax_attention.defvjp(_softmax_forward, _softmax_backward)
 
 
-def _mask(segment_ids_BL: jax.Array) -> jax.Array:
-    """(B, L, L) bool: a token sees itself and what is before it in its document."""
-    index_L = jnp.arange(segment_ids_BL.shape[1])
-    return (index_L[:, None] >= index_L) & sees(segment_ids_BL, segment_ids_BL)
-
-
 def _xla(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-    return attend(q, k, v, _mask(segment_ids_BL), causal=True)
-
-
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-    mask_B1LL = _mask(segment_ids_BL)[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask_B1LL, implementation="cudnn")
-
-
-def _splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids_BL: jax.Array, interpret: bool = False
-) -> jax.Array:
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    _, L, H, K = q.shape
-    mesh = jax.sharding.get_abstract_mesh()
-    heads, parts = mesh_size(mesh, RULES.heads), sequence_shards()
-    block = next((b for b in _BLOCKS if (L // parts) % b == 0), None)
-    if block is None:
-        raise ValueError(
-            f"splash attention needs rows in multiples of {_BLOCKS[-1]} tokens a device, and has "
-            f"{L} on {parts}; use model.attention_kernel=xla"
-        )
-    sizes = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
-    kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([masks.CausalMask((L, L), shard_count=parts)] * H),
-        head_shards=heads,
-        q_seq_shards=parts,
-        block_sizes=sizes,
-        residual_checkpoint_name=ATTENTION,
-        interpret=interpret,
-    )
-
-    def rows(kernel: Callable[..., jax.Array], q, k, v, query_ids, key_ids):  # type: ignore[no-untyped-def]
-        ids = splash.SegmentIds(q=query_ids, kv=key_ids)
-        return jax.vmap(kernel)(q, k, v, segment_ids=ids)
-
-    q, k, v = ((x.transpose(0, 2, 1, 3)) for x in (q * K**-0.5, k, v))
-    if not mesh.empty:
-        where = RULES.spec(("batch", "heads", "sequence", None))
-        whole = RULES.spec(("batch", "kv_heads", None, None))
-        ids, all_ids = RULES.spec(("batch", "sequence")), RULES.spec(("batch", None))
-        split = kernel.manual_sharding_spec(NamedSharding(mesh, RULES.spec(("heads", "sequence"))))
-        rows = jax.shard_map(
-            rows,
-            mesh=mesh,
-            in_specs=(split, where, whole, whole, ids, all_ids),
-            out_specs=where,
-            check_vma=False,  # Pallas does not say how its results vary over the mesh
-        )
-    return rows(kernel, q, k, v, segment_ids_BL, segment_ids_BL).transpose(0, 2, 1, 3)
+    return attend(q, k, v, causal_mask(segment_ids_BL), causal=True)
 
 
 def _reference(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
     B, L, H, K = q.shape
     q_BLNGK = q.reshape(B, L, k.shape[2], -1, K)
     scores = jnp.einsum("BLNGK,BSNK->BNGLS", q_BLNGK, k, preferred_element_type=jnp.float32)
-    mask_BLL = _mask(segment_ids_BL)[:, None, None]
+    mask_BLL = causal_mask(segment_ids_BL)[:, None, None]
     weights = jax.nn.softmax(jnp.where(mask_BLL, scores * K**-0.5, -jnp.inf), axis=-1)
     return jnp.einsum("BNGLS,BSNK->BLNGK", weights.astype(v.dtype), v).reshape(B, L, H, K)
-
-
-def _runs_splash(*, target: str, length: int, **_: Any) -> bool:
-    return target == "tpu" and length % _BLOCKS[-1] == 0
-
-
-def _runs_cudnn(*, target: str, head_dim: int, dtype: str, **_: Any) -> bool:
-    return target == "gpu" and dtype != "float32" and head_dim % 8 == 0 and head_dim <= 128
 
 
 SELF_ATTENTION = Op(
     name="attention",
     versions=(
-        Version(name="splash", function=_splash, runs=_runs_splash),
-        Version(name="cudnn", function=_cudnn, runs=_runs_cudnn),
+        Version(name="splash", function=_tpu.splash, runs=_tpu.runs_splash),
+        Version(name="cudnn", function=_gpu.cudnn, runs=_gpu.runs_cudnn),
         Version(name="xla", function=_xla, runs=everywhere),
         Version(name=REFERENCE, function=_reference, runs=everywhere),
     ),

@@ -6,6 +6,7 @@ Shapes: B batch, L length, H heads, K head dim.
 import jax
 import jax.numpy as jnp
 
+from tlm_jax.ops import _cpu
 from tlm_jax.ops.backend import REFERENCE, Op, Version, everywhere, target
 
 
@@ -24,22 +25,13 @@ def _reference(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.sin(angles), jnp.cos(angles)
 
 
-def _materialized(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The same behind a product, with which XLA's CPU backend fuses nothing.
-
-    Sines count as cheap there, and would be computed again for each head and each use.
-    """
-    both = jnp.stack(_reference(angles))
-    identity = jnp.eye(both.shape[-1], dtype=both.dtype)
-    sin, cos = jnp.matmul(both, identity, precision=jax.lax.Precision.HIGHEST)
-    return sin, cos
-
-
 SINES = Op(
     name="rotary",
     versions=(
         Version(
-            name="materialized", function=_materialized, runs=lambda target, **_: target == "cpu"
+            name="materialized",
+            function=_cpu.materialized_sines,
+            runs=lambda target, **_: target == "cpu",
         ),
         Version(name=REFERENCE, function=_reference, runs=everywhere),
     ),

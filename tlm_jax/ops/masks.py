@@ -1,0 +1,24 @@
+"""Which tokens see which, and the name under which attention's result may be kept.
+
+Shapes: B batch, L queries, S keys.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from tlm_jax.branches import BRANCH
+
+ATTENTION = "attention"
+"""Name of what attention's kernel gives, for rematerialisation policies."""
+
+
+def sees(query_ids_BL: jax.Array, key_ids_BS: jax.Array) -> jax.Array:
+    """(B, L, S) bool: the key is of the query's document and branch, or of the trunk."""
+    query_ids, key_ids = query_ids_BL[:, :, None], key_ids_BS[:, None, :]
+    return (key_ids == query_ids) | (key_ids == query_ids % BRANCH)
+
+
+def causal_mask(segment_ids_BL: jax.Array) -> jax.Array:
+    """(B, L, L) bool: a token sees itself and what is before it in its document."""
+    index_L = jnp.arange(segment_ids_BL.shape[1])
+    return (index_L[:, None] >= index_L) & sees(segment_ids_BL, segment_ids_BL)
