@@ -82,8 +82,10 @@ ARCHITECTURES: dict[str, Callable[[ModelConfig, int], ModelConfig]] = {
     "gated_attention": _gated_attention,
     "hope_attention": _hope_attention,
     "titans": _titans,
-    "hybrid": _hybrid,
 }
+"""The paper's."""
+HYBRIDS: dict[str, Callable[[ModelConfig, int], ModelConfig]] = {"hybrid": _hybrid}
+"""Layers of several architectures."""
 
 
 def with_architecture(config: RunConfig, name: str) -> RunConfig:
@@ -95,19 +97,20 @@ def with_architecture(config: RunConfig, name: str) -> RunConfig:
 
     Args:
       config: the run of a Transformer.
-      name: one of `ARCHITECTURES`.
+      name: one of `ARCHITECTURES` or `HYBRIDS`.
 
     Raises:
       UserError: no such architecture, or its mixer leaves no parameters for the MLPs.
     """
-    if name not in ARCHITECTURES:
-        near = difflib.get_close_matches(name, ARCHITECTURES, 1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(ARCHITECTURES)}"
+    known = ARCHITECTURES | HYBRIDS
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
         raise UserError(f"unknown architecture {name!r}; {hint}")
     if name == "transformer":
         return config
     base = config.model
-    model = ARCHITECTURES[name](base, config.data.seq_len)
+    model = known[name](base, config.data.seq_len)
     more = costs.model_costs(model, 1).parameters - costs.model_costs(base, 1).parameters
     width = more / (3 * model.d_model * model.num_layers)
     mlp_width = model.mlp_width - _MULTIPLE * round(width / _MULTIPLE)
