@@ -153,11 +153,27 @@ class Skeleton:
         """Logical axis names of each parameter; a stack's first dim is `layers`."""
 
         def names(path: Any, leaf: Any) -> tuple[str | None, ...]:
-            variable = functools.reduce(lambda node, key: node[key.key], path, self.state)
-            axes = variable.get_metadata("logical_axes", (None,) * leaf.ndim)
+            axes = self._variable(path).get_metadata("logical_axes", (None,) * leaf.ndim)
             return ("layers",) * (leaf.ndim - len(axes)) + tuple(axes)
 
         return jax.tree_util.tree_map_with_path(names, self.shapes)
+
+    @property
+    def decays(self) -> Params:
+        """Whether weight decay acts on each parameter.
+
+        It does on matrices: what has two dims or more in a single layer. A parameter says
+        otherwise by its metadata `decays` (docs/training.md lists which do).
+        """
+
+        def decays(path: Any, leaf: Any) -> bool:
+            dims = leaf.ndim - (path[0].key == "segments")  # stacks have one for the layers
+            return bool(self._variable(path).get_metadata("decays", dims >= 2))
+
+        return jax.tree_util.tree_map_with_path(decays, self.shapes)
+
+    def _variable(self, path: Any) -> Any:
+        return functools.reduce(lambda node, key: node[key.key], path, self.state)
 
     @property
     def num_params(self) -> int:

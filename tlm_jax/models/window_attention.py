@@ -28,7 +28,9 @@ class WindowAttention(nnx.Module):
         axes = ("embed", None, "heads", "head_dim")
         self.qkv = weight(rngs, (inputs, 3, H, K), axes, fan_in=inputs, std=context.std)
         shape = (config.num_persistent, inputs)
-        self.persistent = weight(rngs, shape, (None, "embed"), fan_in=inputs, std=context.std)
+        self.persistent = weight(
+            rngs, shape, (None, "embed"), fan_in=inputs, std=context.std, decays=False
+        )
         self.query_norm = RMSNorm(K, context.norm_eps)
         self.key_norm = RMSNorm(K, context.norm_eps)
 
