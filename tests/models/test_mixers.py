@@ -288,6 +288,13 @@ def test_heads_taper_in_whole_groups():
         )
 
 
+def test_an_empty_parameter_is_refused_by_name():
+    """It could not be saved; so says a mixer's author before anything is trained."""
+    config = model_config(mixer=RGLRUConfig(width=0), init_std=0.02)
+    with pytest.raises(ValueError, match=r"mixer/decay_bias of shape \(1, 0\) is empty"):
+        skeleton(config)
+
+
 @pytest.mark.parametrize("logit", [-100.0, -16.0, 0.0, 16.0])
 def test_the_recurrence_and_its_gradients_are_exact_at_any_gate(logit: float):
     """A gate of 1e-7, at which 1 - a^2 is 0 in float32, or of 1e-44; against float64."""

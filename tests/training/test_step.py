@@ -1,7 +1,9 @@
 """The train step: accumulation, clipping, decay, skipped updates, meshes."""
 
 import dataclasses
+import pathlib
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +23,9 @@ from tlm_jax.config import (
 )
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed.sharding import ShardingRules, to_devices
+from tlm_jax.mixers import TitansConfig
 from tlm_jax.models import skeleton
-from tlm_jax.training import step
+from tlm_jax.training import checkpoint, step
 from tlm_jax.training.optimizer import learning_rate, make_optimizer
 
 CONFIG = RunConfig(
@@ -197,6 +200,34 @@ def test_learning_rate_warms_up_and_decays_to_the_end():
     assert rates[12] == pytest.approx(0.55, abs=0.01)
     assert np.all(np.diff(rates[:5]) > 0)
     assert np.all(np.diff(rates[4:]) < 0)
+
+
+def test_titans_without_persistent_tokens_train_save_and_go_on(tmp_path: pathlib.Path):
+    """What a model does without is no array of size zero, which cannot be saved."""
+    off = {"momentum": False, "forgetting": False, "conv_width": 1, "gradient_clip": None}
+    mixer = TitansConfig(num_heads=1, memory_depth=1, chunk=16, num_persistent=0, **off)
+    config = dataclasses.replace(
+        CONFIG,
+        model=ModelConfig(vocab_size=64, num_layers=1, d_model=8, mlp_width=16, mixer=mixer,
+                          taper=TaperConfig(schedule="uniform"), remat="none"),
+    )  # fmt: skip
+    model = skeleton(config.model)
+    tx = make_optimizer(config.optimizer, 10, model.decays)
+    run = jax.jit(step.make_train_step(config, model, tx))
+    first, _ = run(step.init_state(model, tx, jax.random.key(0)), batch())
+    data = grain.MapDataset.range(4).to_iter_dataset()
+    with checkpoint.Checkpoints(tmp_path) as saved:
+        saved.save(1, first, iter(data), {})
+        saved.wait()
+        where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), first
+        )
+        again = saved.restore(1, shapes, iter(data))
+        params = saved.restore_params(1, shapes.params)
+    assert_close(again, first, 0)
+    assert_close(params, first.params, 0)
+    assert_close(run(again, batch(1))[0], run(first, batch(1))[0], 0)
 
 
 def test_gradients_are_clipped():

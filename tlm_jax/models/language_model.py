@@ -17,6 +17,7 @@ from tlm_jax.distributed.sharding import constrain
 from tlm_jax.models import segments
 from tlm_jax.models.block import Block, layer_specs, scans_layers
 from tlm_jax.models.layers import RMSNorm, weight
+from tlm_jax.validation import require
 
 Params = dict[str, Any]
 
@@ -199,7 +200,15 @@ def _init(config: ModelConfig, key: jax.Array) -> Params:
 
 @functools.lru_cache(maxsize=64)
 def skeleton(config: ModelConfig) -> Skeleton:
-    """Traces the model's constructor without allocating anything."""
+    """Traces the model's constructor without allocating anything.
+
+    Raises:
+      ValueError: a parameter has no values; checkpoints cannot hold such.
+    """
     abstract = nnx.eval_shape(lambda: LanguageModel(config, key=jax.random.key(0)))
     graphdef, state = nnx.split(abstract, nnx.Param)
-    return Skeleton(config=config, graphdef=graphdef, state=state)
+    result = Skeleton(config=config, graphdef=graphdef, state=state)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(result.shapes):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        require(leaf.size > 0, f"parameter {name} of shape {leaf.shape} is empty; make it None")
+    return result
