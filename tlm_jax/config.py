@@ -197,7 +197,7 @@ class OptimizerConfig:
     warmup_steps: int = 1000
     """Steps from zero to the peak."""
     weight_decay: float = 0.1
-    """Decoupled decay, on matrices only (not on norm scales)."""
+    """Decoupled decay, on matrices only (docs/training.md lists what is exempt)."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8

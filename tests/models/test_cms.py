@@ -239,7 +239,7 @@ def test_bfloat16_training_with_periods_stays_finite():
         training=TrainingConfig(num_steps=200),
     )
     model = skeleton(config.model)
-    tx = make_optimizer(config.optimizer, 200, config.model.mlp.periods)
+    tx = make_optimizer(config.optimizer, 200, model.decays, config.model.mlp.periods)
     params = jax.tree.map(lambda a: 0.5 * a, parameters(config.model))
     fresh = step.init_state(model, tx, jax.random.key(0))
     state = dataclasses.replace(fresh, params=params, opt_state=tx.init(params))

@@ -28,7 +28,6 @@ from tlm_jax.models import skeleton
 from tlm_jax.training import checkpoint, step
 from tlm_jax.training.optimizer import (
     clip_by_global_norm,
-    decay_mask,
     learning_rate,
     make_optimizer,
     update_period,
@@ -74,12 +73,15 @@ def toy(seed: int, scale: float = 1.0):
     return {"embedding": draw(5, 3), "segments": {"000": block}}
 
 
+DECAYS = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", toy(0))
+
+
 def adamw_by_hand(params, gradients):
     """The parameters after each step, in float64, leaf by leaf."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     values, tree = jax.tree.flatten(params)
     values = [np.asarray(v, np.float64) for v in values]
-    decays = jax.tree.leaves(decay_mask(params))
+    decays = jax.tree.leaves(DECAYS)
     moments = [[0.0, 0.0, 0, 0.0] for _ in values]  # mu, nu, updates, sum of gradients
     history = []
     schedule = learning_rate(OPTIMIZER, 12)
@@ -109,7 +111,7 @@ def test_each_level_follows_adamw_on_the_mean_of_its_period():
     params = start = toy(0)
     # Norms on both sides of the clip, so that parts of a period are clipped and others are not.
     gradients = [toy(i + 1, scale=0.02 if i % 3 else 1.0) for i in range(9)]
-    tx = make_optimizer(OPTIMIZER, 12, PERIODS)
+    tx = make_optimizer(OPTIMIZER, 12, DECAYS, PERIODS)
     state, update = tx.init(params), jax.jit(tx.update)
     before = params
     for index, (gradient, expected) in enumerate(
@@ -155,11 +157,12 @@ def test_period_one_everywhere_is_plain_adamw_to_the_last_bit():
             b2=OPTIMIZER.beta2,
             eps=OPTIMIZER.eps,
             weight_decay=OPTIMIZER.weight_decay,
-            mask=decay_mask,
+            mask=DECAYS,
         ),
     )
     results = []
-    for tx in (plain, make_optimizer(OPTIMIZER, 12), make_optimizer(OPTIMIZER, 12, (1, 1, 1))):
+    ours = (make_optimizer(OPTIMIZER, 12, DECAYS, periods) for periods in ((1,), (1, 1, 1)))
+    for tx in (plain, *ours):
         params = toy(0)
         state, update = tx.init(params), jax.jit(tx.update)
         for index in range(3):
@@ -178,7 +181,8 @@ class Run:
     def __init__(self, mesh: MeshConfig, num_devices: int):
         config = dataclasses.replace(CONFIG, mesh=mesh)
         self.model = skeleton(config.model)
-        self.tx = make_optimizer(config.optimizer, config.training.num_steps, PERIODS)
+        steps, decays = config.training.num_steps, self.model.decays
+        self.tx = make_optimizer(config.optimizer, steps, decays, PERIODS)
         self.mesh = mesh_lib.make_mesh(config, jax.devices()[:num_devices])
         self.shardings = step.state_shardings(self.model, self.tx, self.mesh)
         self._step = jax.jit(

@@ -11,6 +11,7 @@ from flax import nnx
 from tlm_jax.config import ModelConfig
 from tlm_jax.models.decoder import LanguageModel
 from tlm_jax.stack import logical_axes
+from tlm_jax.validation import require
 
 Params = dict[str, Any]
 
@@ -37,10 +38,26 @@ class Skeleton:
         """Logical axis names of each parameter; a stack's first dim is `layers`."""
 
         def names(path: Any, leaf: Any) -> tuple[str | None, ...]:
-            variable = functools.reduce(lambda node, key: node[key.key], path, self.state)
-            return logical_axes(variable, leaf.ndim)
+            return logical_axes(self._variable(path), leaf.ndim)
 
         return jax.tree_util.tree_map_with_path(names, self.shapes)
+
+    @property
+    def decays(self) -> Params:
+        """Whether weight decay acts on each parameter.
+
+        It does on matrices: what has two dims or more in a single layer. A parameter says
+        otherwise by its metadata `decays` (docs/training.md lists which do).
+        """
+
+        def decays(path: Any, leaf: Any) -> bool:
+            dims = leaf.ndim - (path[0].key == "segments")  # stacks have one for the layers
+            return bool(self._variable(path).get_metadata("decays", dims >= 2))
+
+        return jax.tree_util.tree_map_with_path(decays, self.shapes)
+
+    def _variable(self, path: Any) -> Any:
+        return functools.reduce(lambda node, key: node[key.key], path, self.state)
 
     @property
     def num_params(self) -> int:
@@ -66,7 +83,15 @@ def _init(config: ModelConfig, key: jax.Array) -> Params:
 
 @functools.lru_cache(maxsize=64)
 def skeleton(config: ModelConfig) -> Skeleton:
-    """Traces the model's constructor without allocating anything."""
+    """Traces the model's constructor without allocating anything.
+
+    Raises:
+      ValueError: a parameter has no values; checkpoints cannot hold such.
+    """
     abstract = nnx.eval_shape(lambda: LanguageModel(config, key=jax.random.key(0)))
     graphdef, state = nnx.split(abstract, nnx.Param)
-    return Skeleton(config=config, graphdef=graphdef, state=state)
+    result = Skeleton(config=config, graphdef=graphdef, state=state)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(result.shapes):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        require(leaf.size > 0, f"parameter {name} of shape {leaf.shape} is empty; make it None")
+    return result

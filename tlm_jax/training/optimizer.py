@@ -1,14 +1,12 @@
 """AdamW with clipping, warm-up and cosine decay (papers' recipe; betas and warm-up are ours)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import optax
 
 from tlm_jax.config import OptimizerConfig
-
-NOT_DECAYED = ("scale", "bias")
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -47,14 +45,10 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(clip.init, update)
 
 
-def decay_mask(params: Any) -> Any:
-    """True for parameters under weight decay, by name.
-
-    Not by number of dims: stacked norm scales have two.
-    """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: str(path[-1].key) not in NOT_DECAYED, params
-    )
+def decay_mask(decays: Any) -> Callable[[Any], Any]:
+    """The mask for optax: the flags of those parameters that a transformation is given."""
+    flags = dict(jax.tree_util.tree_leaves_with_path(decays))
+    return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: flags[path], params)
 
 
 def update_period(path: Sequence[Any], periods: tuple[int, ...]) -> int:
@@ -72,7 +66,7 @@ def update_period(path: Sequence[Any], periods: tuple[int, ...]) -> int:
 
 
 def make_optimizer(
-    config: OptimizerConfig, num_steps: int, periods: tuple[int, ...] = (1,)
+    config: OptimizerConfig, num_steps: int, decays: Any, periods: tuple[int, ...] = (1,)
 ) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW (arXiv 1711.05101), with a period for each MLP level.
 
@@ -88,19 +82,21 @@ def make_optimizer(
     Args:
       config: rates, moments, decay.
       num_steps: length of the schedule in steps.
+      decays: whether weight decay acts on each parameter (`Skeleton.decays`).
       periods: update period of each MLP level; all 1 is plain AdamW.
     """
     rate = learning_rate(config, num_steps)
     clip = clip_by_global_norm(config.clip_norm)
+    mask = decay_mask(decays)
     moments = {"b1": config.beta1, "b2": config.beta2, "eps": config.eps}
     if all(period == 1 for period in periods):
-        decay = {"weight_decay": config.weight_decay, "mask": decay_mask}
+        decay = {"weight_decay": config.weight_decay, "mask": mask}
         return optax.chain(clip, optax.adamw(rate, **moments, **decay))
 
     def every(period: int) -> optax.GradientTransformation:
         adamw = optax.chain(
             optax.scale_by_adam(**moments),
-            optax.add_decayed_weights(config.weight_decay, decay_mask),
+            optax.add_decayed_weights(config.weight_decay, mask),
         )
         if period == 1:
             return adamw
