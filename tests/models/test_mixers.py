@@ -232,7 +232,7 @@ def test_bfloat16_training_stays_finite(config: ModelConfig):
         training=TrainingConfig(num_steps=200, loss_chunk=0),
     )
     model = skeleton(config.model)
-    tx = make_optimizer(config.optimizer, 200, model.decays, config.model.mlp.periods)
+    tx = make_optimizer(config.optimizer, 200, model.decays, config.model.mlp)
     ids = tokens(4, 33)
     positions = jnp.broadcast_to(jnp.arange(32), (4, 32))
     batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:], "positions": positions}
