@@ -6,13 +6,16 @@ it in `models.registry`, and its costs in `costs.mixer_costs`.
 
 import dataclasses
 import itertools
-import math
+import typing
 from typing import ClassVar, Literal, Self
 
 from tlm_jax import taper as taper_lib
 from tlm_jax.taper_config import TaperConfig
 from tlm_jax.validation import divisors, require, round_up
 
+PeriodRate = Literal["schedule", "times_period"]
+CHAOTIC_RATE = 0.1
+"""Of online updates: from here on what a row learns depends on rounding, and losses rise."""
 NO_TAPER = TaperConfig(schedule="uniform", multiple_of=1)
 NO_MEMORY_TAPER = TaperConfig(schedule="uniform", multiple_of=8)
 
@@ -28,12 +31,14 @@ class MLPConfig:
 
     periods: tuple[int, ...] = (1,)
     """Update period of each level in optimizer steps, in the order of the chain."""
+    period_rate: PeriodRate = "schedule"
+    """Learning rate of a level of period C: the schedule's, or times_period for C times that."""
     level_taper: TaperConfig = NO_TAPER
     """How a layer's width is spread over its levels."""
     online_chunks: tuple[int, ...] = ()
     """Tokens between updates of each level inside a sequence; 0 is never, () turns them off."""
     online_learning_rate: float = 1e-3
-    """Step of these updates along the gradient summed over the tokens of a chunk."""
+    """Step of these updates along the gradient summed over the tokens of a chunk, below 0.1."""
     online_in_training: bool = False
     """Make these updates in training too, not only in evaluation and decoding."""
 
@@ -41,6 +46,11 @@ class MLPConfig:
         require(
             len(self.periods) > 0 and all(period >= 1 for period in self.periods),
             f"mlp.periods is {self.periods}; every level needs a period of at least 1 step",
+        )
+        rates = typing.get_args(PeriodRate)
+        require(
+            self.period_rate in rates,
+            f"mlp.period_rate={self.period_rate!r} is not one of {', '.join(rates)}",
         )
         self._check_online()
 
@@ -62,9 +72,12 @@ class MLPConfig:
             f"mlp.online_chunks={chunks}: {uneven} must be multiples of the smallest, "
             f"{self.online_piece}",
         )
+        rate = self.online_learning_rate
+        require(rate >= 0, f"mlp.online_learning_rate={rate} must not be negative")
         require(
-            0 <= self.online_learning_rate < math.inf,
-            f"mlp.online_learning_rate={self.online_learning_rate} must be finite and not negative",
+            rate < CHAOTIC_RATE,
+            f"mlp.online_learning_rate={rate}: updates inside a sequence turn chaotic from about "
+            f"{CHAOTIC_RATE} on; use 0.01 or less",
         )
         require(
             bool(chunks) or not self.online_in_training,

@@ -234,7 +234,7 @@ def train(model: ModelConfig, num_steps: int) -> tuple[Any, np.ndarray]:
         training=TrainingConfig(num_steps=num_steps, loss_chunk=0),
     )
     structure = skeleton(model)
-    tx = make_optimizer(config.optimizer, num_steps, structure.decays, model.mlp.periods)
+    tx = make_optimizer(config.optimizer, num_steps, structure.decays, model.mlp)
     ids = tokens(4, 33)
     positions = jnp.broadcast_to(jnp.arange(32), (4, 32))
     batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:], "positions": positions}

@@ -77,7 +77,7 @@ class Trainer:
             config.optimizer,
             config.training.num_steps,
             self.skeleton.decays,
-            config.model.mlp.periods,
+            config.model.mlp,
         )
         self.shapes = step.abstract_state(self.skeleton, self.tx, self.mesh)
         self.iterator = self.dataset.train_iterator()
