@@ -23,6 +23,7 @@ from tlm_jax.cli import (
     report,
     sweep,
     train,
+    verify,
 )
 from tlm_jax.config import RUN_AGAIN, UserError
 from tlm_jax.distributed import start
@@ -40,6 +41,7 @@ VERBS: dict[str, ModuleType] = {
     "import": import_model,
     "export": export,
     "align": align,
+    "verify": verify,
 }
 
 

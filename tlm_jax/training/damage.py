@@ -41,8 +41,8 @@ def is_damage(error: BaseException) -> bool:
     device failed.
     """
     chain = causes(error)
-    if isinstance(chain[-1], _ElsewhereError):
-        return chain[-1].damage
+    if isinstance(error, _ElsewhereError):
+        return error.damage
     return not (
         system_errors(error) - _MISSING
         or lacks_resources(error)
@@ -78,6 +78,8 @@ def reason(error: BaseException) -> str:
     """What went wrong, without the internals of Orbax and TensorStore."""
     chain = causes(error)
     for link in chain:
+        if isinstance(link, _ElsewhereError):
+            return str(link)
         if number := re.search(r"os_error_code='(\d+)'", str(link)):
             return os.strerror(int(number[1]))
     cause = chain[-1]
