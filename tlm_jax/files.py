@@ -20,6 +20,10 @@ CHECKSUM = "checksum"
 _PART = ".part"
 
 
+class DamagedFileError(UserError):
+    """A file whose content is not what was written."""
+
+
 def sealed(record: dict[str, Any]) -> dict[str, Any]:
     """The record with a checksum over all its other values, as its last entry.
 
@@ -36,10 +40,10 @@ def verified(record: dict[str, Any], what: str) -> dict[str, Any]:
       what: how to name it in the error, such as the path of its file.
 
     Raises:
-      UserError: a value is not the one that was sealed.
+      DamagedFileError: a value is not the one that was sealed.
     """
     if CHECKSUM in record and record[CHECKSUM] != _digest(record):
-        raise UserError(
+        raise DamagedFileError(
             f"{what} is damaged: its values do not match its checksum (if the change is "
             f'intended, remove the "{CHECKSUM}" entry)'
         )
@@ -50,17 +54,18 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """The object in a JSON file, checked against its checksum if it has one.
 
     Raises:
-      UserError: the file cannot be read, is not valid UTF-8 or JSON, holds no object, or
-        its checksum does not match.
+      UserError: the file cannot be read.
+      DamagedFileError: it is not valid UTF-8 or JSON, holds no object, or its checksum does
+        not match.
     """
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # also what is not UTF-8
-        raise UserError(f"{path} is damaged: it is not valid JSON ({error})") from None
+        raise DamagedFileError(f"{path} is damaged: it is not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
+        raise DamagedFileError(f"{path} is damaged: it holds no JSON object")
     return verified(value, str(path))
 
 

@@ -23,9 +23,11 @@ from tlm_jax.cli import (
     report,
     sweep,
     train,
+    verify,
 )
-from tlm_jax.config import UserError
+from tlm_jax.config import RUN_AGAIN, UserError
 from tlm_jax.distributed import start
+from tlm_jax.validation import causes, lacks_resources
 
 VERBS: dict[str, ModuleType] = {
     "train": train,
@@ -39,6 +41,7 @@ VERBS: dict[str, ModuleType] = {
     "import": import_model,
     "export": export,
     "align": align,
+    "verify": verify,
 }
 
 
@@ -76,16 +79,22 @@ def _run(verb: ModuleType, argv: Sequence[str], prog: str) -> int:
     try:
         return verb.run(argv, prog)
     except UserError as error:
-        return _fail(str(error), 1)
+        return _fail(str(error), RUN_AGAIN if lacks_resources(error) else 1)
     except BrokenPipeError:  # what reads our output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and not lacks_resources(error):
             raise
-        return _fail(f"{error.filename}: {error.strerror}", 1)
+        where = "" if error.filename is None else f"{error.filename}: "
+        return _fail(f"{where}{error.strerror}", RUN_AGAIN if lacks_resources(error) else 1)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing after the last checkpoint is kept", 130)
+    except Exception as error:
+        if not lacks_resources(error):
+            raise
+        text = " ".join(str(causes(error)[-1]).split())[:300] or "out of memory"
+        return _fail(f"{text}; the same command can be run again", RUN_AGAIN)
 
 
 def _fail(message: str, status: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from tlm_jax import files
 from tlm_jax.config import DataConfig, ModelConfig, RunConfig, UserError
 from tlm_jax.data import load_tokenizer
 from tlm_jax.data.tokenizers import file_fingerprint
@@ -63,8 +64,7 @@ def import_model(
         metadata["source"] = opened.provenance
         with checkpoint.Checkpoints(out / CHECKPOINTS) as checkpoints:
             checkpoints.save_params(0, params, metadata)
-    text = json.dumps(metadata, indent=2) + "\n"
-    (out / "config.json").write_text(text, encoding="utf-8")
+    files.write_json(out / "config.json", metadata)
     return metadata
 
 

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from tlm_jax import files
 from tlm_jax.config import RUN_AGAIN, UserError
+from tlm_jax.validation import causes
 
 _LOCK = ".lock"
 # Orbax's threads raise anew what JAX said, as errors of other types.
@@ -139,19 +140,6 @@ def lost_processes() -> Iterator[None]:
             raise
         text = " ".join(str(lost[-1]).split())[:200]
         end_at_once(f"another process is gone, or the network ({text})")
-
-
-def causes(error: BaseException) -> list[BaseException]:
-    """An error and what caused it, first cause last.
-
-    The chain can be a ring, because several threads raise the same error again.
-    """
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return chain
 
 
 @contextlib.contextmanager

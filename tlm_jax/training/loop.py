@@ -8,8 +8,8 @@ the next batch.
 
 import dataclasses
 import functools
-import json
 import pathlib
+import shlex
 import time
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from tlm_jax import config_io, costs
+from tlm_jax import config_io, costs, files
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.data import open_dataset
 from tlm_jax.distributed import mesh as mesh_lib
@@ -92,12 +92,12 @@ class Trainer:
                 keep_last=training.keep_last,
                 keep_every=training.keep_every,
             ) as checkpoints,
+            faults.lost_processes(),
         ):
             state, start = self._restore_or_init(checkpoints)
             if start >= training.num_steps:
                 return Outcome(step=start, stopped_by=None, already_complete=True)
-            with faults.lost_processes():
-                return self._loop(state, start, checkpoints, stop)
+            return self._loop(state, start, checkpoints, stop)
 
     def _loop(
         self, state: Any, start: int, checkpoints: checkpoint.Checkpoints, stop: list[str]
@@ -181,22 +181,30 @@ class Trainer:
                 f"[yellow]The save of step {unfinished} was interrupted; "
                 f"using the last whole checkpoint, {use}.[/]"
             )
-        while checkpoints.steps:
-            newest = max(checkpoints.steps)
+        damaged: dict[int, checkpoint.DamagedCheckpointError] = {}
+        for newest in reversed(checkpoints.steps):
             try:
                 self._compare(checkpoints.metadata(newest))
                 state = checkpoints.restore(newest, self.shapes, self.iterator)
             except checkpoint.DamagedCheckpointError as error:
-                reason = str(error).rpartition("; ")[0]
-                self._say(f"[yellow]{reason}; set aside in {checkpoints.set_aside(newest)}.[/]")
+                damaged[newest] = error
                 continue
+            # Only now: had this one failed too, the fault might be ours, and nothing be damaged.
+            for number, fault in damaged.items():
+                reason = str(fault).rpartition("; ")[0]
+                where = [checkpoints.set_aside(number), checkpoints.folder / str(number)]
+                back = shlex.join(["mv", *map(str, where)])
+                self._say(
+                    f"[yellow]{escape(f'{reason}; set aside (to bring it back: {back})')}.[/]"
+                )
             if newest < self.config.training.num_steps:
                 self._say(f"Continuing from step {newest} in {self.workdir}.")
             return state, newest
-        if before is not None:
+        if damaged:
+            reason = str(damaged[max(damaged)]).rpartition("; ")[0]
             raise UserError(
-                f"no whole checkpoint is left in {self.workdir}; what there was lies in "
-                f"{self.workdir / 'damaged'}. Start anew with another --workdir"
+                f"no whole checkpoint is left in {self.workdir} ({reason}); nothing was moved. "
+                "Start anew with another --workdir"
             )
         init = functools.partial(step.init_state, self.skeleton, self.tx)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
@@ -324,7 +332,11 @@ class Trainer:
         return tokenizer.decode([*prompt[1:], *np.asarray(tokens)[0].tolist()])
 
     def _write_config(self) -> None:
-        self._write("config.json", json.dumps(self.metadata, indent=2) + "\n", "w")
+        if self.is_main:
+            try:
+                files.write_json(self.workdir / "config.json", self.metadata)
+            except OSError as error:  # training goes on without it
+                self._say(f"[yellow]config.json is not being written:[/] {error.strerror}")
 
     def _write(self, name: str, text: str, mode: Literal["a", "w"]) -> None:
         if not self.is_main:
