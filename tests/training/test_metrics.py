@@ -4,11 +4,11 @@ import pathlib
 
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 
 from tlm_jax import files
 from tlm_jax.analysis import plots
 from tlm_jax.config import RunConfig
-from tlm_jax.output import console
 from tlm_jax.training import metrics
 
 VALUES = {"loss": 3.25, "tokens": 512, "learning_rate": 4e-4}
@@ -17,7 +17,7 @@ VALUES = {"loss": 3.25, "tokens": 512, "learning_rate": 4e-4}
 @pytest.fixture
 def log(tmp_path: pathlib.Path) -> pathlib.Path:
     """Three lines."""
-    writer = metrics.MetricsWriter(tmp_path, console(quiet=True))
+    writer = metrics.MetricsWriter(tmp_path, Console(quiet=True))
     for step in (10, 20, 30):
         writer.write("train", step, VALUES | {"loss": 40 / step})
     writer.close()
@@ -29,20 +29,19 @@ def test_no_flipped_bit_changes_a_figure(
 ) -> None:
     """Its line is left out and named, unless what is damaged is only the word `checksum`."""
     whole = log.read_bytes()
-    expected = files.read_lines(log)
-    assert expected == [
-        {"kind": "train", "step": s} | VALUES | {"loss": 40 / s} for s in (10, 20, 30)
-    ]
+    expected = plots.series(log, "train")
+    assert [(r["step"], r["loss"]) for r in expected] == [(s, 40 / s) for s in (10, 20, 30)]
     unnamed = 0
     for place in range(len(whole)):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << place % 8
         log.write_bytes(damaged)
-        found = [{k: r[k] for k in r if k in expected[0]} for r in files.read_lines(log)]
+        read = plots.series(log, "train")
+        found = [{k: r[k] for k in r if k in expected[0]} for r in read]
         assert all(record in expected for record in found), place
         if len(found) < 3:
             files._note.cache_clear()
-            files.read_lines(log)
+            plots.series(log, "train")
             said = capsys.readouterr().err
             assert f"note: {log}, line" in said, place
             assert "damaged and left out" in said
@@ -71,8 +70,8 @@ def test_a_damaged_line_is_no_figure(log: pathlib.Path, capsys: pytest.CaptureFi
 
 def test_tokens_count_the_targets_of_the_run(tmp_path: pathlib.Path) -> None:
     """Not positions: a batch can hold padding. A run that continues counts on."""
-    writer = metrics.MetricsWriter(tmp_path, console(quiet=True))
-    quiet = console(quiet=True)
+    writer = metrics.MetricsWriter(tmp_path, Console(quiet=True))
+    quiet = Console(quiet=True)
     log = metrics.TrainLog(RunConfig(), tmp_path, writer, quiet, 9, 1000, 0.0, enabled=False)
     for step, tokens in ((10, 300), (11, 17), (20, 8)):
         log.push(
