@@ -89,7 +89,10 @@ def test_a_failing_suite_costs_no_step(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Missing data and errors of lm-eval are a line; the next start tries again."""
+    """Missing data and errors of lm-eval are a line; the next start tries again.
+
+    So it does after a signal to stop, which a suite heeds between two answers.
+    """
     data = tmp_path / "sets"
     last = NUM_STEPS + 2
     train = ["train", "--config", str(config_file), "--workdir", str(finished)]
@@ -109,6 +112,15 @@ def test_a_failing_suite_costs_no_step(
         assert cli.main(train) == 0
     out = capsys.readouterr().out
     assert f"step {last}  the suites failed, and training goes on: ZeroDivisionError: div" in out
+
+    def stop(model: Any, *_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        model._advance("scored", 1, 2)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(suites, "run", stop)
+        assert cli.main(train) == 75
+    assert f"Stopped by SIGTERM at step {last}" in capsys.readouterr().out
     assert _records(finished, "suites") == {}
     assert cli.main(train) == 0
     assert list(_records(finished, "suites")) == [last]
