@@ -221,7 +221,8 @@ class TrainingConfig:
     max_bad_steps: int = _may_change(10)
     """Stop after this many updates in a row skipped for a bad loss or gradient."""
     hang_timeout: float = _may_change(1800.0)
-    """Seconds without a finished step until the process is ended, to be restarted; 0 is never."""
+    """Seconds without a finished step or batch of an evaluation until the process is ended, to be
+    restarted; 0 is never."""
     sample_prompt: str = _may_change("The ")
     """Continued at each evaluation."""
     sample_tokens: int = _may_change(64)

@@ -5,12 +5,15 @@ Standard library only; every other module may use it.
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +21,7 @@ from tlm_jax.validation import UserError
 
 CHECKSUM = "checksum"
 _PART = ".part"
+_SHOWN = 8
 
 
 class DamagedFileError(UserError):
@@ -67,6 +71,49 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DamagedFileError(f"{path} is damaged: it holds no JSON object")
     return verified(value, str(path))
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines that others append to, each checked like `read_json`.
+
+    A line that is damaged (not UTF-8, not JSON, another checksum than its values have) is left
+    out, and the first reading of this process says so in one line on standard error. A line that
+    was cut off, as a killed process leaves it, is left out without a word.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    records, damaged = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("no object")
+            records.append(verified(record, f"{path}, line {number}"))
+        except (ValueError, RecursionError, UserError):
+            if _whole(line):
+                damaged.append(number)
+    if damaged:
+        numbers = ", ".join(map(str, damaged[:_SHOWN]))
+        more = f" and {len(damaged) - _SHOWN} more" if len(damaged) > _SHOWN else ""
+        what = f"line {numbers} is" if len(damaged) == 1 else f"lines {numbers}{more} are"
+        _note(f"note: {path}, {what} damaged and left out")
+    return records
+
+
+def _whole(line: bytes) -> bool:
+    """Whether a line was written to its end: it has that of a record, or a whole checksum."""
+    return line.rstrip().endswith(b"}") or re.search(rb'"[0-9a-f]{16}"', line) is not None
+
+
+@functools.cache
+def _note(text: str) -> None:
+    """Says something once."""
+    print(text, file=sys.stderr)
 
 
 def write_json(path: pathlib.Path, record: dict[str, Any], *, indent: int | None = 1) -> None:

@@ -23,7 +23,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from tlm_jax import config_io, costs, files
 from tlm_jax.analysis.plots import series
@@ -212,14 +211,14 @@ def run(
             console.print(f"Stopped in {where}; the same command goes on.", highlight=False)
             gather(folder)
             return Outcome(finished=len(mine) - len(todo) + number - 1, broken=broken, stopped=True)
-        label = f"\\[{number}/{len(todo)}] {cell.arm.name}, seed {cell.seed}"
+        label = f"[{number}/{len(todo)}] {cell.arm.name}, seed {cell.seed}"
         try:
             if status:
                 raise UserError(_complaint(where, status))
             result = _result(sweep, cell, where)
         except UserError as error:
             broken[cell.folder] = str(error)
-            console.print(f"{label}: [red]broken[/]: {escape(str(error))}", highlight=False)
+            console.print(f"{label}: broken: {error}", style="red")
             continue
         files.write_text(where / RESULT, json.dumps(result) + "\n")
         gather(folder)

@@ -4,12 +4,14 @@ Heavy libraries are imported inside the verbs, so that `tlm plan` and every
 help text answer without JAX.
 """
 
+import contextlib
 import difflib
 import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from tlm_jax import output
 from tlm_jax.cli import (
     align,
     compile_ahead,
@@ -43,14 +45,21 @@ VERBS: dict[str, ModuleType] = {
     "align": align,
     "verify": verify,
 }
+_LOGGING = frozenset({"train", "sweep", "prepare", "import", "export"})
+"""Verbs whose results are files: what they print is a log, and its loss no reason to stop."""
 
 
 def program(*first: str, prog: str | None = None) -> int:
     """`tlm`, and with a verb as `first` train.py and eval.py; returns the exit status."""
     words = [*first, *sys.argv[1:]]
+    output.protect(vital=not _LOGGING.intersection(words[:1]))
     if large_pages.wanted(words):
         large_pages.begin_anew()
-    return main(words, prog)
+    try:
+        return main(words, prog)
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
 
 
 def main(argv: Sequence[str], prog: str | None = None) -> int:
@@ -77,11 +86,12 @@ def main(argv: Sequence[str], prog: str | None = None) -> int:
 
 def _run(verb: ModuleType, argv: Sequence[str], prog: str) -> int:
     try:
-        return verb.run(argv, prog)
+        status = verb.run(argv, prog)
+        sys.stdout.flush()  # what cannot be written is an error here, not after the end
+        return status
     except UserError as error:
         return _fail(str(error), RUN_AGAIN if lacks_resources(error) else 1)
     except BrokenPipeError:  # what reads our output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
         if error.filename is None and not lacks_resources(error):

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
-from tlm_jax import config_io
+from tlm_jax import config_io, output
 from tlm_jax.cli.parsing import parse
 from tlm_jax.config import RUN_AGAIN, UserError
 
@@ -38,7 +37,7 @@ def run(argv: Sequence[str], prog: str) -> int:
 
     wanted = config_io.load(command.file, "get_sweep", sweep.Sweep)
     folder = command.out or pathlib.Path("runs") / "sweeps" / wanted.name
-    console = Console()
+    console = output.console()
     outcome = sweep.run(wanted, folder, console, index=command.index, count=command.count)
     if outcome.stopped:
         return RUN_AGAIN
