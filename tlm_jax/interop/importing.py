@@ -8,13 +8,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from tlm_jax import files
 from tlm_jax.config import DataConfig, ModelConfig, RunConfig, UserError
 from tlm_jax.data import load_tokenizer
 from tlm_jax.data.tokenizers import file_fingerprint
 from tlm_jax.interop import gguf_tokenizer, llama, loading, original
 from tlm_jax.interop.gguf_file import GgufFile
 from tlm_jax.interop.tensors import SafetensorsFolder, TensorSource
-from tlm_jax.models import skeleton
+from tlm_jax.models import Skeleton, skeleton
 from tlm_jax.training import checkpoint
 from tlm_jax.training.loop import CHECKPOINTS
 
@@ -25,33 +26,48 @@ _SEQ_LEN = 1024
 def import_model(
     model: pathlib.Path, out: pathlib.Path, tokenizer: pathlib.Path | None, mesh: Mesh
 ) -> dict[str, Any]:
-    """Writes a run folder from a model; returns the metadata saved with it.
+    """Writes a run folder from a model, all or nothing; returns the metadata saved with it.
 
     Args:
       model: a Hugging Face folder, or a GGUF file.
-      out: the run folder.
+      out: the run folder; it may be there if it is empty.
       tokenizer: a tokenizer.json or .model to use in place of the model's own.
       mesh: where the parameters lie while they are written.
 
     Raises:
-      UserError: the model cannot be imported exactly, or `out` holds a run.
+      UserError: the model cannot be imported exactly, or `out` is not empty.
     """
     if (out / CHECKPOINTS).exists():
         raise UserError(f"{out} already holds a run; choose another --out")
     opened = _open(model)
     structure = skeleton(opened.run.model)
     loading.check(structure, opened.source, native=opened.native)
+    found = _find_tokenizer(opened, model, tokenizer)
+    with files.new_folder(out) as part:
+        return _fill(part, out, opened, structure, found, mesh)
+
+
+def _fill(
+    part: pathlib.Path,
+    out: pathlib.Path,
+    opened: "_Opened",
+    structure: Skeleton,
+    tokenizer: tuple[str, bytes] | None,
+    mesh: Mesh,
+) -> dict[str, Any]:
+    """Writes the run folder that will lie at `out` into `part`."""
     run = opened.run
-    if found := _find_tokenizer(opened, model, tokenizer):
-        name, content = found
-        out.mkdir(parents=True, exist_ok=True)
-        (out / name).write_bytes(content)
+    if tokenizer is None:
+        reader = load_tokenizer(run.data.tokenizer)
+    else:
+        name, content = tokenizer
+        (part / name).write_bytes(content)
+        reader = load_tokenizer(str(part / name))
         data = dataclasses.replace(run.data, tokenizer=str(out / name))
         run = dataclasses.replace(run, data=data)
-    reader = load_tokenizer(run.data.tokenizer)
     if reader.vocab_size > run.model.vocab_size:
         raise UserError(
-            f"tokenizer {reader.name} has {reader.vocab_size} tokens, but the model has only "
+            f"the tokenizer has {reader.vocab_size} tokens, but the model has only "
             f"{run.model.vocab_size}; give the right one with --tokenizer FILE"
         )
     # A model that was not trained here began its texts as its tokenizer does.
@@ -61,10 +77,10 @@ def import_model(
         params = loading.load(structure, opened.source, mesh, native=opened.native)
         metadata = checkpoint.metadata(run, params, layout)
         metadata["source"] = opened.provenance
-        with checkpoint.Checkpoints(out / CHECKPOINTS) as checkpoints:
+        with checkpoint.Checkpoints(part / CHECKPOINTS) as checkpoints:
             checkpoints.save_params(0, params, metadata)
     text = json.dumps(metadata, indent=2) + "\n"
-    (out / "config.json").write_text(text, encoding="utf-8")
+    (part / "config.json").write_text(text, encoding="utf-8")
     return metadata
 
 
