@@ -62,7 +62,12 @@ def _fill(
     else:
         name, content = tokenizer
         (part / name).write_bytes(content)
-        reader = load_tokenizer(str(part / name))
+        try:
+            reader = load_tokenizer(str(part / name))
+        except UserError as error:  # of a GGUF file; one that was given was read before
+            raise UserError(
+                str(error).replace(str(part / name), f"in {opened.source.where}")
+            ) from None
         data = dataclasses.replace(run.data, tokenizer=str(out / name))
         run = dataclasses.replace(run, data=data)
     if reader.vocab_size > run.model.vocab_size:
@@ -105,6 +110,7 @@ def _open(model: pathlib.Path) -> _Opened:
         values = source.config
     else:
         raise UserError(f"{model} does not exist; give a Hugging Face folder or a GGUF file")
+    loading.check_sizes(values, source)
     if original.KEY not in values:
         return _Opened(
             run=_run_config(llama.model_config(values, source.where), values, model),
@@ -129,15 +135,12 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """What a Hugging Face folder's config.json holds.
 
     Raises:
-      UserError: there is none, or it is not JSON.
+      UserError: there is none, or it holds no JSON object.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} is not a Hugging Face folder: it has no config.json")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    return files.read_json(path)
 
 
 def _find_tokenizer(
