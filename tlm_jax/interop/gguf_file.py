@@ -41,7 +41,7 @@ class GgufFile:
     """
 
     def __init__(self, path: pathlib.Path) -> None:
-        self.where = str(path)
+        self.where, self.files = str(path), (path,)
         try:
             header = gguf_header.read(path)
         except gguf_header.DamagedError as error:

@@ -9,6 +9,7 @@ structure is found. Numbers and texts in the metadata have no checksum.
 import dataclasses
 import math
 import pathlib
+import struct
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ from tlm_jax.interop.tensors import needs_extra
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _SCALARS = {
-    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "<u1", 10: "<u8",
-    11: "<i8", 12: "<f8",
+    0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q",
+    12: "<d",
 }  # fmt: skip
 _PLAIN = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
 _MOST_DIMS = 4
@@ -54,24 +55,24 @@ class Header:
 class _Cursor:
     """Reads a memory-mapped file from its start, never beyond its end."""
 
-    def __init__(self, data: np.ndarray) -> None:
+    def __init__(self, data: memoryview) -> None:
         self.data, self.place = data, 0
 
-    def take(self, count: int, what: str) -> np.ndarray:
+    def take(self, count: int, what: str) -> memoryview:
         """The next `count` bytes."""
-        if count > self.data.size - self.place:
+        if count > len(self.data) - self.place:
             raise DamagedError(
                 f"{what} at byte {self.place:,} needs {count:,} bytes, and the file ends at "
-                f"{self.data.size:,}"
+                f"{len(self.data):,}"
             )
         self.place += count
         return self.data[self.place - count : self.place]
 
     def number(self, kind: str, what: str) -> Any:
-        return self.take(int(kind[2:]), what).view(kind)[0].item()
+        return struct.unpack(kind, self.take(struct.calcsize(kind), what))[0]
 
     def string(self, what: str) -> bytes:
-        return self.take(self.number("<u8", what), what).tobytes()
+        return self.take(self.number("<Q", what), what).tobytes()
 
     def value(self, kind: int, what: str) -> Any:
         if kind == _STRING:
@@ -84,14 +85,14 @@ class _Cursor:
         return self._bool(found, what) if kind == _BOOL else found
 
     def _array(self, what: str) -> Any:
-        kind, count = self.number("<u4", what), self.number("<u8", what)
+        kind, count = self.number("<I", what), self.number("<Q", what)
         if kind == _STRING:
             self._check_room(8 * count, what)
             return [self.string(what) for _ in range(count)]
         if kind not in _SCALARS:
             raise DamagedError(f"{what} is an array of type {kind}, which cannot be read")
-        size = int(_SCALARS[kind][2:])
-        found = self.take(size * count, what).view(_SCALARS[kind])
+        size = struct.calcsize(_SCALARS[kind])
+        found = np.frombuffer(self.take(size * count, what), _SCALARS[kind])
         if kind != _BOOL:
             return found
         self._bool(int(found.max(initial=0)), what)
@@ -118,21 +119,21 @@ def read(path: pathlib.Path) -> Header:
     """
     if not path.stat().st_size:
         raise DamagedError("it is empty")
-    cursor = _Cursor(np.memmap(path, np.uint8, mode="r"))
+    cursor = _Cursor(memoryview(np.memmap(path, np.uint8, mode="r")))  # type: ignore[arg-type]
     if cursor.take(4, "the magic number").tobytes() != _MAGIC:
         raise DamagedError("it does not begin with GGUF")
-    version = cursor.number("<u4", "the version")
+    version = cursor.number("<I", "the version")
     if version not in _VERSIONS:
         raise DamagedError(f"its version is {version}; 2 and 3 in little-endian order can be read")
-    num_tensors = cursor.number("<u8", "the number of tensors")
-    num_fields = cursor.number("<u8", "the number of metadata fields")
+    num_tensors = cursor.number("<Q", "the number of tensors")
+    num_fields = cursor.number("<Q", "the number of metadata fields")
     fields: dict[str, Any] = {}
     for index in range(num_fields):
         key = _text(cursor.string(f"key {index} of the metadata"), f"key {index} of the metadata")
         if key in fields:
             raise DamagedError(f"metadata {key} is there twice")
         what = f"metadata {key!r}"
-        fields[key] = cursor.value(cursor.number("<u4", what), what)
+        fields[key] = cursor.value(cursor.number("<I", what), what)
     infos = [_tensor_info(cursor, index) for index in range(num_tensors)]
     alignment = fields.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
@@ -156,11 +157,11 @@ def _tensor_info(cursor: _Cursor, index: int) -> _Info:
     what = f"entry {index} of the tensors"
     name = _text(cursor.string(what), what)
     what = f"tensor {name!r}"
-    num_dims = cursor.number("<u4", what)
+    num_dims = cursor.number("<I", what)
     if not 1 <= num_dims <= _MOST_DIMS:
         raise DamagedError(f"{what} has {num_dims} dims; it must have 1 to {_MOST_DIMS}")
-    dims = tuple(cursor.number("<u8", what) for _ in range(num_dims))
-    number, offset = cursor.number("<u4", what), cursor.number("<u8", what)
+    dims = tuple(cursor.number("<Q", what) for _ in range(num_dims))
+    number, offset = cursor.number("<I", what), cursor.number("<Q", what)
     try:
         kind = GGMLQuantizationType(number)
         block, block_bytes = GGML_QUANT_SIZES[kind]
@@ -194,15 +195,15 @@ def _placed(cursor: _Cursor, infos: list[_Info], alignment: int) -> tuple[Stored
                 f"{expected:,}"
             )
         cursor.place = start + expected
-        raw = cursor.take(info.num_bytes, f"tensor {info.name!r}")
+        raw = np.frombuffer(cursor.take(info.num_bytes, f"tensor {info.name!r}"), np.uint8)
         end = cursor.place
         expected += -(-info.num_bytes // alignment) * alignment
         shape = tuple(reversed(info.dims))
         plain = _PLAIN.get(info.type.name)
         data = raw.view(plain).reshape(shape) if plain else raw.reshape(*shape[:-1], info.row_bytes)
         found[info.name] = StoredTensor(name=info.name, type=info.type, shape=shape, data=data)
-    if cursor.data.size - end >= alignment:
-        raise DamagedError(f"{cursor.data.size - end:,} bytes follow its last tensor")
+    if len(cursor.data) - end >= alignment:
+        raise DamagedError(f"{len(cursor.data) - end:,} bytes follow its last tensor")
     return tuple(found.values())
 
 

@@ -12,7 +12,7 @@ from tlm_jax import files
 from tlm_jax.config import DataConfig, ModelConfig, RunConfig, UserError
 from tlm_jax.data import load_tokenizer
 from tlm_jax.data.tokenizers import file_fingerprint
-from tlm_jax.interop import gguf_tokenizer, llama, loading, original
+from tlm_jax.interop import digests, gguf_tokenizer, llama, loading, original
 from tlm_jax.interop.gguf_file import GgufFile
 from tlm_jax.interop.tensors import SafetensorsFolder, TensorSource
 from tlm_jax.models import Skeleton, skeleton
@@ -43,6 +43,7 @@ def import_model(
     structure = skeleton(opened.run.model)
     loading.check(structure, opened.source, native=opened.native)
     found = _find_tokenizer(opened, model, tokenizer)
+    opened.provenance["sha256"] = digests.check(opened.files)
     with files.new_folder(out) as part:
         return _fill(part, out, opened, structure, found, mesh)
 
@@ -98,10 +99,12 @@ class _Opened:
     native: bool
     data_layout: dict[str, Any]
     provenance: dict[str, Any]
+    files: tuple[pathlib.Path, ...]
+    """Those that hold the tensors."""
 
 
 def _open(model: pathlib.Path) -> _Opened:
-    source: TensorSource
+    source: SafetensorsFolder | GgufFile
     if model.is_dir():
         values = read_config(model)
         source = SafetensorsFolder(model)
@@ -118,16 +121,16 @@ def _open(model: pathlib.Path) -> _Opened:
             native=False,
             data_layout={},
             provenance={"file": model.name, "config": values},
+            files=source.files,
         )
     ours = original.read(values, source.where)
-    if not ours.native:
-        source = original.Trimmed(source, ours.run.model.mlp_widths)
     return _Opened(
         run=ours.run,
-        source=source,
+        source=source if ours.native else original.Trimmed(source, ours.run.model.mlp_widths),
         native=ours.native,
         data_layout=ours.data_layout,
         provenance=ours.source or {"file": model.name, "config": {}},
+        files=source.files,
     )
 
 

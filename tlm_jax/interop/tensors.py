@@ -44,9 +44,10 @@ class SafetensorsFolder:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.where = str(folder)
+        self.files = tuple(_weight_files(folder))
         self._files: dict[str, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for path in _weight_files(folder):
+        for path in self.files:
             reader = self._open(path)
             for name in reader.keys():  # noqa: SIM118 (not a mapping)
                 tensor = reader.get_slice(name)
