@@ -142,9 +142,16 @@ def write_text(path: pathlib.Path, text: str) -> None:
 def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder to fill, which becomes `path` when the block ends without an error.
 
-    A kill leaves only a hidden folder beside `path`, which the next call removes. The caller
-    has made sure that nothing is at `path`.
+    A kill leaves only a hidden folder beside `path`, which the next call removes.
+
+    Raises:
+      UserError: something other than an empty folder is at `path`, or it cannot be replaced.
     """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} is not an empty folder; choose another --out")
+    path = path.resolve()
+    if path.is_mount():
+        raise UserError(f"{path} is a mount point; choose a folder in it")
     part = path.with_name(f".{path.name}{_PART}")
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(part, ignore_errors=True)

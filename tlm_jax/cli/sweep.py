@@ -33,7 +33,7 @@ def run(argv: Sequence[str], prog: str) -> int:
         raise UserError(f"{prog} needs a file: {prog} configs/sweeps/shapes.py")
     if not 0 <= command.index < command.count:
         raise UserError(f"--index {command.index} must lie between 0 and --count - 1")
-    from tlm_jax.analysis import sweep
+    from tlm_jax.analysis import sweep, sweep_cell
 
     wanted = config_io.load(command.file, "get_sweep", sweep.Sweep)
     folder = command.out or pathlib.Path("runs") / "sweeps" / wanted.name
@@ -44,7 +44,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     console.print(f"Results: {folder / sweep.RESULTS}   tlm report {folder}", highlight=False)
     if outcome.broken:
         raise UserError(
-            f"{len(outcome.broken)} cells broke, see {sweep.LOG} in their folders: "
+            f"{len(outcome.broken)} cells broke, see {sweep_cell.LOG} in their folders: "
             f"{', '.join(outcome.broken)}; the same command tries them again"
         )
     return 0

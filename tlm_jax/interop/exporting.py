@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 import tlm_jax
+from tlm_jax import files
 from tlm_jax.config import ModelConfig, RunConfig, UserError
 from tlm_jax.data import load_tokenizer
 from tlm_jax.data.tokenizers import EMBEDDED
@@ -42,31 +43,42 @@ def export_model(
     dtype: Dtype = "float32",
     shard_bytes: int = SHARD_BYTES,
 ) -> Format:
-    """Writes a checkpoint's model into a new folder; returns the format.
+    """Writes a checkpoint's model into a new folder, all or nothing; returns the format.
 
     Args:
       folder: the run folder.
-      out: the folder to make.
+      out: the folder to make; it may be there if it is empty.
       step: which checkpoint; None is the newest.
       form: None is llama where that is possible, else native.
       dtype: of the tensors; parameters are float32, so bfloat16 rounds them.
       shard_bytes: largest file of tensors.
 
     Raises:
-      UserError: the format cannot express the model, or `out` is in use.
+      UserError: the format cannot express the model, or `out` is not empty.
     """
     step, metadata = restore.saved_metadata(folder, step)
+    form = _checked_format(restore.saved_config(metadata).model, form)
+    with files.new_folder(out) as part:
+        _fill(part, folder, step, metadata, form, dtype, shard_bytes)
+    return form
+
+
+def _fill(
+    out: pathlib.Path,
+    folder: pathlib.Path,
+    step: int,
+    metadata: dict[str, Any],
+    form: Format,
+    dtype: Dtype,
+    shard_bytes: int,
+) -> None:
     config = restore.saved_config(metadata)
-    form = _checked_format(config.model, form)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not an empty folder; choose another --out")
     tokenizer = load_tokenizer(config.data.tokenizer)
     structure = skeleton(config.model)
     mesh = mesh_lib.single_device_mesh()
     with jax.set_mesh(mesh):
         params = restore.load_params(folder, step, structure, tokenizer, mesh)
     tensors = _native(params) if form == "native" else _llama(params, config.model, form)
-    out.mkdir(parents=True, exist_ok=True)
     write_safetensors(
         out,
         ((name, array.astype(_NUMPY[dtype], copy=False)) for name, array in tensors),
@@ -84,7 +96,6 @@ def export_model(
     (out / "README.md").write_text(
         card.text(out, folder, step, metadata, form, dtype), encoding="utf-8"
     )
-    return form
 
 
 def _checked_format(model: ModelConfig, form: Format | None) -> Format:

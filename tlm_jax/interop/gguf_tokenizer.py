@@ -23,10 +23,48 @@ def tokenizer_file(file: GgufFile) -> tuple[str, bytes]:
     """
     kind = file.field("tokenizer.ggml.model")
     if kind == "gpt2":
+        _check_vocabulary(file, merges=True)
         return "tokenizer.json", _byte_level_bpe(file).to_str().encode()
     if kind == "llama":
+        _check_vocabulary(file, merges=False)
         return "tokenizer.model", _sentencepiece(file)
     raise _unknown(file, "tokenizer.ggml.model", kind)
+
+
+def _check_vocabulary(file: GgufFile, *, merges: bool) -> None:
+    """Refuses tokens, types, scores, merges and ids that do not fit together."""
+    kinds: dict[str, type] = {"tokens": str, "token_type": int}
+    kinds |= {"merges": str} if merges else {"scores": float}
+    found: dict[str, list[Any]] = {}
+    for name, kind in kinds.items():
+        value = file.field(f"tokenizer.ggml.{name}")
+        if value is None and name == "token_type" and merges:
+            continue
+        if not isinstance(value, list) or any(type(one) is not kind for one in value):
+            raise _damaged(file, name, f"it must be a list of {kind.__name__}")
+        if name != "merges" and len(value) != len(found.get("tokens", value)):
+            raise _damaged(file, name, "its length is not that of the tokens")
+        if name in ("tokens", "merges") and len(set(value)) != len(value):
+            raise _damaged(file, name, "an entry is there twice")
+        found[name] = value
+    if not set(found.get("token_type", ())) <= set(range(1, 7)):
+        raise _damaged(file, "token_type", "types are 1 to 6")
+    vocabulary = set(found["tokens"])
+    for merge in found.get("merges", ()):
+        first, _, second = merge.partition(" ")
+        if not {first, second, first + second} <= vocabulary:
+            raise _damaged(file, "merges", f"{merge!r} does not merge two tokens into a third")
+    for name in ("bos", "eos", "unknown"):
+        index = file.field(f"tokenizer.ggml.{name}_token_id", 0)
+        if type(index) is not int or not 0 <= index < len(vocabulary):
+            raise _damaged(file, f"{name}_token_id", f"there are {len(vocabulary)} tokens")
+
+
+def _damaged(file: GgufFile, name: str, why: str) -> UserError:
+    return UserError(
+        f"{file.where}: tokenizer.ggml.{name} is damaged: {why}; give the model's own "
+        "tokenizer.json or tokenizer.model with --tokenizer FILE"
+    )
 
 
 def _byte_level_bpe(file: GgufFile) -> Any:

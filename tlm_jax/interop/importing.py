@@ -1,7 +1,6 @@
 """A published model as a run folder: parameters, config and tokenizer."""
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -12,10 +11,10 @@ from tlm_jax import files
 from tlm_jax.config import DataConfig, ModelConfig, RunConfig, UserError
 from tlm_jax.data import load_tokenizer
 from tlm_jax.data.tokenizers import file_fingerprint
-from tlm_jax.interop import gguf_tokenizer, llama, loading, original
+from tlm_jax.interop import digests, gguf_tokenizer, llama, loading, original
 from tlm_jax.interop.gguf_file import GgufFile
 from tlm_jax.interop.tensors import SafetensorsFolder, TensorSource
-from tlm_jax.models import skeleton
+from tlm_jax.models import Skeleton, skeleton
 from tlm_jax.training import checkpoint
 from tlm_jax.training.loop import CHECKPOINTS
 
@@ -26,33 +25,54 @@ _SEQ_LEN = 1024
 def import_model(
     model: pathlib.Path, out: pathlib.Path, tokenizer: pathlib.Path | None, mesh: Mesh
 ) -> dict[str, Any]:
-    """Writes a run folder from a model; returns the metadata saved with it.
+    """Writes a run folder from a model, all or nothing; returns the metadata saved with it.
 
     Args:
       model: a Hugging Face folder, or a GGUF file.
-      out: the run folder.
+      out: the run folder; it may be there if it is empty.
       tokenizer: a tokenizer.json or .model to use in place of the model's own.
       mesh: where the parameters lie while they are written.
 
     Raises:
-      UserError: the model cannot be imported exactly, or `out` holds a run.
+      UserError: the model cannot be imported exactly, or `out` is not empty.
     """
     if (out / CHECKPOINTS).exists():
         raise UserError(f"{out} already holds a run; choose another --out")
     opened = _open(model)
     structure = skeleton(opened.run.model)
     loading.check(structure, opened.source, native=opened.native)
+    found = _find_tokenizer(opened, model, tokenizer)
+    opened.provenance["sha256"] = digests.check(opened.files)
+    with files.new_folder(out) as part:
+        return _fill(part, out, opened, structure, found, mesh)
+
+
+def _fill(
+    part: pathlib.Path,
+    out: pathlib.Path,
+    opened: "_Opened",
+    structure: Skeleton,
+    tokenizer: tuple[str, bytes] | None,
+    mesh: Mesh,
+) -> dict[str, Any]:
+    """Writes the run folder that will lie at `out` into `part`."""
     run = opened.run
-    if found := _find_tokenizer(opened, model, tokenizer):
-        name, content = found
-        out.mkdir(parents=True, exist_ok=True)
-        (out / name).write_bytes(content)
+    if tokenizer is None:
+        reader = load_tokenizer(run.data.tokenizer)
+    else:
+        name, content = tokenizer
+        (part / name).write_bytes(content)
+        try:
+            reader = load_tokenizer(str(part / name))
+        except UserError as error:  # of a GGUF file; one that was given was read before
+            raise UserError(
+                str(error).replace(str(part / name), f"in {opened.source.where}")
+            ) from None
         data = dataclasses.replace(run.data, tokenizer=str(out / name))
         run = dataclasses.replace(run, data=data)
-    reader = load_tokenizer(run.data.tokenizer)
     if reader.vocab_size > run.model.vocab_size:
         raise UserError(
-            f"tokenizer {reader.name} has {reader.vocab_size} tokens, but the model has only "
+            f"the tokenizer has {reader.vocab_size} tokens, but the model has only "
             f"{run.model.vocab_size}; give the right one with --tokenizer FILE"
         )
     # A model that was not trained here began its texts as its tokenizer does.
@@ -62,9 +82,9 @@ def import_model(
         params = loading.load(structure, opened.source, mesh, native=opened.native)
         metadata = checkpoint.metadata(run, params, layout)
         metadata["source"] = opened.provenance
-        with checkpoint.Checkpoints(out / CHECKPOINTS) as checkpoints:
+        with checkpoint.Checkpoints(part / CHECKPOINTS) as checkpoints:
             checkpoints.save_params(0, params, metadata)
-    files.write_json(out / "config.json", metadata)
+    files.write_json(part / "config.json", metadata)
     return metadata
 
 
@@ -77,10 +97,12 @@ class _Opened:
     native: bool
     data_layout: dict[str, Any]
     provenance: dict[str, Any]
+    files: tuple[pathlib.Path, ...]
+    """Those that hold the tensors."""
 
 
 def _open(model: pathlib.Path) -> _Opened:
-    source: TensorSource
+    source: SafetensorsFolder | GgufFile
     if model.is_dir():
         values = read_config(model)
         source = SafetensorsFolder(model)
@@ -89,6 +111,7 @@ def _open(model: pathlib.Path) -> _Opened:
         values = source.config
     else:
         raise UserError(f"{model} does not exist; give a Hugging Face folder or a GGUF file")
+    loading.check_sizes(values, source)
     if original.KEY not in values:
         return _Opened(
             run=_run_config(llama.model_config(values, source.where), values, model),
@@ -96,16 +119,16 @@ def _open(model: pathlib.Path) -> _Opened:
             native=False,
             data_layout={},
             provenance={"file": model.name, "config": values},
+            files=source.files,
         )
     ours = original.read(values, source.where)
-    if not ours.native:
-        source = original.Trimmed(source, ours.run.model.mlp_widths)
     return _Opened(
         run=ours.run,
-        source=source,
+        source=source if ours.native else original.Trimmed(source, ours.run.model.mlp_widths),
         native=ours.native,
         data_layout=ours.data_layout,
         provenance=ours.source or {"file": model.name, "config": {}},
+        files=source.files,
     )
 
 
@@ -113,15 +136,12 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """What a Hugging Face folder's config.json holds.
 
     Raises:
-      UserError: there is none, or it is not JSON.
+      UserError: there is none, or it holds no JSON object.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} is not a Hugging Face folder: it has no config.json")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    return files.read_json(path)
 
 
 def _find_tokenizer(

@@ -165,8 +165,11 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
     values = _DEFAULTS[kind] | values
     _check_exact(values, where)
     for name in _SIZES:
-        if not isinstance(values.get(name), int):
+        if type(values.get(name)) is not int:
             raise UserError(f"{where}: {name} is {values.get(name)!r}; it must be a number")
+    for name in ("num_key_value_heads", "head_dim"):
+        if values.get(name) is not None and type(values[name]) is not int:
+            raise UserError(f"{where}: {name} is {values[name]!r}; it must be a whole number")
     try:
         return ModelConfig(
             vocab_size=values["vocab_size"],
@@ -184,7 +187,7 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
             tie_embeddings=values.get("tie_word_embeddings", False),
             norm_eps=float(values.get("rms_norm_eps", 1e-6)),
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}") from error
 
 
@@ -195,7 +198,8 @@ def _check_exact(values: dict[str, Any], where: str) -> None:
         value = values.get(name, allowed[0])
         if value not in allowed:
             raise UserError(_refusal(where, name, value, allowed[0]))
-    for index, kind in enumerate(values.get("layer_types") or ()):
+    kinds = values.get("layer_types") or []
+    for index, kind in enumerate(kinds if isinstance(kinds, list) else [kinds]):
         if kind != "full_attention":
             raise UserError(_refusal(where, f"layer_types[{index}]", kind, "full_attention"))
 
@@ -205,6 +209,8 @@ def _rope(values: dict[str, Any], where: str) -> float:
     parameters = values.get("rope_parameters") or {}
     scaling = values.get("rope_scaling") or {}
     for name, spec in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        if not isinstance(spec, dict):
+            raise UserError(f"{where}: {name} is {spec!r}; it must be an object")
         kind = spec.get("rope_type", spec.get("type", "default"))
         if kind != "default":
             raise UserError(_refusal(where, f"{name}.rope_type", kind, "default"))

@@ -41,6 +41,8 @@ def read(values: dict[str, Any], where: str) -> Original:
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{where}: {KEY} lacks {error}") from error
+    if not isinstance(found.data_layout, dict) or not isinstance(found.source or {}, dict):
+        raise UserError(f"{where}: data_layout and source of {KEY} must be objects")
     if not found.native:
         theirs = llama.model_config({**values, "model_type": "llama"}, where)
         for name, before, after in _meanings(run.model, theirs):
