@@ -259,6 +259,7 @@ def _train(config: RunConfig, folder: pathlib.Path) -> int:
     written = folder / "cell.json"
     files.write_text(written, json.dumps(config_io.to_dict(config), indent=1) + "\n")
     command = [sys.executable, "-m", "tlm_jax", "train", "--config", str(written)]
+    command += config_io.trust_options(config)
     with (folder / LOG).open("a") as log:
         process = subprocess.Popen(
             [*command, "--workdir", str(folder)],

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from tlm_jax import config_io
 from tlm_jax.cli import (
     align,
     compile_ahead,
@@ -18,6 +19,7 @@ from tlm_jax.cli import (
     generate,
     import_model,
     large_pages,
+    parsing,
     plan,
     prepare,
     report,
@@ -66,7 +68,6 @@ def main(argv: Sequence[str], prog: str | None = None) -> int:
         near = difflib.get_close_matches(verb, VERBS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return _fail(f"unknown verb {verb!r}{hint} (one of {', '.join(VERBS)})", 2)
-    sys.path.insert(0, os.getcwd())  # a mixer of one's own beside the config is found
     status = _run(VERBS[verb], argv[1:], prog or f"tlm {verb}")
     start.leave(status)
     return status
@@ -74,7 +75,10 @@ def main(argv: Sequence[str], prog: str | None = None) -> int:
 
 def _run(verb: ModuleType, argv: Sequence[str], prog: str) -> int:
     try:
-        return verb.run(argv, prog)
+        _find_modules_here()
+        trusted, words = parsing.trusted_modules(argv)
+        config_io.trust(trusted)
+        return verb.run(words, prog)
     except UserError as error:
         return _fail(str(error), 1)
     except BrokenPipeError:  # what reads our output, such as head, has seen enough
@@ -86,6 +90,18 @@ def _run(verb: ModuleType, argv: Sequence[str], prog: str) -> int:
         return _fail(f"{error.filename}: {error.strerror}", 1)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing after the last checkpoint is kept", 130)
+
+
+def _find_modules_here() -> None:
+    """Modules in the working directory can be imported, unless another has the name."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        raise UserError(
+            "the working directory does not exist any more; cd to one that does"
+        ) from None
+    if here not in sys.path:
+        sys.path.append(here)
 
 
 def _fail(message: str, status: int) -> int:
