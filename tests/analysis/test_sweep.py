@@ -77,7 +77,7 @@ def test_grid_is_every_combination():
         ),
         (
             (UNIFORM, Arm(name="x", changes={"model.taper.start": 3.0})),
-            "arm 'x': model.: a cosine curve from start=3.0 to end=0.5 has mean 1.75, not 1",
+            "arm 'x': model: a cosine curve from start=3.0 to end=0.5 has mean 1.75, not 1",
         ),
         (
             (UNIFORM, Arm(name="x", changes={"model.mlp_width": 720})),

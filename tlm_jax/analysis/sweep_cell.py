@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from tlm_jax import config_io, files
 from tlm_jax.config import RUN_AGAIN, RunConfig, UserError
@@ -71,6 +70,7 @@ def _run(config: RunConfig, folder: pathlib.Path, stop: Stop) -> int:
     written = folder / "cell.json"
     files.write_text(written, json.dumps(config_io.to_dict(config), indent=1) + "\n")
     command = [sys.executable, "-m", "tlm_jax", "train", "--config", str(written)]
+    command += config_io.trust_options(config)
     with (folder / LOG).open("a") as log:
         stop.process = subprocess.Popen(
             [*command, "--workdir", str(folder)],
@@ -101,9 +101,7 @@ def _wait_until_free(folder: pathlib.Path, console: Console, stop: Stop) -> None
                 return
         except UserError as who:
             if not waiting:
-                console.print(
-                    f"Waiting for {escape(str(who))}, which is still in {folder}.", highlight=False
-                )
+                console.print(f"Waiting for {who}, which is still in {folder}.")
             waiting = True
         time.sleep(0.2)
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from tlm_jax import output
+from tlm_jax import config_io, output
 from tlm_jax.cli import (
     align,
     compile_ahead,
@@ -20,6 +20,7 @@ from tlm_jax.cli import (
     generate,
     import_model,
     large_pages,
+    parsing,
     plan,
     prepare,
     report,
@@ -78,7 +79,6 @@ def main(argv: Sequence[str], prog: str | None = None) -> int:
         near = difflib.get_close_matches(verb, VERBS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return _fail(f"unknown verb {verb!r}{hint} (one of {', '.join(VERBS)})", 2)
-    sys.path.insert(0, os.getcwd())  # a mixer of one's own beside the config is found
     status = _run(VERBS[verb], argv[1:], prog or f"tlm {verb}")
     start.leave(status)
     return status
@@ -86,7 +86,10 @@ def main(argv: Sequence[str], prog: str | None = None) -> int:
 
 def _run(verb: ModuleType, argv: Sequence[str], prog: str) -> int:
     try:
-        status = verb.run(argv, prog)
+        _find_modules_here()
+        trusted, words = parsing.trusted_modules(argv)
+        config_io.trust(trusted)
+        status = verb.run(words, prog)
         sys.stdout.flush()  # what cannot be written is an error here, not after the end
         return status
     except UserError as error:
@@ -105,6 +108,18 @@ def _run(verb: ModuleType, argv: Sequence[str], prog: str) -> int:
             raise
         text = " ".join(str(causes(error)[-1]).split())[:300] or "out of memory"
         return _fail(f"{text}; the same command can be run again", RUN_AGAIN)
+
+
+def _find_modules_here() -> None:
+    """Modules in the working directory can be imported, unless another has the name."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        raise UserError(
+            "the working directory does not exist any more; cd to one that does"
+        ) from None
+    if here not in sys.path:
+        sys.path.append(here)
 
 
 def _fail(message: str, status: int) -> int:

@@ -288,7 +288,7 @@ class Trainer:
             try:
                 files.write_json(self.workdir / "config.json", self.metadata)
             except OSError as error:  # training goes on without it
-                self._say(f"[yellow]config.json is not being written:[/] {error.strerror}")
+                self._say(f"config.json is not being written: {error.strerror}", "yellow")
 
     def _write(self, name: str, text: str, mode: Literal["a", "w"]) -> None:
         if not self.is_main:
