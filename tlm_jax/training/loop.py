@@ -315,6 +315,8 @@ class Trainer:
         writer.write("suites", done, values)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self._say(f"[bold]step {done}[/]  {escape(shown)}")
+        for notice in outcome.notices:
+            self._say(f"  [dim]note: {escape(notice)}[/]")
 
     def _sample(self, state: Any) -> str:
         tokenizer = self.dataset.tokenizer
