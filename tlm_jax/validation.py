@@ -5,8 +5,10 @@ with `Annotated[float, Range(above=0)]` its range.
 """
 
 import dataclasses
+import errno
 import functools
 import math
+import re
 import types
 import typing
 from typing import Annotated, Any, Literal
@@ -14,10 +16,6 @@ from typing import Annotated, Any, Literal
 LARGEST = 2**31 - 1
 """Largest whole number of a field that names no other: that of int32."""
 _LARGEST_FLOAT32 = 3.4e38
-
-import errno
-import re
-
 _SCARCE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 

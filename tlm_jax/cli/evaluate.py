@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -94,6 +95,8 @@ def _suites(folder: pathlib.Path, step: int, command: Command) -> int:
     outcome = restore.evaluate_suites(folder, step, command.run, how)
     if jax.process_index():
         return 0
+    for notice in outcome.notices:
+        print(f"note: {notice}", file=sys.stderr)
     console = output.console()
     record = records.record(outcome, checkpoint=str(folder), step=step, run=command.run, how=how)
     target = folder / records.FOLDER / records.file_name(how.tasks, step)

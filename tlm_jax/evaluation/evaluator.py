@@ -107,6 +107,7 @@ class Evaluator:
                 num_fewshot=self.config.num_fewshot,
                 log_samples=self.config.log_samples,
             )
+            outcome = dataclasses.replace(outcome, notices=tuple(model.notices))
         if self._examples:
             answers = needle.run(
                 self._generator,

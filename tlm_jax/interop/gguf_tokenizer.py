@@ -90,7 +90,31 @@ def _byte_level_bpe(file: GgufFile) -> Any:
             if k == kind
         ]
         (result.add_special_tokens if special else result.add_tokens)(added)
+    bos = file.field("tokenizer.ggml.bos_token_id")
+    if adds_bos(file) and isinstance(bos, int) and 0 <= bos < len(tokens):
+        result.post_processor = begin_with(tokens[bos], bos)
     return result
+
+
+def adds_bos(file: GgufFile) -> bool:
+    """Whether a text begins with BOS.
+
+    Where the file is silent, llama.cpp adds it for these, as their original tokenizers do.
+    """
+    silent = (
+        file.field("tokenizer.ggml.model") == "llama"
+        or file.field("tokenizer.ggml.pre") == "llama-bpe"
+    )
+    return bool(file.field("tokenizer.ggml.add_bos_token", silent))
+
+
+def begin_with(token: str, index: int) -> Any:
+    """The post-processor of a tokenizer.json that puts a token before a text."""
+    from tokenizers import processors
+
+    return processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, index)]
+    )
 
 
 def _pre_tokenizer(file: GgufFile) -> tuple[Any, bool]:

@@ -8,10 +8,10 @@ import jax
 from jax.sharding import Mesh
 
 from tlm_jax import files
-from tlm_jax.config import DataConfig, ModelConfig, RunConfig, UserError
-from tlm_jax.data import load_tokenizer
+from tlm_jax.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, UserError
+from tlm_jax.data import Tokenizer, load_tokenizer
 from tlm_jax.data.tokenizers import file_fingerprint
-from tlm_jax.interop import digests, gguf_tokenizer, llama, loading, original
+from tlm_jax.interop import digests, gguf_tokenizer, llama, loading, original, special_tokens
 from tlm_jax.interop.gguf_file import GgufFile
 from tlm_jax.interop.tensors import SafetensorsFolder, TensorSource
 from tlm_jax.models import Skeleton, skeleton
@@ -19,7 +19,8 @@ from tlm_jax.training import checkpoint
 from tlm_jax.training.loop import CHECKPOINTS
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-_SEQ_LEN = 1024
+_BATCH_TOKENS = 8192
+"""Of the batches that a held-out loss is computed on: one row of a long model."""
 
 
 def import_model(
@@ -44,12 +45,13 @@ def import_model(
     found = _find_tokenizer(opened, model, tokenizer)
     opened.provenance["sha256"] = digests.check(opened.files)
     with files.new_folder(out) as part:
-        return _fill(part, out, opened, structure, found, mesh)
+        return _fill(part, out, model, opened, structure, found, mesh)
 
 
 def _fill(
     part: pathlib.Path,
     out: pathlib.Path,
+    model: pathlib.Path,
     opened: "_Opened",
     structure: Skeleton,
     tokenizer: tuple[str, bytes] | None,
@@ -75,13 +77,12 @@ def _fill(
             f"the tokenizer has {reader.vocab_size} tokens, but the model has only "
             f"{run.model.vocab_size}; give the right one with --tokenizer FILE"
         )
-    # A model that was not trained here began its texts as its tokenizer does.
-    layout = {"document_prefix": list(reader.prefix_ids)} if not opened.data_layout else {}
-    layout |= opened.data_layout | {"tokenizer": reader.fingerprint}
+    about_texts, special = _special_tokens(opened, model, reader)
+    layout = about_texts | opened.data_layout | {"tokenizer": reader.fingerprint}
     with jax.set_mesh(mesh):
         params = loading.load(structure, opened.source, mesh, native=opened.native)
         metadata = checkpoint.metadata(run, params, layout)
-        metadata["source"] = opened.provenance
+        metadata |= special | {"source": opened.provenance}
         with checkpoint.Checkpoints(part / CHECKPOINTS) as checkpoints:
             checkpoints.save_params(0, params, metadata)
     files.write_json(part / "config.json", metadata)
@@ -99,6 +100,10 @@ class _Opened:
     provenance: dict[str, Any]
     files: tuple[pathlib.Path, ...]
     """Those that hold the tensors."""
+    values: dict[str, Any]
+    """Its config."""
+    special_tokens: dict[str, Any] | None = None
+    """As an export of ours holds them."""
 
 
 def _open(model: pathlib.Path) -> _Opened:
@@ -120,6 +125,7 @@ def _open(model: pathlib.Path) -> _Opened:
             data_layout={},
             provenance={"file": model.name, "config": values},
             files=source.files,
+            values=values,
         )
     ours = original.read(values, source.where)
     return _Opened(
@@ -129,6 +135,8 @@ def _open(model: pathlib.Path) -> _Opened:
         data_layout=ours.data_layout,
         provenance=ours.source or {"file": model.name, "config": {}},
         files=source.files,
+        values=values,
+        special_tokens=ours.special_tokens,
     )
 
 
@@ -166,12 +174,33 @@ def _find_tokenizer(
     )
 
 
+def _special_tokens(
+    opened: _Opened, model: pathlib.Path, reader: Tokenizer
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How the model's texts begin, for the layout, and its special tokens, for the metadata."""
+    if opened.data_layout:
+        template = special_tokens.chat_template(model) if opened.special_tokens else None
+        kept = {"special_tokens": opened.special_tokens, "chat_template": template}
+        return {}, {name: value for name, value in kept.items() if value is not None}
+    if isinstance(opened.source, GgufFile):
+        found = special_tokens.of_gguf(opened.source, reader)
+    else:
+        found = special_tokens.of_folder(model, opened.values, reader)
+    record = dataclasses.asdict(found.tokens) | {"separator": reader.eot_id}
+    special: dict[str, Any] = {"special_tokens": record}
+    if found.chat_template is not None:
+        special["chat_template"] = found.chat_template
+    return {"document_prefix": list(found.prefix)}, special
+
+
 def _run_config(config: ModelConfig, values: dict[str, Any], model: pathlib.Path) -> RunConfig:
-    """A run of this model: for evaluation, on sequences no longer than it knows."""
-    known = values.get("max_position_embeddings") or _SEQ_LEN
-    seq_len = 1 << (min(known, _SEQ_LEN).bit_length() - 1)
+    """A run of this model: for evaluation, on sequences as long as it knows."""
+    seq_len = llama.max_positions(values, str(model))
+    most = min(TrainingConfig().loss_chunk, seq_len)
+    chunk = next(n for n in range(most, 0, -1) if seq_len % n == 0)
     return RunConfig(
         name=model.stem if model.suffix == ".gguf" else model.resolve().name,
         model=config,
-        data=DataConfig(seq_len=seq_len, batch_size=8),
+        data=DataConfig(seq_len=seq_len, batch_size=max(1, _BATCH_TOKENS // seq_len)),
+        training=TrainingConfig(loss_chunk=chunk),
     )

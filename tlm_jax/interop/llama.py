@@ -17,10 +17,15 @@ from tlm_jax.taper_config import TaperConfig
 
 # What a config.json means where it is silent, by model_type.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "max_position_embeddings": 131072,
+    },
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
 }
+_MOST_POSITIONS = 1 << 24
 _EXACT: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
@@ -189,6 +194,21 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def max_positions(values: dict[str, Any], where: str) -> int:
+    """The longest text, in tokens, that a Llama-like model was trained to read.
+
+    Raises:
+      UserError: the field that says so is damaged.
+    """
+    name = "max_position_embeddings"
+    length = (_DEFAULTS[values["model_type"]] | values)[name]
+    if isinstance(length, bool) or not isinstance(length, int):
+        raise UserError(f"{where}: {name} is {length!r}; it must be a number")
+    if not 0 < length <= _MOST_POSITIONS:
+        raise UserError(f"{where}: {name} is {length}; it must lie between 1 and {_MOST_POSITIONS}")
+    return length
 
 
 def _check_exact(values: dict[str, Any], where: str) -> None:

@@ -228,6 +228,8 @@ class Evaluations:
         writer.write("suites", done, values)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self._say(f"step {done}  {shown}", "bold")
+        for notice in outcome.notices:
+            self._say(f"  note: {notice}", "dim")
 
     def _sample(self, params: Any) -> str:
         tokenizer = self._dataset.tokenizer
