@@ -135,8 +135,8 @@ def layer_widths(
       widths: the result itself, for explicit; checked.
       multiple_of: the unit.
       num_segments: if the taper has more distinct widths than this, use the least-squares
-        approximation by so many stairs with the same sum; its ends are not pinned.
-        Fewer stairs only where no such number exists (see `_fit.best_stairs`).
+        approximation by at most so many stairs with the same sum, each within one unit of the
+        curve's range; its ends are not pinned (see `_fit.best_stairs`).
 
     Raises:
       TaperError: no such widths; the message and its `suggestion` say what would work.
@@ -369,7 +369,7 @@ def _approximate(r: _Request, ideal: list[float], exact: tuple[int, ...]) -> tup
         raise _Impossible(
             f"num_segments={r.num_segments} cannot sum to {r.budget} in multiples of "
             f"{r.multiple_of}",
-            [{"num_segments": 2}, *_nearby_bases(r), {"num_segments": None}],
+            [{"num_segments": 2}],  # of neighbouring heights, which make up any sum
         )
     return tuple(u * r.multiple_of for u in (units if falls else units[::-1]))
 

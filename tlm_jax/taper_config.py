@@ -26,7 +26,7 @@ class TaperConfig:
     multiple_of: int = 16
     """Widths are multiples of this: 16 as in the paper, 128 for TPU lanes."""
     num_segments: int | None = None
-    """Approximate the curve by this many stairs, to buy compile time; None is exact."""
+    """Approximate the curve by at most this many stairs, to buy compile time; None is exact."""
 
     def apply(self, num_layers: int, base_width: int) -> tuple[int, ...]:
         """The width of each layer; see `taper.layer_widths`."""
