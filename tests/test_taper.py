@@ -31,13 +31,26 @@ def test_cosine_golden() -> None:
         ("linear", (144, 128, 112, 96, 80, 64, 48)),
         # (1 + cos(pi l/6)) / 2 = 1, .933, .75, .5, .25, .067, 0
         ("cosine", (144, 138, 120, 96, 72, 54, 48)),
-        # tanh(5(x-1/2)) / tanh(2.5) = -.944, -.692 at x = 1/6, 1/3
+        # sigma(10/3) = .966, sigma(5/3) = .841 at x = 1/6, 1/3
         ("sigmoid", (144, 141, 129, 96, 63, 51, 48)),
     ],
 )
 def test_each_curve_by_hand(schedule: Any, expected: tuple[int, ...]) -> None:
     multiple = 16 if schedule == "linear" else 1
     assert layer_widths(7, 96, schedule, multiple_of=multiple) == expected
+
+
+def test_sigmoid_is_the_paper_s_and_not_rescaled() -> None:
+    """Eq. 6 of arXiv 2606.23670, k = 10, by hand: only the end layers are pinned."""
+    widths = layer_widths(24, 4096, "sigmoid", multiple_of=1)
+    assert (widths[0], widths[-1]) == (6144, 2048)
+    # 2048 + 4096 / (1 + exp(10 (l/23 - 1/2))): sigma(4.5652) = .98970, sigma(4.1304) = .98418.
+    assert widths[1:3] == (6102, 6079)
+    for layer in range(1, 23):
+        exact = 2048 + 4096 / (1 + math.exp(10 * (layer / 23 - 0.5)))
+        assert abs(widths[layer] - exact) <= 0.5
+    assert sum(widths) == 24 * 4096
+    assert layer_widths(24, 4096, "sigmoid")[:3] == (6144, 6096, 6080)
 
 
 @pytest.mark.parametrize(

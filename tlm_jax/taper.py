@@ -111,9 +111,10 @@ def layer_widths(
 
     With x = l / (L - 1) from 0 at the first layer to 1 at the last, the curves are
     base * (end + (start - end) * f(x)), where f is
-      linear: 1 - x (the paper names it without a formula),
+      linear: 1 - x (the paper's eq. 4),
       cosine: (1 + cos(pi x)) / 2 (the paper's schedule),
-      sigmoid: sigma(-k (x - 1/2)) rescaled to run from 1 to 0 (our choice; k = steepness).
+      sigmoid: sigma(-k (x - 1/2)), but 1 in the first layer and 0 in the last (eq. 6, which is
+        not rescaled; k = steepness, in the paper 10).
     Widths are the multiples of `multiple_of` nearest the curve that keep the sum, the
     order (never increasing if start > end, never decreasing if start < end) and the
     rounded ends; where the curve allows it, layer l and layer L-1-l mirror each other

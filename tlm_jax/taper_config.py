@@ -18,7 +18,7 @@ class TaperConfig:
     end: float = 0.5
     """Width of the last layer relative to the mean (groups: not used)."""
     steepness: float = 10.0
-    """Steepness of the sigmoid schedule (our choice; the paper gives none)."""
+    """Steepness k of the sigmoid schedule; 10 is the paper's (eq. 6)."""
     heavy: taper_lib.Third = "early"
     """Which third of the depth is wide in the groups schedule."""
     widths: tuple[int, ...] = ()
