@@ -47,7 +47,7 @@ def compile_once(config: RunConfig) -> tuple[float, float]:
     """Seconds to (trace and lower, compile) the train step."""
     jax.clear_caches()
     model = skeleton(config.model)
-    tx = make_optimizer(config.optimizer, config.training.num_steps, config.model.mlp.periods)
+    tx = make_optimizer(config.optimizer, config.training.num_steps, model.decays, config.model.mlp)
     mesh = mesh_lib.make_mesh(config)
     with jax.set_mesh(mesh):
         begin = time.perf_counter()

@@ -26,7 +26,7 @@ from tlm_jax.training.optimizer import make_optimizer
 def serve(config: RunConfig) -> None:
     """Takes the steps of `config`, on random tokens."""
     model = skeleton(config.model)
-    tx = make_optimizer(config.optimizer, config.training.num_steps, config.model.mlp.periods)
+    tx = make_optimizer(config.optimizer, config.training.num_steps, model.decays, config.model.mlp)
     mesh = mesh_lib.make_mesh(config)
     with jax.set_mesh(mesh):
         begin = time.perf_counter()

@@ -54,9 +54,12 @@ class RGLRU(nnx.Module):
         start = cache or self.init_cache(x_BLD.shape[0], 0, x_BLD.dtype)
         before_BL = jnp.concatenate([start["segment"][:, None], segment_ids_BL[:, :-1]], axis=1)
         gate = jax.nn.sigmoid(dense(x_BLD, self.recurrence_gate[...]).astype(jnp.float32))
-        a_BLR = jnp.exp(C * gate * jax.nn.log_sigmoid(self.decay_bias[...]))
+        log_a_BLR = C * gate * jax.nn.log_sigmoid(self.decay_bias[...])
+        a_BLR = jnp.exp(log_a_BLR)
+        # 1 - a^2, even where a rounds to 1, and above 0, where the slope of a root is infinite.
+        rest_BLR = jnp.maximum(-jnp.expm1(2 * log_a_BLR), 1e-24)
         u_BLR = jax.nn.sigmoid(dense(x_BLD, self.input_gate[...])) * dense(x_BLD, self.input[...])
-        b_BLR = jnp.sqrt(1 - jnp.square(a_BLR)) * u_BLR.astype(jnp.float32)
+        b_BLR = jnp.sqrt(rest_BLR) * u_BLR.astype(jnp.float32)
         a_BLR = jnp.where((segment_ids_BL == before_BL)[..., None], a_BLR, 0.0)  # a new document
         b_BLR = b_BLR.at[:, 0].add(a_BLR[:, 0] * start["h"])
         combine = lambda x, y: (x[0] * y[0], y[0] * x[1] + y[1])  # noqa: E731

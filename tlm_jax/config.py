@@ -173,7 +173,7 @@ class OptimizerConfig(Checked):
     warmup_steps: NaturalNumber = 1000
     """Steps from zero to the peak."""
     weight_decay: NotNegative = 0.1
-    """Decoupled decay, on matrices only (not on norm scales)."""
+    """Decoupled decay, on matrices only (docs/training.md lists what is exempt)."""
     beta1: _Decay = 0.9
     beta2: _Decay = 0.95
     eps: _Epsilon = 1e-8

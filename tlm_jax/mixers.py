@@ -14,6 +14,7 @@ from tlm_jax.validation import (
     Checked,
     Count,
     NaturalNumber,
+    NotNegative,
     Positive,
     Range,
     divisors,
@@ -21,6 +22,9 @@ from tlm_jax.validation import (
     round_up,
 )
 
+PeriodRate = Literal["schedule", "times_period"]
+CHAOTIC_RATE = 0.1
+"""Of online updates: from here on what a row learns depends on rounding, and losses rise."""
 NO_TAPER = TaperConfig(schedule="uniform", multiple_of=1)
 _MAX_LEVELS = 64
 NO_MEMORY_TAPER = TaperConfig(schedule="uniform", multiple_of=8)
@@ -40,12 +44,14 @@ class MLPConfig(Checked):
 
     periods: tuple[int, ...] = (1,)
     """Update period of each level in optimizer steps, in the order of the chain."""
+    period_rate: PeriodRate = "schedule"
+    """Learning rate of a level of period C: the schedule's, or times_period for C times that."""
     level_taper: TaperConfig = NO_TAPER
     """How a layer's width is spread over its levels."""
     online_chunks: tuple[int, ...] = ()
     """Tokens between updates of each level inside a sequence; 0 is never, () turns them off."""
-    online_learning_rate: Annotated[float, Range(least=0, most=1)] = 1e-3
-    """Step of these updates along the gradient summed over the tokens of a chunk."""
+    online_learning_rate: NotNegative = 1e-3
+    """Step of these updates along the gradient summed over the tokens of a chunk, below 0.1."""
     online_in_training: bool = False
     """Make these updates in training too, not only in evaluation and decoding."""
 
@@ -75,6 +81,12 @@ class MLPConfig(Checked):
             not uneven,
             f"mlp.online_chunks={chunks}: {uneven} must be multiples of the smallest, "
             f"{self.online_piece}",
+        )
+        rate = self.online_learning_rate
+        require(
+            rate < CHAOTIC_RATE,
+            f"mlp.online_learning_rate={rate}: updates inside a sequence turn chaotic from about "
+            f"{CHAOTIC_RATE} on; use 0.01 or less",
         )
         require(
             bool(chunks) or not self.online_in_training,

@@ -22,7 +22,7 @@ class TaperConfig(Checked):
     end: _Ratio = 0.5
     """Width of the last layer relative to the mean (groups: not used)."""
     steepness: _Ratio = 10.0
-    """Steepness of the sigmoid schedule (our choice; the paper gives none)."""
+    """Steepness k of the sigmoid schedule; 10 is the paper's (eq. 6)."""
     heavy: taper_lib.Third = "early"
     """Which third of the depth is wide in the groups schedule."""
     widths: tuple[Count, ...] = ()
@@ -30,7 +30,7 @@ class TaperConfig(Checked):
     multiple_of: Count = 16
     """Widths are multiples of this: 16 as in the paper, 128 for TPU lanes."""
     num_segments: Count | None = None
-    """Approximate the curve by this many stairs, to buy compile time; None is exact."""
+    """Approximate the curve by at most this many stairs, to buy compile time; None is exact."""
 
     def apply(self, num_layers: int, base_width: int) -> tuple[int, ...]:
         """The width of each layer; see `taper.layer_widths`."""

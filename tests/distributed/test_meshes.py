@@ -88,7 +88,7 @@ def loss_and_gradients(config: RunConfig, num_devices: int) -> tuple[float, Any,
     """The mean loss, its gradients and a fresh training state, all on the config's mesh."""
     model = skeleton(config.model)
     mesh = mesh_lib.make_mesh(config, jax.devices()[:num_devices])
-    tx = make_optimizer(config.optimizer, 10, config.model.mlp.periods)
+    tx = make_optimizer(config.optimizer, 10, model.decays, config.model.mlp)
     shardings = step.state_shardings(model, tx, mesh)
 
     def loss(params: Any, data: dict[str, jax.Array]) -> jax.Array:

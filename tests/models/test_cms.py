@@ -101,6 +101,26 @@ def test_a_layer_is_attention_and_then_each_level_with_its_own_residual():
     np.testing.assert_allclose(logits(ids), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("levels", [1, 3])
+def test_output_projections_start_by_the_number_of_residual_branches(levels: int):
+    """A mixer and each level of an MLP are one branch, all of which add to the stream."""
+    config = ModelConfig(
+        vocab_size=VOCAB,
+        num_layers=2,
+        d_model=64,
+        mlp_width=192,
+        taper=TaperConfig(schedule="uniform"),
+        mlp=MLPConfig(periods=(1,) * levels),
+        mixer=AttentionConfig(num_heads=2),
+    )
+    block = skeleton(config).init(jax.random.key(0))["segments"]["000"]
+    branches = 2 * (1 + levels)
+    assert np.std(block["mixer"]["out"]) == pytest.approx((branches * 64) ** -0.5, rel=0.05)
+    for level in block["mlp"].values():
+        expected = (branches * 192 / levels) ** -0.5
+        assert np.std(level["down"]) == pytest.approx(expected, rel=0.05)
+
+
 @pytest.mark.parametrize(
     ("levels", "level_taper"),
     [(1, False), *itertools.product((2, 3, 4), (False, True))],
@@ -239,7 +259,7 @@ def test_bfloat16_training_with_periods_stays_finite():
         training=TrainingConfig(num_steps=200),
     )
     model = skeleton(config.model)
-    tx = make_optimizer(config.optimizer, 200, config.model.mlp.periods)
+    tx = make_optimizer(config.optimizer, 200, model.decays, config.model.mlp)
     params = jax.tree.map(lambda a: 0.5 * a, parameters(config.model))
     fresh = step.init_state(model, tx, jax.random.key(0))
     state = dataclasses.replace(fresh, params=params, opt_state=tx.init(params))

@@ -75,6 +75,37 @@ def test_blocks_of_queries(length: int, blocks: int) -> None:
         assert_same(found, values_and_gradients(plain, *args))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_that_see_nothing_have_the_gradients_of_autodiff(dtype: str) -> None:
+    """Such a row is the mean of the values, whatever queries and keys are."""
+    q, k, v, _ = inputs(dtype, L=32)
+    mask = jax.random.bernoulli(jax.random.key(1), 0.5, (B, 32, 32)).at[:, 3:20:4].set(False)
+
+    def by_softmax(q, k, v, mask):
+        k, v = (jnp.repeat(x, H // N, axis=2) for x in (k, v))
+        scores = jnp.einsum("blhk,bshk->bhls", q, k, preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[:, None], scores * K**-0.5, jnp.finfo(jnp.float32).min)
+        return jnp.einsum("bhls,bshk->blhk", jax.nn.softmax(scores), v)
+
+    def results(attention, q, k, v):
+        def loss(q, k, v):
+            y = attention(q, k, v, mask)
+            return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    (dq, dk, dv), y = results(kernels.attend, q, k, v)
+    expected = results(by_softmax, *(x.astype(jnp.float32) for x in (q, k, v)))
+    for found, wanted in zip((dq, dk, dv, y), jax.tree.leaves(expected), strict=True):
+        atol = 2e-5 if dtype == "float32" else 2e-2
+        np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=atol)
+    assert not dq[:, 3:20:4].any()
+    assert jnp.abs(dv).max() > 0
+    if dtype == "float32":  # a query that sees nothing leaves keys alone
+        changed, _ = results(kernels.attend, q.at[:, 3:20:4].mul(7.0), k, v)
+        np.testing.assert_array_equal(changed[1], dk)
+
+
 def test_splash_on_a_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows, heads and the queries of a row on different devices."""
     interpreted = functools.partial(kernels._splash, interpret=True)

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from helpers import count_products
 
-from examples.rg_lru import RGLRUConfig
+from examples.rg_lru import RGLRU, C, RGLRUConfig
 from tlm_jax import config_io, costs
 from tlm_jax.config import (
     DataConfig,
@@ -195,6 +195,34 @@ def test_configs_survive_json(config: ModelConfig):
     assert type(again.model.mixer) is type(config.mixer)
 
 
+def test_only_matrices_decay_and_what_is_no_matrix_is_known_by_name(config: ModelConfig):
+    """Scales, biases and decays of channels, convolutions, memories at the start, prefixes."""
+    kept = {
+        jax.tree_util.keystr(path, simple=True, separator="/").split("/", 2)[-1]
+        for path, decays in jax.tree_util.tree_leaves_with_path(skeleton(config).decays)
+        if not decays
+    }
+    expected = {"scale", "mixer_norm/scale"}  # of the final norm, and in front of each mixer
+    expected |= {f"mlp/{level}/norm/scale" for level in range(len(config.mlp.periods))}
+    match config.mixer:
+        case RGLRUConfig():
+            expected |= {"mixer/decay_bias"}
+        case AttentionConfig(qk_norm=True):
+            expected |= {"mixer/query_norm/scale", "mixer/key_norm/scale"}
+        case TitansConfig() as mixer:
+            norms = {"memory_norm"}
+            if mixer.attends:
+                norms |= {"attention_norm", "attention/query_norm", "attention/key_norm"}
+                expected |= {"mixer/attention/persistent"}
+            if mixer.variant == "mac":
+                norms |= {"retrieved_norm"}
+            if mixer.conv_width > 1:
+                expected |= {"mixer/memory/conv"}
+            expected |= {f"mixer/{norm}/scale" for norm in norms} | {"mixer/memory/bias"}
+            expected |= {f"mixer/memory/initial/{i}" for i in range(mixer.memory_depth)}
+    assert {name.removeprefix("final_norm/") for name in kept} == expected
+
+
 def test_bfloat16_training_stays_finite(config: ModelConfig):
     """200 steps at a high rate; none is skipped, and the loss falls."""
     config = RunConfig(
@@ -204,7 +232,7 @@ def test_bfloat16_training_stays_finite(config: ModelConfig):
         training=TrainingConfig(num_steps=200, loss_chunk=0),
     )
     model = skeleton(config.model)
-    tx = make_optimizer(config.optimizer, 200, config.model.mlp.periods)
+    tx = make_optimizer(config.optimizer, 200, model.decays, config.model.mlp)
     ids = tokens(4, 33)
     positions = jnp.broadcast_to(jnp.arange(32), (4, 32))
     batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:], "positions": positions}
@@ -258,3 +286,47 @@ def test_heads_taper_in_whole_groups():
         dataclasses.replace(
             config, mixer=dataclasses.replace(mixer, heads_taper=TaperConfig(end=0.9))
         )
+
+
+def test_an_empty_parameter_is_refused_by_name():
+    """It could not be saved; so says a mixer's author before anything is trained."""
+    config = model_config(mixer=RGLRUConfig(width=0), init_std=0.02)
+    with pytest.raises(ValueError, match=r"mixer/decay_bias of shape \(1, 0\) is empty"):
+        skeleton(config)
+
+
+@pytest.mark.parametrize("logit", [-100.0, -16.0, 0.0, 16.0])
+def test_the_recurrence_and_its_gradients_are_exact_at_any_gate(logit: float):
+    """A gate of 1e-7, at which 1 - a^2 is 0 in float32, or of 1e-44; against float64."""
+    length, width = 12, 8
+    context = LayerContext(d_model=width, norm_eps=1e-6, std=None, out_scale=1.0)
+    graph, state = nnx.split(RGLRU(RGLRUConfig(width=width), context, rngs=nnx.Rngs(params=0)))
+    state["recurrence_gate"][...] = jnp.zeros((width, width)).at[0].set(logit)
+    x = jax.random.normal(jax.random.key(1), (1, length, width)).at[..., 0].set(1.0)
+    ids = jnp.ones((1, length), jnp.int32)
+
+    def ours(values):
+        return jnp.sum(jnp.sin(nnx.merge(graph, values)(x, ids, ids)[0]))
+
+    def by_definition(values):
+        x_LD = np.asarray(x, np.float64)[0]
+        gate = jax.nn.sigmoid(x_LD @ values["recurrence_gate"])
+        log_a = C * gate * jax.nn.log_sigmoid(values["decay_bias"])
+        u = jax.nn.sigmoid(x_LD @ values["input_gate"]) * (x_LD @ values["input"])
+        u = u * jnp.exp(0.5 * jnp.log(-jnp.expm1(2 * log_a)))
+        h, total = jnp.zeros(width), 0.0
+        for t in range(length):
+            h = jnp.exp(log_a[t]) * h + u[t]
+            total += jnp.sum(jnp.sin(h @ values["out"]))
+        return total
+
+    found = jax.jit(jax.value_and_grad(ours))(state)
+    with jax.enable_x64(True):
+        values = jax.tree.map(lambda a: np.asarray(a, np.float64), nnx.to_pure_dict(state))
+        expected = jax.jit(jax.value_and_grad(by_definition))(values)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path((found[0], nnx.to_pure_dict(found[1]))),
+        jax.tree.leaves(expected),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5, err_msg=str(path))

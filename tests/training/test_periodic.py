@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import grain
 import jax
@@ -28,7 +29,6 @@ from tlm_jax.models import skeleton
 from tlm_jax.training import checkpoint, step
 from tlm_jax.training.optimizer import (
     clip_by_global_norm,
-    decay_mask,
     learning_rate,
     make_optimizer,
     update_period,
@@ -74,12 +74,15 @@ def toy(seed: int, scale: float = 1.0):
     return {"embedding": draw(5, 3), "segments": {"000": block}}
 
 
-def adamw_by_hand(params, gradients):
+DECAYS = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", toy(0))
+
+
+def adamw_by_hand(params, gradients, period_rate):
     """The parameters after each step, in float64, leaf by leaf."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     values, tree = jax.tree.flatten(params)
     values = [np.asarray(v, np.float64) for v in values]
-    decays = jax.tree.leaves(decay_mask(params))
+    decays = jax.tree.leaves(DECAYS)
     moments = [[0.0, 0.0, 0, 0.0] for _ in values]  # mu, nu, updates, sum of gradients
     history = []
     schedule = learning_rate(OPTIMIZER, 12)
@@ -98,22 +101,25 @@ def adamw_by_hand(params, gradients):
                     np.sqrt(nu / (1 - OPTIMIZER.beta2**updates)) + OPTIMIZER.eps
                 )
                 direction = direction + OPTIMIZER.weight_decay * decays[i] * values[i]
-                values[i] = values[i] - float(schedule(index)) * direction
+                rate = float(schedule(index)) * (period if period_rate == "times_period" else 1)
+                values[i] = values[i] - rate * direction
             moments[i] = [mu, nu, updates, total]
         history.append(jax.tree.unflatten(tree, list(values)))
     return history
 
 
-def test_each_level_follows_adamw_on_the_mean_of_its_period():
+@pytest.mark.parametrize("period_rate", ["schedule", "times_period"])
+def test_each_level_follows_adamw_on_the_mean_of_its_period(period_rate: Any):
     """Values, clipping by the whole norm, bias correction, decay and the run's schedule."""
+    mlp = MLPConfig(periods=PERIODS, period_rate=period_rate)
     params = start = toy(0)
     # Norms on both sides of the clip, so that parts of a period are clipped and others are not.
     gradients = [toy(i + 1, scale=0.02 if i % 3 else 1.0) for i in range(9)]
-    tx = make_optimizer(OPTIMIZER, 12, PERIODS)
+    tx = make_optimizer(OPTIMIZER, 12, DECAYS, mlp)
     state, update = tx.init(params), jax.jit(tx.update)
     before = params
     for index, (gradient, expected) in enumerate(
-        zip(gradients, adamw_by_hand(start, gradients), strict=True)
+        zip(gradients, adamw_by_hand(start, gradients, period_rate), strict=True)
     ):
         updates, state = update(gradient, state, params)
         params = optax.apply_updates(params, updates)
@@ -142,6 +148,30 @@ def test_only_levels_have_a_period():
     assert sorted(toy_periods) == [1, 1] + [7] * 6
 
 
+def test_a_slow_level_moves_a_period_th_of_the_sum_of_steps_or_all_of_it():
+    """Four equal gradients: AdamW moves a level of period 1 by four rates, one of period 4 by one.
+
+    The other reading of eq. 71 moves both alike; the optimizer's state has the same tree.
+    """
+    tree = jax.tree.map(np.ones_like, toy(0))
+    config = dataclasses.replace(OPTIMIZER, weight_decay=0.0, warmup_steps=0, eps=1e-12)
+    moved, structures = {}, []
+    for period_rate in ("schedule", "times_period"):
+        mlp = MLPConfig(periods=PERIODS, period_rate=period_rate)
+        tx = make_optimizer(config, 10_000, DECAYS, mlp)
+        state, params, update = tx.init(tree), tree, jax.jit(tx.update)
+        for _ in range(4):
+            updates, state = update(tree, state, params)
+            params = jax.tree.map(np.add, params, updates)
+        levels = params["segments"]["000"]["mlp"]
+        moved[period_rate] = [1 - float(levels[str(i)]["gate"][0, 0, 0]) for i in range(3)]
+        structures.append(jax.tree.structure(state))
+    rate = config.learning_rate
+    np.testing.assert_allclose(moved["schedule"], [rate, 4 * rate, 2 * rate], rtol=1e-3)
+    np.testing.assert_allclose(moved["times_period"], [4 * rate] * 3, rtol=1e-3)
+    assert structures[0] == structures[1]
+
+
 def _leaves(tree):
     return jax.tree_util.tree_leaves_with_path(tree)
 
@@ -155,11 +185,13 @@ def test_period_one_everywhere_is_plain_adamw_to_the_last_bit():
             b2=OPTIMIZER.beta2,
             eps=OPTIMIZER.eps,
             weight_decay=OPTIMIZER.weight_decay,
-            mask=decay_mask,
+            mask=DECAYS,
         ),
     )
     results = []
-    for tx in (plain, make_optimizer(OPTIMIZER, 12), make_optimizer(OPTIMIZER, 12, (1, 1, 1))):
+    levels = (MLPConfig(periods=periods) for periods in ((1,), (1, 1, 1)))
+    ours = (make_optimizer(OPTIMIZER, 12, DECAYS, mlp) for mlp in levels)
+    for tx in (plain, *ours):
         params = toy(0)
         state, update = tx.init(params), jax.jit(tx.update)
         for index in range(3):
@@ -178,7 +210,8 @@ class Run:
     def __init__(self, mesh: MeshConfig, num_devices: int):
         config = dataclasses.replace(CONFIG, mesh=mesh)
         self.model = skeleton(config.model)
-        self.tx = make_optimizer(config.optimizer, config.training.num_steps, PERIODS)
+        steps, decays = config.training.num_steps, self.model.decays
+        self.tx = make_optimizer(config.optimizer, steps, decays, config.model.mlp)
         self.mesh = mesh_lib.make_mesh(config, jax.devices()[:num_devices])
         self.shardings = step.state_shardings(self.model, self.tx, self.mesh)
         self._step = jax.jit(

@@ -1,7 +1,9 @@
 """The train step: accumulation, clipping, decay, skipped updates, meshes."""
 
 import dataclasses
+import pathlib
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,9 +24,10 @@ from tlm_jax.config import (
 )
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed.sharding import ShardingRules, to_devices
+from tlm_jax.mixers import TitansConfig
 from tlm_jax.models import skeleton
-from tlm_jax.training import step
-from tlm_jax.training.optimizer import decay_mask, learning_rate, make_optimizer
+from tlm_jax.training import checkpoint, step
+from tlm_jax.training.optimizer import learning_rate, make_optimizer
 
 CONFIG = RunConfig(
     model=ModelConfig(
@@ -66,8 +69,8 @@ def batch(seed: int = 0) -> dict[str, np.ndarray]:
 
 def train(config: RunConfig, num_devices: int = 1, steps: int = 3, batches=None):
     """Final state and the metrics of each step."""
-    tx = make_optimizer(config.optimizer, config.training.num_steps)
     model = skeleton(config.model)
+    tx = make_optimizer(config.optimizer, config.training.num_steps, model.decays)
     mesh = mesh_lib.make_mesh(config, jax.devices()[:num_devices])
     with jax.set_mesh(mesh):
         shardings = step.state_shardings(model, tx, mesh)
@@ -126,7 +129,7 @@ def test_steps_on_eight_devices_equal_those_on_one(reference):
 def test_a_non_finite_gradient_skips_the_update_and_is_counted():
     """The state after a bad batch is that before it, but for the counters."""
     model = skeleton(CONFIG.model)
-    tx = make_optimizer(CONFIG.optimizer, 10)
+    tx = make_optimizer(CONFIG.optimizer, 10, model.decays)
     state = step.init_state(model, tx, jax.random.key(0))
     run = jax.jit(step.make_train_step(CONFIG, model, tx))
     state, _ = run(state, batch())
@@ -148,7 +151,8 @@ def test_a_spike_is_skipped_if_asked_and_counted(monkeypatch: pytest.MonkeyPatch
     """A gradient many times as long as those before, once there are enough of these."""
     monkeypatch.setattr(step, "_NORM_STEPS", 3)
     config = changed(skip_spikes=4.0)
-    model, tx = skeleton(config.model), make_optimizer(config.optimizer, 10)
+    model = skeleton(config.model)
+    tx = make_optimizer(config.optimizer, 10, model.decays)
     run = jax.jit(step.make_train_step(config, model, tx))
     state = step.init_state(model, tx, jax.random.key(0))
     norms = []
@@ -198,17 +202,14 @@ def test_only_matrices_decay():
     config = dataclasses.replace(
         CONFIG.optimizer, weight_decay=0.5, warmup_steps=0, learning_rate=0.1
     )
-    params = skeleton(CONFIG.model).init(jax.random.key(0))
-    tx = make_optimizer(config, 10)
+    model = skeleton(CONFIG.model)
+    params = model.init(jax.random.key(0))
+    tx = make_optimizer(config, 10, model.decays)
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
-    mask = decay_mask(params)
-    for (path, update), value, decayed in zip(
-        jax.tree_util.tree_leaves_with_path(updates),
-        jax.tree.leaves(params),
-        jax.tree.leaves(mask),
-        strict=True,
+    for (path, update), value in zip(
+        jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True
     ):
-        assert decayed == (path[-1].key != "scale"), path
+        decayed = path[-1].key != "scale"
         expected = -0.1 * 0.5 * value if decayed else np.zeros_like(value)
         np.testing.assert_allclose(update, expected, rtol=1e-6, err_msg=str(path))
 
@@ -226,9 +227,38 @@ def test_learning_rate_warms_up_and_decays_to_the_end():
     assert np.all(np.diff(rates[4:]) < 0)
 
 
+def test_titans_without_persistent_tokens_train_save_and_go_on(tmp_path: pathlib.Path):
+    """What a model does without is no array of size zero, which cannot be saved."""
+    off = {"momentum": False, "forgetting": False, "conv_width": 1, "gradient_clip": None}
+    mixer = TitansConfig(num_heads=1, memory_depth=1, chunk=16, num_persistent=0, **off)
+    config = dataclasses.replace(
+        CONFIG,
+        model=ModelConfig(vocab_size=64, num_layers=1, d_model=8, mlp_width=16, mixer=mixer,
+                          taper=TaperConfig(schedule="uniform"), remat="none"),
+    )  # fmt: skip
+    model = skeleton(config.model)
+    tx = make_optimizer(config.optimizer, 10, model.decays)
+    run = jax.jit(step.make_train_step(config, model, tx))
+    first, _ = run(step.init_state(model, tx, jax.random.key(0)), batch())
+    data = grain.MapDataset.range(4).to_iter_dataset()
+    with checkpoint.Checkpoints(tmp_path) as saved:
+        saved.save(1, first, iter(data), {})
+        saved.wait()
+        where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        shapes = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), first
+        )
+        again = saved.restore(1, shapes, iter(data))
+        params = saved.restore_params(1, shapes.params)
+    assert_close(again, first, 0)
+    assert_close(params, first.params, 0)
+    assert_close(run(again, batch(1))[0], run(first, batch(1))[0], 0)
+
+
 def test_gradients_are_clipped():
-    tx = make_optimizer(dataclasses.replace(CONFIG.optimizer, clip_norm=1e-3), 10)
     params = {"w": jnp.zeros(4)}
+    config = dataclasses.replace(CONFIG.optimizer, clip_norm=1e-3)
+    tx = make_optimizer(config, 10, {"w": False})
     state = tx.init(params)
     _, state = tx.update({"w": jnp.full(4, 100.0)}, state, params)
     assert float(optax.global_norm(state[1][0].mu)) == pytest.approx(0.1 * 1e-3, rel=1e-4)
@@ -242,9 +272,10 @@ def test_a_mesh_that_does_not_fit_is_one_clear_line():
     with pytest.raises(UserError, match=r"batch_size=8 in 2 part.* use data.batch_size=16"):
         mesh_lib.make_mesh(changed(grad_accumulation=2))
     wide = dataclasses.replace(CONFIG, mesh=MeshConfig(data=1, tensor=8))
-    tx = make_optimizer(wide.optimizer, 10)
+    model = skeleton(wide.model)
+    tx = make_optimizer(wide.optimizer, 10, model.decays)
     with pytest.raises(UserError, match=r"heads is 4 and does not divide over 8"):
-        step.state_shardings(skeleton(wide.model), tx, mesh_lib.make_mesh(wide))
+        step.state_shardings(model, tx, mesh_lib.make_mesh(wide))
 
 
 def test_sharding_rules_refuse_unknown_names_and_collisions():

@@ -54,7 +54,7 @@ class Block(nnx.Module):
             d_model=config.d_model,
             norm_eps=config.norm_eps,
             std=config.init_std,
-            out_scale=1.0 / math.sqrt(2 * config.num_layers),
+            out_scale=1.0 / math.sqrt(config.num_layers * (1 + len(spec.mlp_widths))),
             attention_kernel=config.attention_kernel,
             prevent_cse=not scans_layers(config),
         )

@@ -161,20 +161,24 @@ def _softmax_attention(
 def _softmax_forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> Any:
     scores = jnp.matmul(q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+    highest = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - highest)
     inverse = 1.0 / jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights.astype(v.dtype)
     y = (jnp.matmul(weights, v, preferred_element_type=jnp.float32) * inverse).astype(v.dtype)
-    return y, (q, k, v, y, weights, inverse)
+    return y, (q, k, v, y, weights, inverse, highest > jnp.finfo(jnp.float32).min)
 
 
 def _softmax_backward(residuals: Any, dy: jax.Array) -> Any:
-    q, k, v, y, weights, inverse = residuals
+    q, k, v, y, weights, inverse, sees_some = residuals
     dy_f32 = dy.astype(jnp.float32) * inverse
+    dv = jnp.matmul(weights.swapaxes(-1, -2), dy_f32.astype(dy.dtype))
+    # Where all is masked, the scores are constants.
+    dy_f32 = jnp.where(sees_some, dy_f32, 0.0)
     along_y = jnp.sum(dy_f32 * y, axis=-1, keepdims=True)
-    dy = dy_f32.astype(dy.dtype)
-    dv = jnp.matmul(weights.swapaxes(-1, -2), dy)
-    dweights = jnp.matmul(dy, v.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+    dweights = jnp.matmul(
+        dy_f32.astype(dy.dtype), v.swapaxes(-1, -2), preferred_element_type=jnp.float32
+    )
     dscores = (weights * (dweights - along_y)).astype(q.dtype)
     dq = jnp.matmul(dscores, k.swapaxes(-1, -2))
     dk = jnp.matmul(q.swapaxes(-1, -2), dscores)

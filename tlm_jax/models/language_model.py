@@ -17,6 +17,7 @@ from tlm_jax.distributed.sharding import constrain
 from tlm_jax.models import segments
 from tlm_jax.models.block import Block, layer_specs, scans_layers
 from tlm_jax.models.layers import RMSNorm, weight
+from tlm_jax.validation import require
 
 Params = dict[str, Any]
 
@@ -153,11 +154,27 @@ class Skeleton:
         """Logical axis names of each parameter; a stack's first dim is `layers`."""
 
         def names(path: Any, leaf: Any) -> tuple[str | None, ...]:
-            variable = functools.reduce(lambda node, key: node[key.key], path, self.state)
-            axes = variable.get_metadata("logical_axes", (None,) * leaf.ndim)
+            axes = self._variable(path).get_metadata("logical_axes", (None,) * leaf.ndim)
             return ("layers",) * (leaf.ndim - len(axes)) + tuple(axes)
 
         return jax.tree_util.tree_map_with_path(names, self.shapes)
+
+    @property
+    def decays(self) -> Params:
+        """Whether weight decay acts on each parameter.
+
+        It does on matrices: what has two dims or more in a single layer. A parameter says
+        otherwise by its metadata `decays` (docs/training.md lists which do).
+        """
+
+        def decays(path: Any, leaf: Any) -> bool:
+            dims = leaf.ndim - (path[0].key == "segments")  # stacks have one for the layers
+            return bool(self._variable(path).get_metadata("decays", dims >= 2))
+
+        return jax.tree_util.tree_map_with_path(decays, self.shapes)
+
+    def _variable(self, path: Any) -> Any:
+        return functools.reduce(lambda node, key: node[key.key], path, self.state)
 
     @property
     def num_params(self) -> int:
@@ -183,7 +200,15 @@ def _init(config: ModelConfig, key: jax.Array) -> Params:
 
 @functools.lru_cache(maxsize=64)
 def skeleton(config: ModelConfig) -> Skeleton:
-    """Traces the model's constructor without allocating anything."""
+    """Traces the model's constructor without allocating anything.
+
+    Raises:
+      ValueError: a parameter has no values; checkpoints cannot hold such.
+    """
     abstract = nnx.eval_shape(lambda: LanguageModel(config, key=jax.random.key(0)))
     graphdef, state = nnx.split(abstract, nnx.Param)
-    return Skeleton(config=config, graphdef=graphdef, state=state)
+    result = Skeleton(config=config, graphdef=graphdef, state=state)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(result.shapes):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        require(leaf.size > 0, f"parameter {name} of shape {leaf.shape} is empty; make it None")
+    return result

@@ -25,14 +25,16 @@ def weight(
     fan_in: int,
     std: float | None,
     scale: float = 1.0,
+    decays: bool = True,
 ) -> nnx.Param:
     """A float32 normal matrix of standard deviation `scale * (std or 1/sqrt(fan_in))`.
 
-    One rule for every layer, whatever its width (our choice; the paper is silent).
+    One rule for every layer, whatever its width (our choice; the paper is silent). `decays`
+    says whether weight decay acts on it; see `Skeleton.decays`.
     """
     deviation = scale * (1.0 / math.sqrt(fan_in) if std is None else std)
     value = deviation * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(value, logical_axes=logical_axes)
+    return nnx.Param(value, logical_axes=logical_axes, decays=decays)
 
 
 def dense(x: jax.Array, w: jax.Array) -> jax.Array:

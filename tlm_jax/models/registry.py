@@ -25,7 +25,8 @@ class LayerContext:
     std: float | None
     """Standard deviation of weights; None is 1/sqrt(fan-in)."""
     out_scale: float
-    """Factor on the initial output projection, which keeps the residual's variance in depth."""
+    """Factor on the initial output projection, which keeps the residual's variance in depth:
+    1 / sqrt(number of residual branches in the model), each mixer and each level of an MLP one."""
     attention_kernel: str = "auto"
     """See `models.kernels`."""
     prevent_cse: bool = False

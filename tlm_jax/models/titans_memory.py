@@ -85,9 +85,16 @@ class Memory(nnx.Module):
         self.qkv = weight(rngs, (D, 3, H, K), axes, fan_in=D, std=std)
         W = config.conv_width
         # Unit gain whatever init_std says: the convolution and M_0 are not projections of
-        # the residual stream (our choice).
+        # the residual stream, and do not decay either (our choice).
         self.conv = (
-            weight(rngs, (W, 3, H, K), (None, None, "heads", "head_dim"), fan_in=W, std=None)
+            weight(
+                rngs,
+                (W, 3, H, K),
+                (None, None, "heads", "head_dim"),
+                fan_in=W,
+                std=None,
+                decays=False,
+            )
             if W > 1
             else None
         )
@@ -95,11 +102,16 @@ class Memory(nnx.Module):
         gates_axes = ("embed", None, "heads")
         self.gates = weight(rngs, (D, len(biases), H), gates_axes, fan_in=D, std=std)
         bias_GH = jnp.broadcast_to(jnp.array(biases, jnp.float32)[:, None], (len(biases), H))
-        self.bias = nnx.Param(bias_GH, logical_axes=(None, "heads"))
+        self.bias = nnx.Param(bias_GH, logical_axes=(None, "heads"), decays=False)
         self.initial = nnx.Dict(
             {
                 str(layer): weight(
-                    rngs, (H, *shape), ("heads", None, None), fan_in=shape[0], std=None
+                    rngs,
+                    (H, *shape),
+                    ("heads", None, None),
+                    fan_in=shape[0],
+                    std=None,
+                    decays=False,
                 )
                 for layer, shape in enumerate(config.memory_shapes(D))
             }

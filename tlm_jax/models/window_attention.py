@@ -28,7 +28,11 @@ class WindowAttention(nnx.Module):
         axes = ("embed", None, "heads", "head_dim")
         self.qkv = weight(rngs, (inputs, 3, H, K), axes, fan_in=inputs, std=context.std)
         shape = (config.num_persistent, inputs)
-        self.persistent = weight(rngs, shape, (None, "embed"), fan_in=inputs, std=context.std)
+        self.persistent = (
+            weight(rngs, shape, (None, "embed"), fan_in=inputs, std=context.std, decays=False)
+            if config.num_persistent
+            else None
+        )
         self.query_norm = RMSNorm(K, context.norm_eps)
         self.key_norm = RMSNorm(K, context.norm_eps)
 
@@ -44,7 +48,11 @@ class WindowAttention(nnx.Module):
 
     def persistent_kv(self) -> tuple[jax.Array, jax.Array]:
         """Keys and values (P, H, K) of the persistent tokens, float32."""
-        kv_P2HK = dense(self.persistent[...], self.qkv[...][:, 1:])
+        w_I2HK = self.qkv[...][:, 1:]
+        if self.persistent is None:
+            none = jnp.zeros((0, *w_I2HK.shape[2:]), jnp.float32)
+            return none, none
+        kv_P2HK = dense(self.persistent[...], w_I2HK)
         return self.key_norm(kv_P2HK[:, 0]), kv_P2HK[:, 1]
 
     def attend(

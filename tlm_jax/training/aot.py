@@ -157,12 +157,12 @@ def largest_batch(
 
 
 def _lower_train(config: RunConfig, model: Skeleton, mesh: Mesh) -> jax.stages.Lowered:
-    tx = make_optimizer(config.optimizer, config.training.num_steps, config.model.mlp.periods)
+    tx = make_optimizer(config.optimizer, config.training.num_steps, model.decays, config.model.mlp)
     return step.lower_train_step(config, model, tx, mesh)
 
 
 def _lower_evaluation(config: RunConfig, model: Skeleton, mesh: Mesh) -> jax.stages.Lowered:
-    tx = make_optimizer(config.optimizer, config.training.num_steps, config.model.mlp.periods)
+    tx = make_optimizer(config.optimizer, config.training.num_steps, model.decays, config.model.mlp)
     rows = config.data.batch_size // config.training.grad_accumulation
     score_step = jax.jit(
         perplexity.make_score_step(model, chunk=config.training.loss_chunk),

@@ -72,7 +72,10 @@ class Trainer:
         self.dataset = open_dataset(config.data, config.model.vocab_size)
         self.skeleton = skeleton(config.model)
         self.tx = make_optimizer(
-            config.optimizer, config.training.num_steps, config.model.mlp.periods
+            config.optimizer,
+            config.training.num_steps,
+            self.skeleton.decays,
+            config.model.mlp,
         )
         self.shapes = step.abstract_state(self.skeleton, self.tx, self.mesh)
         self.iterator = self.dataset.train_iterator()

@@ -1,14 +1,15 @@
 """AdamW with clipping, warm-up and cosine decay (papers' recipe; betas and warm-up are ours)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import optax
 
 from tlm_jax.config import OptimizerConfig
+from tlm_jax.mixers import MLPConfig
 
-NOT_DECAYED = ("scale", "bias")
+ONE_LEVEL = MLPConfig()
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -61,14 +62,10 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(clip.init, update)
 
 
-def decay_mask(params: Any) -> Any:
-    """True for parameters under weight decay, by name.
-
-    Not by number of dims: stacked norm scales have two.
-    """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: str(path[-1].key) not in NOT_DECAYED, params
-    )
+def decay_mask(decays: Any) -> Callable[[Any], Any]:
+    """The mask for optax: the flags of those parameters that a transformation is given."""
+    flags = dict(jax.tree_util.tree_leaves_with_path(decays))
+    return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: flags[path], params)
 
 
 def update_period(path: Sequence[Any], periods: tuple[int, ...]) -> int:
@@ -82,8 +79,18 @@ def update_period(path: Sequence[Any], periods: tuple[int, ...]) -> int:
     return 1
 
 
+def _scaled(tx: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
+    """`tx` with its updates times a factor, and the same state."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = tx.update(updates, state, params)
+        return jax.tree.map(lambda u: factor * u, updates), state
+
+    return optax.GradientTransformation(tx.init, update)
+
+
 def make_optimizer(
-    config: OptimizerConfig, num_steps: int, periods: tuple[int, ...] = (1,)
+    config: OptimizerConfig, num_steps: int, decays: Any, mlp: MLPConfig = ONE_LEVEL
 ) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW (arXiv 1711.05101), with a period for each MLP level.
 
@@ -91,37 +98,46 @@ def make_optimizer(
     gradient accumulation: it changes at steps C, 2C, ... only, where theta - lr * AdamW(g)
     takes the mean g of the C gradients seen since, each clipped with the whole gradient of
     its step. Our choices where the source is silent: the mean and not the sum, so that eps
-    keeps its meaning (AdamW divides any other factor out); moments, their bias correction
-    and weight decay count updates of the level; the learning rate is the schedule's at the
-    step of the update, whatever the period. Steps that are skipped for a non-finite gradient
-    are not counted.
+    keeps its meaning (AdamW divides any other factor out); moments and their bias correction
+    count updates of the level; the learning rate is the schedule's at the step of the update.
+
+    Eq. 71 writes the sum of the C steps. AdamW's steps have a length of about the learning rate
+    whatever the gradient's, so one step on the mean moves a level about 1/C as far as that sum,
+    and decays it 1/C as much in the course of a run. `mlp.period_rate="times_period"` is the
+    other reading: C times the rate, for step and decay.
+
+    Steps that are skipped for a non-finite gradient are not counted.
 
     Args:
       config: rates, moments, decay.
       num_steps: length of the schedule in steps.
-      periods: update period of each MLP level; all 1 is plain AdamW.
+      decays: whether weight decay acts on each parameter (`Skeleton.decays`).
+      mlp: update period of each MLP level, all 1 is plain AdamW; and the levels' rates.
     """
     rate = learning_rate(config, num_steps)
     clip = clip_by_global_norm(config.clip_norm)
+    mask = decay_mask(decays)
     moments = {"b1": config.beta1, "b2": config.beta2, "eps": config.eps}
-    if all(period == 1 for period in periods):
-        decay = {"weight_decay": config.weight_decay, "mask": decay_mask}
+    if all(period == 1 for period in mlp.periods):
+        decay = {"weight_decay": config.weight_decay, "mask": mask}
         return optax.chain(clip, optax.adamw(rate, **moments, **decay))
 
     def every(period: int) -> optax.GradientTransformation:
         adamw = optax.chain(
             optax.scale_by_adam(**moments),
-            optax.add_decayed_weights(config.weight_decay, decay_mask),
+            optax.add_decayed_weights(config.weight_decay, mask),
         )
         if period == 1:
             return adamw
+        if mlp.period_rate == "times_period":
+            adamw = _scaled(adamw, period)
         return optax.MultiSteps(adamw, period).gradient_transformation()
 
     def labels(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
-            lambda path, _: f"every_{update_period(path, periods)}", params
+            lambda path, _: f"every_{update_period(path, mlp.periods)}", params
         )
 
-    by_period = {f"every_{period}": every(period) for period in sorted({1, *periods})}
+    by_period = {f"every_{period}": every(period) for period in sorted({1, *mlp.periods})}
     # The rate comes last, outside the accumulation, so that it follows the steps of the run.
     return optax.chain(clip, optax.partition(by_period, labels), optax.scale_by_learning_rate(rate))
