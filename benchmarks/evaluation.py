@@ -38,7 +38,6 @@ def open_run(folder: pathlib.Path) -> tuple[Any, Any, Any, Any, Any]:
     """A run's (metadata, tokenizer, model, params, mesh); the mesh becomes the current one."""
     import jax
 
-    from tlm_jax.data import load_tokenizer
     from tlm_jax.distributed import mesh as mesh_lib
     from tlm_jax.models import skeleton
     from tlm_jax.training import restore
@@ -47,7 +46,7 @@ def open_run(folder: pathlib.Path) -> tuple[Any, Any, Any, Any, Any]:
     config = restore.saved_config(metadata)
     mesh = mesh_lib.device_mesh(config.mesh)
     jax.set_mesh(mesh)
-    tokenizer, model = load_tokenizer(config.data.tokenizer), skeleton(config.model)
+    tokenizer, model = restore.model_tokenizer(config, metadata), skeleton(config.model)
     params = restore.load_params(folder, step, model, tokenizer, mesh)
     return metadata, tokenizer, model, params, mesh
 

@@ -1,6 +1,7 @@
 """A fifth mixer, complete: the real-gated linear recurrent unit of Griffin (arXiv 2402.19427).
 
     python train.py --config examples/rg_lru_tiny.py --workdir runs/rg_lru
+    python eval.py --checkpoint runs/rg_lru --trust_module examples/rg_lru.py
 
 Config, module, costs and two lines of registration; tapers, scans, rematerialisation,
 sharding, decoding and evaluation come with the model around it.

@@ -56,21 +56,24 @@ def test_damaged_checkpoint(
     fails: Fails,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """It is set aside, untouched, and the one before is used, as long as there is one."""
+    """It is set aside, untouched, and the one before is used; the last one is never moved."""
     train = ("train", "--config", config_file, "--workdir", finished)
     newest, before = (finished / "checkpoints" / str(s) for s in (NUM_STEPS, SAVED))
     damage(newest)
     kept = contents(newest)
     assert cli.main([str(w) for w in (*train, "--training.num_steps", SAVED)]) == 0
     output = capsys.readouterr().out
-    assert re.search(f"{newest} is damaged: .*; set aside in {finished}/damaged/20\\.", output)
+    back = f"mv {finished}/damaged/20 {newest}"
+    assert re.search(rf"{newest} is damaged: .*; set aside \(to bring it back: {back}\)\.", output)
     assert f"complete at step {SAVED}" in output
     assert contents(finished / "damaged" / str(NUM_STEPS)) == kept
     assert steps(finished) == [SAVED]
     damage(before)
+    kept = contents(finished)
     message = fails(*train)
-    assert message.startswith(f"no whole checkpoint is left in {finished}")
-    assert sorted(p.name for p in (finished / "damaged").iterdir()) == ["10", "20"]
+    assert message.startswith(f"no whole checkpoint is left in {finished} (checkpoint {before} is")
+    assert "nothing was moved" in message
+    assert contents(finished, but=[".lock"]) == {k: v for k, v in kept.items() if k != ".lock"}
 
 
 def test_damaged_checkpoint_as_a_user_sees_it(
@@ -89,7 +92,7 @@ def test_damaged_checkpoint_as_a_user_sees_it(
     result = run("train.py", *train)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
-    said = f"{newest} is damaged: .*; set aside in {finished}/damaged/{NUM_STEPS}."
+    said = f"{newest} is damaged: .*; set aside .*mv {finished}/damaged/{NUM_STEPS} {newest}"
     assert re.search(said, result.stdout)
     assert f"Continuing from step {SAVED}" in result.stdout
     assert max(steps(finished)) == 22

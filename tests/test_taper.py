@@ -32,13 +32,26 @@ def test_cosine_golden() -> None:
         ("linear", (144, 128, 112, 96, 80, 64, 48)),
         # (1 + cos(pi l/6)) / 2 = 1, .933, .75, .5, .25, .067, 0
         ("cosine", (144, 138, 120, 96, 72, 54, 48)),
-        # tanh(5(x-1/2)) / tanh(2.5) = -.944, -.692 at x = 1/6, 1/3
+        # sigma(10/3) = .966, sigma(5/3) = .841 at x = 1/6, 1/3
         ("sigmoid", (144, 141, 129, 96, 63, 51, 48)),
     ],
 )
 def test_each_curve_by_hand(schedule: Any, expected: tuple[int, ...]) -> None:
     multiple = 16 if schedule == "linear" else 1
     assert layer_widths(7, 96, schedule, multiple_of=multiple) == expected
+
+
+def test_sigmoid_is_the_paper_s_and_not_rescaled() -> None:
+    """Eq. 6 of arXiv 2606.23670, k = 10, by hand: only the end layers are pinned."""
+    widths = layer_widths(24, 4096, "sigmoid", multiple_of=1)
+    assert (widths[0], widths[-1]) == (6144, 2048)
+    # 2048 + 4096 / (1 + exp(10 (l/23 - 1/2))): sigma(4.5652) = .98970, sigma(4.1304) = .98418.
+    assert widths[1:3] == (6102, 6079)
+    for layer in range(1, 23):
+        exact = 2048 + 4096 / (1 + math.exp(10 * (layer / 23 - 0.5)))
+        assert abs(widths[layer] - exact) <= 0.5
+    assert sum(widths) == 24 * 4096
+    assert layer_widths(24, 4096, "sigmoid")[:3] == (6144, 6096, 6080)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +148,10 @@ def _request(**changes: Any) -> dict[str, Any]:
         (_request(schedule="sigmoid", steepness=0.0), "steepness=0.0"),
         (_request(schedule="explicit", widths=(16,) * 11), "11 entries but num_layers=12"),
         (_request(schedule="explicit", widths=(500,) + (512,) * 11), "width 500 is not"),
-        (_request(base_width=500, num_segments=1), "num_segments=1 cannot sum to 6000"),
+        (
+            _request(base_width=500, num_segments=1),
+            "num_segments=1 cannot sum to 6000 .*; use num_segments=2$",
+        ),
         (_request(schedule="groups", heavy="middle", num_segments=2), "use num_segments=3"),
     ],
 )
@@ -173,6 +189,8 @@ def _check(request: dict[str, Any]) -> tuple[int, ...]:
     if r["schedule"] in CURVES:
         sign = 1 if r["start"] >= r["end"] else -1
         assert all(sign * a >= sign * b for a, b in itertools.pairwise(widths))
+        low, high = sorted((r["start"] * base, r["end"] * base))
+        assert all(low - unit - 1e-6 <= w <= high + unit + 1e-6 for w in widths)
         exact = layer_widths(**(request | {"num_segments": None}))
         if limit is None or limit >= len(group(exact)):
             assert widths == exact
@@ -274,15 +292,15 @@ def test_exact_widths_are_the_nearest_possible(layers: int, unit: int, end: floa
 
 
 def _brute_stairs(ideal: tuple[float, ...], count: int, total: int) -> float | None:
-    layers, best = len(ideal), None
-    for cuts in itertools.combinations(range(1, layers), count - 1):
-        lengths = [b - a for a, b in itertools.pairwise((0, *cuts, layers))]
-        for heights in itertools.combinations(range(total, 0, -1), count):
-            if sum(n * h for n, h in zip(lengths, heights, strict=True)) == total:
-                flat = [h for n, h in zip(lengths, heights, strict=True) for _ in range(n)]
-                cost = _squares(flat, ideal)
-                best = cost if best is None else min(best, cost)
-    return best
+    """Least cost of at most `count` stairs within one unit of the curve's range."""
+    heights = [h for h in range(1, total + 1) if ideal[-1] - 1 <= h <= ideal[0] + 1]
+    falling = itertools.combinations_with_replacement(heights[::-1], len(ideal))
+    costs = [
+        _squares(stairs, ideal)
+        for stairs in falling
+        if sum(stairs) == total and len(set(stairs)) <= count
+    ]
+    return min(costs, default=None)
 
 
 @settings(max_examples=150, deadline=None)
@@ -291,15 +309,23 @@ def test_stairs_are_optimal(values: list[float], count: int, shift: int) -> None
     ideal = tuple(sorted(values, reverse=True))
     count = min(count, len(ideal))
     total = max(round(sum(ideal)) + shift, 1)
-    found = best_stairs(ideal, count, total)
-    while count and (expected := _brute_stairs(ideal, count, total)) is None:
-        count -= 1  # exactly so many stairs are impossible: one fewer
+    found, expected = best_stairs(ideal, count, total), _brute_stairs(ideal, count, total)
     if found is None:
-        assert count == 0
+        assert expected is None
     else:
         assert sum(found) == total
-        assert len(group(found)) == count
-        assert _squares(found, ideal) == pytest.approx(expected, abs=1e-5)
+        assert len(group(found)) <= count
+        assert list(found) == sorted(found, reverse=True)
+        assert _squares(found, ideal) == pytest.approx(expected, abs=1e-4)
+
+
+def test_few_stairs_stay_near_the_curve() -> None:
+    """31 is prime: two stairs of whole units would have to be 38 and 7 where start is 12."""
+    assert layer_widths(31, 1024, multiple_of=128, num_segments=2) == (1024,) * 31
+    three = layer_widths(31, 1024, multiple_of=128, num_segments=3)
+    assert len(group(three)) == 3
+    assert max(three) <= 1.5 * 1024 + 128
+    assert min(three) >= 0.5 * 1024 - 128
 
 
 @pytest.mark.parametrize("schedule", CURVES)

@@ -2,7 +2,10 @@
 
 import sys
 
-from tlm_jax import cli
+from tlm_jax import search_path
 
 if __name__ == "__main__":
+    search_path.installed_first()
+    from tlm_jax import cli
+
     sys.exit(cli.program())

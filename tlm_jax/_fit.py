@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 
 _EPSILON = 1e-7  # of squared units; above the noise of the sums
+_TIE = 1e-5  # costs that differ by less are equal
 
 
 def nearest(
@@ -54,21 +55,25 @@ def nearest(
 
 @functools.lru_cache(maxsize=256)
 def best_stairs(ideal: tuple[float, ...], count: int, total: int) -> tuple[int, ...] | None:
-    """Least-squares stairs: whole positive heights, strictly falling, with a given sum.
+    """Least-squares stairs of at most `count` whole heights, falling, with a given sum.
+
+    Heights are positive and lie within one unit of the curve's range, for where the sum is hard
+    to make up of few stairs, a stair far off the curve would do it too.
 
     Args:
       ideal: non-increasing curve, one value a layer, in units.
-      count: stairs wanted; fewer where exactly this many cannot have the sum.
+      count: most stairs.
       total: sum of the result over layers, in units.
 
     Returns:
-      One height a layer, or None if even one stair cannot have the sum.
+      One height a layer, or None if no such stairs have the sum.
     """
-    for stairs in range(min(count, len(ideal)), 0, -1):
-        result = _Search(ideal, stairs, total).run()
-        if result is not None:
-            return result
-    return None
+    best, cost = None, math.inf
+    for stairs in range(min(count, len(ideal)), 0, -1):  # of equally good ones the most stairs
+        found = _Search(ideal, stairs, total).run(below=cost - _TIE)
+        if found is not None:
+            best, cost = found
+    return best
 
 
 class _Search:
@@ -78,7 +83,8 @@ class _Search:
         self.layers, self.count, self.total = len(ideal), count, total
         self.sums = [0.0, *itertools.accumulate(ideal)]
         self.squares = [0.0, *itertools.accumulate(u * u for u in ideal)]
-        self.highest = ideal[0]
+        self.low = max(math.ceil(ideal[-1] - 1 - _EPSILON), 1)
+        self.high = math.floor(ideal[0] + 1 + _EPSILON)
         size = self.layers
         self.spread = [
             [self._spread(a, b) if b > a else 0.0 for b in range(size + 1)] for a in range(size)
@@ -103,24 +109,23 @@ class _Search:
         part = self.sums[b] - self.sums[a]
         return max(self.squares[b] - self.squares[a] - part * part / (b - a), 0.0)
 
-    def run(self) -> tuple[int, ...] | None:
-        least = self.count * (self.count + 1) // 2 + self.layers - self.count
-        if self.total < least or (self.count == 1 and self.total % self.layers):
-            return None  # too few units for stairs of different heights
+    def run(self, below: float) -> tuple[tuple[int, ...], float] | None:
+        """The best stairs and their cost, if that is below a limit."""
         floor = self.rest[self.count][0] + (self.total - self.sums[-1]) ** 2 / self.layers
-        # No falling positive heights with this sum can be farther off than this.
-        ceiling = float(self.layers) * (max(self.highest, self.total) + 1) ** 2
+        # No heights between these can be farther off than this.
+        most = min(below, float(self.layers) * (self.high - self.low + 2) ** 2)
         slack = 0.25
-        while True:
-            result = self._within(floor + slack)
-            if result is not None or slack > ceiling:
+        while floor < most:
+            result = self._within(min(floor + slack, most))
+            if result is not None or floor + slack >= most:
                 return result
             slack *= 2
+        return None
 
-    def _within(self, limit: float) -> tuple[int, ...] | None:
-        """The best stairs that cost at most `limit`; None if none do."""
+    def _within(self, limit: float) -> tuple[tuple[int, ...], float] | None:
+        """The best stairs that cost at most `limit`, and their cost; None if none do."""
         # State (layers done, units used, last height) -> (cost, state before).
-        states: dict[tuple[int, int, int], float] = {(0, 0, self.total + 1): 0.0}
+        states: dict[tuple[int, int, int], float] = {(0, 0, self.high + 1): 0.0}
         history: list[dict[tuple[int, int, int], tuple[int, int, int]]] = []
         for left in range(self.count - 1, -1, -1):
             found: dict[tuple[int, int, int], float] = {}
@@ -132,12 +137,13 @@ class _Search:
         if not states:
             return None
         state = min(states, key=lambda s: (round(states[s], 6), s))
+        cost = states[state]
         heights: list[int] = []
         for origin in reversed(history):
             before = origin[state]
             heights = [state[2]] * (state[0] - before[0]) + heights
             state = before
-        return tuple(heights)
+        return tuple(heights), cost
 
     def _extend(
         self,
@@ -159,16 +165,14 @@ class _Search:
             n = stop - done
             mean = (self.sums[stop] - self.sums[done]) / n
             reach = math.sqrt(room / n)
-            lowest = max(math.ceil(mean - reach), left + 1)
+            after = self.layers - stop
+            lowest = max(math.ceil(mean - reach), self.low)
             for height in range(lowest, min(math.floor(mean + reach), last - 1) + 1):
                 now = used + n * height
-                if left == 0:
-                    if now != self.total:
-                        continue
-                    bound = 0.0
-                else:
-                    missing = self.total - now - (self.sums[-1] - self.sums[stop])
-                    bound = missing * missing / (self.layers - stop)
+                if not after * self.low <= self.total - now <= after * height:
+                    continue  # the layers after it cannot make up the sum
+                missing = self.total - now - (self.sums[-1] - self.sums[stop])
+                bound = missing * missing / after if after else 0.0
                 price = n * (height - mean) ** 2
                 if price + bound > room:
                     continue

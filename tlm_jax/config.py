@@ -9,18 +9,34 @@ them; all others must stay as they were when the run began.
 
 import dataclasses
 import functools
-import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from tlm_jax import taper as taper_lib
 from tlm_jax.mixers import AttentionConfig, MixerConfig, MLPConfig
 from tlm_jax.segments import Segment, group
 from tlm_jax.taper_config import TaperConfig
+from tlm_jax.validation import (
+    Checked,
+    Count,
+    Fraction,
+    NaturalNumber,
+    NotNegative,
+    Positive,
+    Range,
+    Seed,
+    divisors,
+    require,
+    round_up,
+)
 from tlm_jax.validation import UserError as UserError
-from tlm_jax.validation import divisors, require, round_up
 
 RUN_AGAIN = 75
 """Exit status of a run that is not complete and that the same command continues (EX_TEMPFAIL)."""
+
+MAX_LAYERS = 10_000
+"""Deepest model (our choice: ten times the deepest that was published, arXiv 2203.00555)."""
+_Epsilon = Annotated[float, Range(above=0, most=1)]
+_Decay = Annotated[float, Range(least=0, below=1)]
 
 
 def _may_change(default: Any) -> Any:
@@ -43,25 +59,25 @@ class LayerSpec:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Checked):
     """A decoder-only language model: pre-norm mixer and SwiGLU MLP, no biases."""
 
-    vocab_size: int = 4096
+    vocab_size: Count = 4096
     """Rows of the embedding table; at least the tokenizer's vocabulary."""
-    num_layers: int = 8
+    num_layers: Annotated[int, Range(least=1, most=MAX_LAYERS)] = 8
     """Blocks, each a mixer followed by an MLP."""
-    d_model: int = 256
+    d_model: Count = 256
     """Width of the residual stream."""
-    mlp_width: int = 704
+    mlp_width: Count = 704
     """Mean MLP width (d_ff), of all levels together; the taper moves it between layers."""
     taper: TaperConfig = dataclasses.field(default_factory=TaperConfig)
     mlp: MLPConfig = dataclasses.field(default_factory=MLPConfig)
     mixer: MixerConfig = dataclasses.field(default_factory=AttentionConfig)
     tie_embeddings: bool = True
     """Use the embedding table as the output head too."""
-    norm_eps: float = 1e-6
+    norm_eps: _Epsilon = 1e-6
     """Added to the mean square in RMSNorm."""
-    init_std: float | None = None
+    init_std: Annotated[float, Range(above=0, most=1e3)] | None = None
     """Standard deviation of weights at the start; None is 1/sqrt(fan-in) (our choice)."""
     attention_kernel: Literal["auto", "xla", "splash", "cudnn"] = _may_change("auto")
     """How attention is computed; auto is splash on TPU, cudnn on GPU (bfloat16), else xla."""
@@ -75,9 +91,7 @@ class ModelConfig:
     """Arithmetic of the layers; auto is float32 on CPU, bfloat16 elsewhere."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "d_model", "mlp_width"):
-            value = getattr(self, name)
-            require(value > 0, f"{name} is {value}; it must be at least 1")
+        super().__post_init__()
         self.mixer.check(self.d_model)
         for layer in self.layers:  # an impossible taper is an error here, not later
             layer.mixer.check(self.d_model)
@@ -134,7 +148,7 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Checked):
     """Text, tokenizer and batches."""
 
     path: str | None = None
@@ -143,17 +157,17 @@ class DataConfig:
     """Instead of a path: folders of `tlm prepare`, each with its share of the training rows."""
     tokenizer: str | None = None
     """tokenizer.json, SentencePiece .model, or bytes; None is the package's own 4,096-token BPE."""
-    seq_len: int = 256
+    seq_len: Count = 256
     """Tokens in a sequence."""
     packing: Literal["concat", "best_fit"] = "concat"
     """Cut documents at row ends, or keep those that fit in a row whole and pad (train split)."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """Sequences in a step, over all devices."""
-    validation_fraction: float = 0.05
+    validation_fraction: Annotated[float, Range(above=0, below=1)] = 0.05
     """Share of a user's own text that is held out, in whole documents."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the order of documents."""
-    num_workers: int = 0
+    num_workers: Annotated[int, Range(least=0, most=1024)] = 0
     """Reader processes; batches depend on it, so it is fixed for a run."""
     skip_corrupt: bool = _may_change(False)
     """Skip damaged records of prepared text, with a note for each, instead of stopping."""
@@ -161,25 +175,13 @@ class DataConfig:
     """Where prepared text is kept; None is $XDG_CACHE_HOME/tlm_jax or ~/.cache/tlm_jax."""
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "batch_size"):
-            value = getattr(self, name)
-            require(value > 0, f"{name} is {value}; it must be at least 1")
-        require(self.num_workers >= 0, f"num_workers is {self.num_workers}; 0 means in-process")
-        require(
-            0.0 < self.validation_fraction < 1.0,
-            f"validation_fraction={self.validation_fraction} must lie between 0 and 1",
-        )
+        super().__post_init__()
         require(
             self.path is None or not self.mixture,
             f"data.path={self.path} and data.mixture exclude each other; use one of them",
         )
-        # Pairs that went through JSON are lists.
-        object.__setattr__(self, "mixture", tuple((name, w) for name, w in self.mixture))
         for folder, weight in self.mixture:
-            require(
-                0 < weight < math.inf,
-                f"mixture weight {weight} of {folder} must be a positive number",
-            )
+            require(weight > 0, f"mixture weight {weight} of {folder} must be a positive number")
         require(
             len(dict(self.mixture)) == len(self.mixture),
             f"mixture {self.mixture} names a folder twice",
@@ -187,94 +189,94 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Checked):
     """AdamW with linear warm-up and cosine decay."""
 
-    learning_rate: float = 4e-4
+    learning_rate: Annotated[float, Range(above=0, most=1e3)] = 4e-4
     """Peak learning rate."""
-    final_learning_rate: float = 4e-5
+    final_learning_rate: NotNegative = 4e-5
     """Learning rate at the last step."""
-    warmup_steps: int = 1000
+    warmup_steps: NaturalNumber = 1000
     """Steps from zero to the peak."""
-    weight_decay: float = 0.1
+    weight_decay: NotNegative = 0.1
     """Decoupled decay, on matrices only (docs/training.md lists what is exempt)."""
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    clip_norm: float = 1.0
+    beta1: _Decay = 0.9
+    beta2: _Decay = 0.95
+    eps: _Epsilon = 1e-8
+    clip_norm: Positive = 1.0
     """Gradients are scaled down to this global norm."""
 
     def __post_init__(self) -> None:
-        require(self.learning_rate > 0, f"learning_rate={self.learning_rate} must be positive")
-        require(self.warmup_steps >= 0, f"warmup_steps={self.warmup_steps} must not be negative")
-        require(self.clip_norm > 0, f"clip_norm={self.clip_norm} must be positive")
+        super().__post_init__()
+        peak, final = self.learning_rate, self.final_learning_rate
+        require(
+            final <= peak,
+            f"final_learning_rate={final} is more than learning_rate={peak}, from which the cosine "
+            f"falls; use final_learning_rate={peak / 10:g}",
+        )
+        require(
+            peak * self.weight_decay <= 1,
+            f"weight_decay={self.weight_decay} at learning_rate={peak} takes more than the whole "
+            f"of each weight in a step; use at most {1 / peak:g}",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Checked):
     """The loop: steps, evaluation, checkpoints."""
 
-    num_steps: int = _may_change(1000)
+    num_steps: Count = _may_change(1000)
     """Optimizer steps in all; raise it to continue a finished run."""
-    grad_accumulation: int = 1
+    grad_accumulation: Count = 1
     """Split each batch into this many parts, one after the other, to save memory."""
-    loss_chunk: int = 128
+    loss_chunk: NaturalNumber = 128
     """Positions whose float32 logits exist at a time; 0 is the whole sequence."""
-    z_loss: float = 0.0
+    z_loss: Fraction = 0.0
     """Weight of log(Z)^2, which keeps logits from drifting."""
-    log_every: int = _may_change(10)
+    log_every: Count = _may_change(10)
     """Steps between log lines."""
-    eval_every: int = _may_change(200)
+    eval_every: NaturalNumber = _may_change(200)
     """Steps between evaluations (also at the end); 0 is only at the end."""
-    eval_batches: int | None = _may_change(None)
+    eval_batches: Count | None = _may_change(None)
     """Validation batches while training, spread evenly; None is all, as at the end."""
     suites: tuple[str, ...] = _may_change(())
     """Suites and tasks (see tlm eval --help) evaluated while training, such as lambada piqa."""
-    suites_every: int = _may_change(1000)
+    suites_every: NaturalNumber = _may_change(1000)
     """Steps between them (also at the end); 0 is only at the end."""
-    suites_limit: int = _may_change(100)
+    suites_limit: Count = _may_change(100)
     """Documents of each task."""
     suites_data_dir: str | None = _may_change(None)
     """Folder with TASK/SPLIT.jsonl; None reads from the hub."""
-    checkpoint_every: int = _may_change(200)
+    checkpoint_every: NaturalNumber = _may_change(200)
     """Steps between checkpoints (also at the end); 0 is only at the end."""
-    keep_last: int = _may_change(2)
+    keep_last: Count = _may_change(2)
     """Newest checkpoints kept."""
-    keep_every: int | None = _may_change(None)
+    keep_every: Count | None = _may_change(None)
     """Also keep every checkpoint whose step is a multiple of this."""
-    skip_spikes: float = 0.0
+    skip_spikes: NotNegative = 0.0
     """Skip updates whose gradient norm is so many times that of about the last 100; 0 is never."""
-    max_bad_steps: int = _may_change(10)
+    max_bad_steps: Count = _may_change(10)
     """Stop after this many updates in a row skipped for a bad loss or gradient."""
-    hang_timeout: float = _may_change(1800.0)
-    """Seconds without a finished step until the process is ended, to be restarted; 0 is never."""
+    hang_timeout: Annotated[float, Range(least=0, most=1e9)] = _may_change(1800.0)
+    """Seconds without a finished step or batch of an evaluation until the process is ended, to be
+    restarted; 0 is never."""
     sample_prompt: str = _may_change("The ")
     """Continued at each evaluation."""
-    sample_tokens: int = _may_change(64)
+    sample_tokens: NaturalNumber = _may_change(64)
     """Length of each sample; 0 turns samples off."""
-    sample_temperature: float = _may_change(0.8)
+    sample_temperature: NotNegative = _may_change(0.8)
     """0 is greedy."""
 
     def __post_init__(self) -> None:
-        positive = ("num_steps", "grad_accumulation", "log_every", "keep_last", "max_bad_steps")
-        for name in (*positive, "suites_limit"):
-            value = getattr(self, name)
-            require(value > 0, f"{name} is {value}; it must be at least 1")
-        for name in (
-            "loss_chunk",
-            "eval_every",
-            "suites_every",
-            "checkpoint_every",
-            "sample_tokens",
-            "hang_timeout",
-            "skip_spikes",
-        ):
-            value = getattr(self, name)
-            require(value >= 0, f"{name} is {value}; it must not be negative")
+        super().__post_init__()
+        require(
+            self.skip_spikes == 0 or self.skip_spikes > 1,
+            f"skip_spikes is {self.skip_spikes}; it must be above 1, or 0 to skip none",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
+class MeshConfig(Checked):
     """Devices along each mesh axis; -1 takes what is left."""
 
     data: int = _may_change(-1)
@@ -287,6 +289,7 @@ class MeshConfig:
     """Heads and MLP units split."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         sizes = self.sizes
         require(
             all(s == -1 or s > 0 for s in sizes.values()) and [*sizes.values()].count(-1) <= 1,
@@ -301,12 +304,12 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class RunConfig(Checked):
     """Everything that defines a training run."""
 
     name: str = "run"
     """Shown in logs; names the default run folder."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the parameters and of sampling."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -315,6 +318,7 @@ class RunConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         batch, parts = self.data.batch_size, self.training.grad_accumulation
         require(
             batch % parts == 0,

@@ -1,20 +1,32 @@
-"""Configs as files and JSON: loading, overriding names, comparing."""
+"""Configs as files and JSON: loading, overriding names, comparing.
 
+A Python file that the user names is the user's own code and is run. A config that is data (JSON,
+a checkpoint's metadata, an imported folder) names the class of its mixer, and reading it runs no
+code: the class must be loaded already, or lie in a module that the user trusts (see `trust`).
+"""
+
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
 import json
 import pathlib
+import sys
 import types
 import typing
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from tlm_jax import files
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.mixers import MixerConfig
 
 CONFIG_FUNCTION = "get_config"
 KIND = "kind"
+_OWN_FILE = "tlm_config_"
+"""Begins the module names of Python files that the user names, so that they hide no others."""
 _T = typing.TypeVar("_T")
+_trusted: dict[str, pathlib.Path | None] = {}
 
 
 def load_config(path: str | pathlib.Path) -> RunConfig:
@@ -29,15 +41,17 @@ def load_config(path: str | pathlib.Path) -> RunConfig:
     path = pathlib.Path(path)
     if path.suffix != ".json":
         return load(path, CONFIG_FUNCTION, RunConfig)
+    values = files.read_json(path)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
         return from_dict(values.get("config", values))
-    except (OSError, ValueError, AttributeError, UserError) as error:
+    except UserError as error:
         raise UserError(f"config {path}: {error}") from None
 
 
 def load(path: str | pathlib.Path, function: str, kind: type[_T]) -> _T:
     """Returns what a function in the Python file at `path` (or FILE.py:WORD) returns.
+
+    Modules that lie beside the file are found, after all others.
 
     Raises:
       UserError: the file is missing, fails, or returns something else.
@@ -46,13 +60,9 @@ def load(path: str | pathlib.Path, function: str, kind: type[_T]) -> _T:
     path = pathlib.Path(f"{file}.py" if argument else path)
     if not path.is_file():
         raise UserError(f"config {path} does not exist")
-    spec = importlib.util.spec_from_file_location(f"tlm_config_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"config {path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        found = getattr(module, function)(*([argument] if argument else []))
+        with _found_last(path.resolve().parent):
+            found = getattr(_run_file(path), function)(*([argument] if argument else []))
     except UserError as error:
         raise UserError(f"config {path}: {error}") from None
     except Exception as error:
@@ -62,14 +72,65 @@ def load(path: str | pathlib.Path, function: str, kind: type[_T]) -> _T:
     return found
 
 
+@contextlib.contextmanager
+def _found_last(folder: pathlib.Path) -> Iterator[None]:
+    """Modules in the folder can be imported, unless another has the name."""
+    sys.path.append(str(folder))
+    try:
+        yield
+    finally:
+        del sys.path[len(sys.path) - 1 - sys.path[::-1].index(str(folder))]
+
+
+def _run_file(path: pathlib.Path) -> types.ModuleType:
+    """The module that a Python file gives."""
+    name = _OWN_FILE + path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError("it is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look up what their annotations name
+    spec.loader.exec_module(module)
+    return module
+
+
+def trust(names: Sequence[str]) -> None:
+    """Lets `from_dict` run the code of these modules, and of no others, to find a mixer's class.
+
+    Args:
+      names: modules, as Python imports them, or their files (FOLDER/NAME.py).
+
+    Raises:
+      UserError: a file does not exist.
+    """
+    _trusted.clear()
+    for name in names:
+        path = pathlib.Path(name) if name.endswith(".py") else None
+        if path is not None and not path.is_file():
+            raise UserError(f"--trust_module {name}: the file does not exist")
+        _trusted[path.stem if path else name] = path
+
+
+def trust_options(config: RunConfig) -> list[str]:
+    """Options with which another process of this program reads the config from JSON."""
+    options = []
+    for cls in dict.fromkeys(type(mixer) for mixer in config.model.mixers):
+        if cls.__module__ != MixerConfig.__module__:
+            module = cls.__module__.removeprefix(_OWN_FILE)
+            file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+            named = module if file is None or "." in module else file
+            options += ["--trust_module", named]
+    return options
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """A config dataclass as plain JSON values.
 
-    A mixer's `kind` says where its class is, as `module:Class`.
+    A mixer's `kind` says which class it is, as `module:Class`.
     """
     values: dict[str, Any] = {}
     if isinstance(config, MixerConfig):
-        values[KIND] = f"{type(config).__module__}:{type(config).__qualname__}"
+        values[KIND] = _kind(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         values[field.name] = _to_json(value)
@@ -84,19 +145,24 @@ def _to_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def from_dict(values: dict[str, Any], cls: type = RunConfig, where: str = "") -> Any:
+def from_dict(values: Any, cls: Any = RunConfig, where: str = "") -> Any:
     """The inverse of `to_dict`.
 
     Raises:
-      UserError: a key that `cls` does not have, or a value that it refuses.
+      UserError: a key that `cls` does not have, a value that it refuses, or a mixer whose class
+        is neither loaded nor in a module that is trusted.
     """
-    if KIND in values:
-        values = dict(values)
-        cls = _mixer_class(values.pop(KIND))
+    here = where.rstrip(".") or "config"
+    if not isinstance(values, dict):
+        raise UserError(f"{here} is {str(values)[:80]!r}; it must be an object with fields")
+    values = dict(values)
+    if issubclass(cls, MixerConfig):
+        cls = _mixer_class(values.pop(KIND, None), here)
     hints = typing.get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
+    known = sorted(field.name for field in dataclasses.fields(cls))
+    unknown = sorted(set(values) - set(known))
     if unknown:
-        raise UserError(f"unknown field {where}{unknown[0]}; known: {', '.join(sorted(hints))}")
+        raise UserError(f"unknown field {where}{unknown[0]}; known: {', '.join(known)}")
     arguments = {}
     for name, value in values.items():
         nested = _dataclass_in(hints[name])
@@ -104,16 +170,23 @@ def from_dict(values: dict[str, Any], cls: type = RunConfig, where: str = "") ->
             value = from_dict(value, nested, f"{where}{name}.")
         elif isinstance(value, list):
             value = tuple(
-                from_dict(entry, cls, f"{where}{name}[{index}].")
-                if isinstance(entry, dict)
-                else entry
+                _entry(entry, hints[name], f"{where}{name}[{index}]")
                 for index, entry in enumerate(value)
             )
         arguments[name] = value
     try:
         return cls(**arguments)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where or 'config'}: {error}") from error
+        raise UserError(f"{here}: {error}") from error
+
+
+def _entry(value: Any, hint: Any, where: str) -> Any:
+    """An entry of a tuple."""
+    if isinstance(value, dict) and typing.get_args(hint):
+        inner = _dataclass_in(typing.get_args(hint)[0])
+        if inner is not None:
+            return from_dict(value, inner, f"{where}.")
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _dataclass_in(hint: Any) -> type | None:
@@ -124,18 +197,54 @@ def _dataclass_in(hint: Any) -> type | None:
     return None
 
 
-def _mixer_class(kind: str) -> type:
+def _kind(cls: type) -> str:
+    return f"{cls.__module__.removeprefix(_OWN_FILE)}:{cls.__qualname__}"
+
+
+def _loaded(cls: type[MixerConfig]) -> Iterator[type[MixerConfig]]:
+    """The class and all below it that this process has loaded, in order."""
+    yield cls
+    for below in cls.__subclasses__():
+        yield from _loaded(below)
+
+
+def _mixer_class(kind: Any, where: str) -> type[MixerConfig]:
+    """The class that a `kind` names; code is run only of modules that are trusted."""
+    kind = str(kind)
     module, _, name = kind.partition(":")
+    if kind not in (found := {_kind(cls): cls for cls in _loaded(MixerConfig)}):
+        if not (name and all(word.isidentifier() for word in module.split("."))):
+            raise UserError(f"{where} has the kind {kind[:80]!r}; it must be module:Class")
+        if module not in _trusted:
+            raise UserError(
+                f"{where} is of the kind {kind[:80]!r}, which is not one of tlm-jax: to load it "
+                f"runs the code of the module {module[:80]}. If you trust that code, add "
+                f"--trust_module {module[:80]} (or its file, FOLDER/NAME.py)"
+            )
+        _import_trusted(module)
+        found = {_kind(cls): cls for cls in _loaded(MixerConfig)}
+    if kind not in found:
+        raise UserError(f"{where} is of the kind {kind!r}, but {module} has no such MixerConfig")
+    return found[kind]
+
+
+def _import_trusted(module: str) -> None:
+    path = _trusted[module]
     try:
-        cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        if path is None:
+            importlib.import_module(module)
+        else:
+            with _found_last(path.resolve().parent):
+                _run_file(path)
+    except Exception as error:
+        hint = ""
+        if isinstance(error, ModuleNotFoundError) and error.name == module:
+            hint = (
+                f"; run from the folder that has it, or give its file: --trust_module {module}.py"
+            )
         raise UserError(
-            f"mixer {kind} cannot be imported ({error}); run from the folder that has it, or add "
-            "that folder to PYTHONPATH"
+            f"--trust_module {path or module}: {type(error).__name__}: {error}{hint}"
         ) from error
-    if not (isinstance(cls, type) and issubclass(cls, MixerConfig)):
-        raise UserError(f"mixer {kind} is not a MixerConfig")
-    return cls
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, tuple[Any, bool]]:

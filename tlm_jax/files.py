@@ -5,12 +5,15 @@ Standard library only; every other module may use it.
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +21,11 @@ from tlm_jax.validation import UserError
 
 CHECKSUM = "checksum"
 _PART = ".part"
+_SHOWN = 8
+
+
+class DamagedFileError(UserError):
+    """A file whose content is not what was written."""
 
 
 def sealed(record: dict[str, Any]) -> dict[str, Any]:
@@ -36,10 +44,10 @@ def verified(record: dict[str, Any], what: str) -> dict[str, Any]:
       what: how to name it in the error, such as the path of its file.
 
     Raises:
-      UserError: a value is not the one that was sealed.
+      DamagedFileError: a value is not the one that was sealed.
     """
     if CHECKSUM in record and record[CHECKSUM] != _digest(record):
-        raise UserError(
+        raise DamagedFileError(
             f"{what} is damaged: its values do not match its checksum (if the change is "
             f'intended, remove the "{CHECKSUM}" entry)'
         )
@@ -50,18 +58,62 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """The object in a JSON file, checked against its checksum if it has one.
 
     Raises:
-      UserError: the file cannot be read, is not valid UTF-8 or JSON, holds no object, or
-        its checksum does not match.
+      UserError: the file cannot be read.
+      DamagedFileError: it is not valid UTF-8 or JSON, holds no object, or its checksum does
+        not match.
     """
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:  # also what is not UTF-8
-        raise UserError(f"{path} is damaged: it is not valid JSON ({error})") from None
+        raise DamagedFileError(f"{path} is damaged: it is not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} is damaged: it holds no JSON object")
+        raise DamagedFileError(f"{path} is damaged: it holds no JSON object")
     return verified(value, str(path))
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines that others append to, each checked like `read_json`.
+
+    A line that is damaged (not UTF-8, not JSON, another checksum than its values have) is left
+    out, and the first reading of this process says so in one line on standard error. A line that
+    was cut off, as a killed process leaves it, is left out without a word.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    records, damaged = [], []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("no object")
+            records.append(verified(record, f"{path}, line {number}"))
+        except (ValueError, RecursionError, UserError):
+            if _whole(line):
+                damaged.append(number)
+    if damaged:
+        numbers = ", ".join(map(str, damaged[:_SHOWN]))
+        more = f" and {len(damaged) - _SHOWN} more" if len(damaged) > _SHOWN else ""
+        what = f"line {numbers} is" if len(damaged) == 1 else f"lines {numbers}{more} are"
+        _note(f"note: {path}, {what} damaged and left out")
+    return records
+
+
+def _whole(line: bytes) -> bool:
+    """Whether a line was written to its end: it has that of a record, or a whole checksum."""
+    return line.rstrip().endswith(b"}") or re.search(rb'"[0-9a-f]{16}"', line) is not None
+
+
+@functools.cache
+def _note(text: str) -> None:
+    """Says something once."""
+    print(text, file=sys.stderr)
 
 
 def write_json(path: pathlib.Path, record: dict[str, Any], *, indent: int | None = 1) -> None:
@@ -90,9 +142,16 @@ def write_text(path: pathlib.Path, text: str) -> None:
 def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder to fill, which becomes `path` when the block ends without an error.
 
-    A kill leaves only a hidden folder beside `path`, which the next call removes. The caller
-    has made sure that nothing is at `path`.
+    A kill leaves only a hidden folder beside `path`, which the next call removes.
+
+    Raises:
+      UserError: something other than an empty folder is at `path`, or it cannot be replaced.
     """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} is not an empty folder; choose another --out")
+    path = path.resolve()
+    if path.is_mount():
+        raise UserError(f"{path} is a mount point; choose a folder in it")
     part = path.with_name(f".{path.name}{_PART}")
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(part, ignore_errors=True)

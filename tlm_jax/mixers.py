@@ -6,22 +6,35 @@ it in `models.registry`, and its costs in `costs.mixer_costs`.
 
 import dataclasses
 import itertools
-import typing
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from tlm_jax import taper as taper_lib
 from tlm_jax.taper_config import TaperConfig
-from tlm_jax.validation import divisors, require, round_up
+from tlm_jax.validation import (
+    Checked,
+    Count,
+    NaturalNumber,
+    NotNegative,
+    Positive,
+    Range,
+    divisors,
+    require,
+    round_up,
+)
 
 PeriodRate = Literal["schedule", "times_period"]
 CHAOTIC_RATE = 0.1
 """Of online updates: from here on what a row learns depends on rounding, and losses rise."""
 NO_TAPER = TaperConfig(schedule="uniform", multiple_of=1)
+_MAX_LEVELS = 64
 NO_MEMORY_TAPER = TaperConfig(schedule="uniform", multiple_of=8)
 
 
+_RopeTheta = Annotated[float, Range(least=1, most=1e15)]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MLPConfig:
+class MLPConfig(Checked):
     """A chain of residual pre-norm SwiGLU MLPs in each layer.
 
     One level is the ordinary MLP. More are a continuum memory system (arXiv
@@ -37,20 +50,17 @@ class MLPConfig:
     """How a layer's width is spread over its levels."""
     online_chunks: tuple[int, ...] = ()
     """Tokens between updates of each level inside a sequence; 0 is never, () turns them off."""
-    online_learning_rate: float = 1e-3
+    online_learning_rate: NotNegative = 1e-3
     """Step of these updates along the gradient summed over the tokens of a chunk, below 0.1."""
     online_in_training: bool = False
     """Make these updates in training too, not only in evaluation and decoding."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
-            len(self.periods) > 0 and all(period >= 1 for period in self.periods),
-            f"mlp.periods is {self.periods}; every level needs a period of at least 1 step",
-        )
-        rates = typing.get_args(PeriodRate)
-        require(
-            self.period_rate in rates,
-            f"mlp.period_rate={self.period_rate!r} is not one of {', '.join(rates)}",
+            0 < len(self.periods) <= _MAX_LEVELS and min(self.periods) >= 1,
+            f"mlp.periods is {str(self.periods)[:80]}; every level needs a period of at least 1 "
+            f"step, and there are 1 to {_MAX_LEVELS} levels",
         )
         self._check_online()
 
@@ -73,7 +83,6 @@ class MLPConfig:
             f"{self.online_piece}",
         )
         rate = self.online_learning_rate
-        require(rate >= 0, f"mlp.online_learning_rate={rate} must not be negative")
         require(
             rate < CHAOTIC_RATE,
             f"mlp.online_learning_rate={rate}: updates inside a sequence turn chaotic from about "
@@ -123,7 +132,7 @@ class MLPConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MixerConfig:
+class MixerConfig(Checked):
     """Base of all mixer configs; static, hashable, compared by value."""
 
     masks_by_segment: ClassVar[bool] = False
@@ -175,7 +184,7 @@ class InterleavedConfig(MixerConfig):
     """One turn, which is repeated to the last layer. The MLPs of a turn are equally wide."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mixers", tuple(self.mixers))  # JSON knows lists only
+        super().__post_init__()
         require(len(self.mixers) > 1, f"interleaved mixers need at least 2, not {self.mixers}")
         require(
             all(mixer.turn == 1 for mixer in self.mixers),
@@ -241,25 +250,25 @@ class AttentionConfig(MixerConfig):
     masks_by_segment: ClassVar[bool] = True
     splits_sequence: ClassVar[bool] = True
 
-    num_heads: int = 4
+    num_heads: Count = 4
     """Query heads."""
-    num_kv_heads: int | None = None
+    num_kv_heads: Count | None = None
     """Key and value heads; None means as many as query heads."""
-    head_dim: int | None = None
+    head_dim: Count | None = None
     """Dimension of a head; None means d_model / num_heads."""
     qk_norm: bool = False
     """RMS-normalise queries and keys per head."""
-    rope_theta: float = 10_000.0
+    rope_theta: _RopeTheta = 10_000.0
     """Base of the rotary frequencies."""
     heads_taper: TaperConfig = NO_TAPER
     """How query heads, with their key/value heads, are spread over depth."""
 
     def __post_init__(self) -> None:
-        require(self.num_heads > 0, f"num_heads is {self.num_heads}; it must be at least 1")
+        super().__post_init__()
         kv = self.num_kv_heads
         if kv is not None:
             require(
-                kv > 0 and self.num_heads % kv == 0,
+                self.num_heads % kv == 0,
                 f"num_kv_heads={kv} does not divide num_heads={self.num_heads}; "
                 f"use one of {divisors(self.num_heads)}",
             )
@@ -344,52 +353,46 @@ class TitansConfig(MixerConfig):
 
     variant: Literal["lmm", "mac", "mag", "mal"] = "mag"
     """Memory alone, as context of attention, as its gate, or as the layer before it."""
-    num_heads: int = 4
+    num_heads: Count = 4
     """Heads, each with a memory of its own."""
-    head_dim: int | None = None
+    head_dim: Count | None = None
     """Dimension of a head; None means d_model / num_heads."""
     memory_depth: int = 2
     """Layers of the memory, 1 to 4; from 2 on it is residual with GELU between them."""
-    memory_width: int | None = None
+    memory_width: Count | None = None
     """Mean hidden width of a head's memory; None means 4 head_dim."""
     memory_taper: TaperConfig = NO_MEMORY_TAPER
     """How the memory's hidden width is spread over depth; exact at memory_depth=2."""
-    chunk: int = 64
+    chunk: Count = 64
     """Tokens whose gradients are taken at the same memory."""
     momentum: bool = True
     """Steps go on in the direction of those before (eta)."""
     forgetting: bool = True
     """The memory decays (alpha)."""
-    max_rate: float | None = None
+    max_rate: Positive | None = None
     """Bound of a token's learning rate, theta / (1 - eta); None means 0.3 / chunk."""
-    gradient_clip: float | None = 4.0
+    gradient_clip: Positive | None = 4.0
     """Soft bound on the norm of a token's gradient; None leaves it alone."""
-    conv_width: int = 4
+    conv_width: Count = 4
     """Tokens that the convolution of q, k and v sees; 1 turns it off."""
-    num_persistent: int = 4
+    num_persistent: NaturalNumber = 4
     """Learned tokens that attention sees in front of every document (not in lmm)."""
-    window: int = 256
+    window: Count = 256
     """Tokens that attention sees; in mac the length of a segment."""
-    rope_theta: float = 10_000.0
+    rope_theta: _RopeTheta = 10_000.0
     """Base of attention's rotary frequencies."""
-    chunks_per_checkpoint: int = 1
+    chunks_per_checkpoint: Count = 1
     """Chunks between the memories kept for the backward pass; about sqrt(seq_len / chunk)
     takes the least memory, at one more forward pass."""
     precision: Literal["default", "high", "highest"] = "highest"
     """Of the memory's float32 products on an accelerator."""
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "chunk", "conv_width", "window", "chunks_per_checkpoint"):
-            value = getattr(self, name)
-            require(value > 0, f"{name} is {value}; it must be at least 1")
+        super().__post_init__()
         require(
             1 <= self.memory_depth <= 4,
             f"memory_depth is {self.memory_depth}; a memory has 1 to 4 layers",
         )
-        require(self.num_persistent >= 0, f"num_persistent is {self.num_persistent}; 0 is none")
-        for name in ("max_rate", "gradient_clip", "memory_width"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"{name} is {value}; it must be positive")
         _check_head_dim(self.head_dim)
         require(
             self.variant != "mac" or self.window % self.chunk == 0,

@@ -85,9 +85,10 @@ def layer_widths(
 
     With x = l / (L - 1) from 0 at the first layer to 1 at the last, the curves are
     base * (end + (start - end) * f(x)), where f is
-      linear: 1 - x (the paper names it without a formula),
+      linear: 1 - x (the paper's eq. 4),
       cosine: (1 + cos(pi x)) / 2 (the paper's schedule),
-      sigmoid: sigma(-k (x - 1/2)) rescaled to run from 1 to 0 (our choice; k = steepness).
+      sigmoid: sigma(-k (x - 1/2)), but 1 in the first layer and 0 in the last (eq. 6, which is
+        not rescaled; k = steepness, in the paper 10).
     Widths are the multiples of `multiple_of` nearest the curve that keep the sum, the
     order (never increasing if start > end, never decreasing if start < end) and the
     rounded ends; where the curve allows it, layer l and layer L-1-l mirror each other
@@ -109,8 +110,8 @@ def layer_widths(
       widths: the result itself, for explicit; checked.
       multiple_of: the unit.
       num_segments: if the taper has more distinct widths than this, use the least-squares
-        approximation by so many stairs with the same sum; its ends are not pinned.
-        Fewer stairs only where no such number exists (see `_fit.best_stairs`).
+        approximation by at most so many stairs with the same sum, each within one unit of the
+        curve's range; its ends are not pinned (see `_fit.best_stairs`).
 
     Raises:
       TaperError: no such widths; the message and its `suggestion` say what would work.
@@ -343,7 +344,7 @@ def _approximate(r: _Request, ideal: list[float], exact: tuple[int, ...]) -> tup
         raise _Impossible(
             f"num_segments={r.num_segments} cannot sum to {r.budget} in multiples of "
             f"{r.multiple_of}",
-            [{"num_segments": 2}, *_nearby_bases(r), {"num_segments": None}],
+            [{"num_segments": 2}],  # of neighbouring heights, which make up any sum
         )
     return tuple(u * r.multiple_of for u in (units if falls else units[::-1]))
 

@@ -1,32 +1,36 @@
 """A taper as part of a config."""
 
 import dataclasses
+from typing import Annotated
 
 from tlm_jax import taper as taper_lib
+from tlm_jax.validation import Checked, Count, Range
+
+_Ratio = Annotated[float, Range(above=0, most=1e6)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TaperConfig:
+class TaperConfig(Checked):
     """How a width is spread over depth (arXiv 2606.23670, section 3)."""
 
     schedule: taper_lib.Schedule = "cosine"
     """Curve from first to last layer; uniform turns tapering off.
 
     From openelm on: shapes of related work, which take no start and end."""
-    start: float = 1.5
+    start: _Ratio = 1.5
     """Width of the first layer relative to the mean (groups: of the heavy third)."""
-    end: float = 0.5
+    end: _Ratio = 0.5
     """Width of the last layer relative to the mean (groups: not used)."""
-    steepness: float = 10.0
-    """Steepness of the sigmoid schedule (our choice; the paper gives none)."""
+    steepness: _Ratio = 10.0
+    """Steepness k of the sigmoid schedule; 10 is the paper's (eq. 6)."""
     heavy: taper_lib.Third = "early"
     """Which third of the depth is wide in the groups schedule."""
-    widths: tuple[int, ...] = ()
+    widths: tuple[Count, ...] = ()
     """The widths themselves, one a layer, for schedule=explicit."""
-    multiple_of: int = 16
+    multiple_of: Count = 16
     """Widths are multiples of this: 16 as in the paper, 128 for TPU lanes."""
-    num_segments: int | None = None
-    """Approximate the curve by this many stairs, to buy compile time; None is exact."""
+    num_segments: Count | None = None
+    """Approximate the curve by at most this many stairs, to buy compile time; None is exact."""
 
     def apply(self, num_layers: int, base_width: int) -> tuple[int, ...]:
         """The width of each layer; see `taper.layer_widths`."""

@@ -1,19 +1,23 @@
 """Sweeps: cells at one budget, broken and killed ones, and what the report makes of results."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
-from helpers import ROOT, environment
+from helpers import ROOT, Fails, environment
+from rich.console import Console
 
-from tlm_jax import cli, config_io
+from tlm_jax import cli, config_io, files
 from tlm_jax.analysis import sweep, sweep_plots, sweep_report
 from tlm_jax.analysis.sweep import Arm, Cell, Sweep
 from tlm_jax.config import RunConfig, TaperConfig, UserError
@@ -73,7 +77,7 @@ def test_grid_is_every_combination():
         ),
         (
             (UNIFORM, Arm(name="x", changes={"model.taper.start": 3.0})),
-            "arm 'x': model.: a cosine curve from start=3.0 to end=0.5 has mean 1.75, not 1",
+            "arm 'x': model: a cosine curve from start=3.0 to end=0.5 has mean 1.75, not 1",
         ),
         (
             (UNIFORM, Arm(name="x", changes={"model.mlp_width": 720})),
@@ -166,6 +170,63 @@ def test_killed_and_broken_cells(
     assert "cosine-1.5-3/result.json is of another config (optimizer.clip_norm: 1.0 -> 2.0)" in err
 
 
+def test_a_sweep_told_to_stop_while_its_cell_imports(
+    config_file: pathlib.Path, tmp_path: pathlib.Path, fails: Fails
+) -> None:
+    """Status 75, no cell is called broken and no other begun; a second sweep is kept out."""
+    file, folder = tmp_path / "sweep.py", tmp_path / "out"
+    file.write_text(SWEEP.format(config=str(config_file)))
+    process = _start(file, folder)
+    give_up = time.monotonic() + 60
+    while not (folder / "uniform-3" / "log.txt").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    message = fails("sweep", file, "--out", folder)
+    assert message.startswith(f"{folder} is in use: process {process.pid} on ")
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (75, "")
+    assert "Stopped in" in out
+    assert "broken" not in out
+    assert [path.name for path in folder.glob("*-3")] == ["uniform-3"]
+
+
+def test_a_cell_of_an_earlier_call_is_waited_for_and_a_damaged_result_made_again(
+    finished_run: pathlib.Path, config_file: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """The process of a sweep that was killed still holds the cell for two seconds."""
+    shutil.copytree(finished_run, tmp_path / "whole-0")
+    whole = Arm(name="whole", changes={"name": "small"})
+    base = config_io.load_config(config_file)
+    one = Sweep(name="one", base=base, arms=(whole,), baseline="whole", seeds=(0,))
+    path = tmp_path / "whole-0" / "result.json"
+    path.write_bytes(b'{"sweep": "one", "arm": "wh')
+    with contextlib.ExitStack() as holder:
+        holder.enter_context(files.locked(tmp_path / "whole-0" / ".lock", "in use"))
+        timer = threading.Timer(2.0, holder.close)
+        timer.start()
+        console = Console(record=True, width=1000)
+        outcome = sweep.run(one, tmp_path, console)
+        timer.join()
+    assert outcome == sweep.Outcome(finished=1, broken={}, stopped=False)
+    said = console.export_text()
+    assert "result.json is damaged: it is not valid JSON" in said
+    assert "it is made again from the cell's run folder" in said
+    assert f"Waiting for process {os.getpid()} on " in said
+
+    results = tmp_path / "results.jsonl"
+    for damaged in (path, results):
+        content = damaged.read_bytes()
+        place = content.index(b'"loss": ') + len(b'"loss": ')
+        damaged.write_bytes(content[:place] + b"1" + content[place + 1 :])
+    with pytest.raises(UserError, match=r"results\.jsonl, line 1 is damaged"):
+        sweep_report.read(tmp_path)
+    sweep.gather(tmp_path, console)
+    assert "do not match its checksum" in console.export_text()
+    assert results.read_text() == ""
+
+
 def record(arm: str, seed: int, losses: list[float], order: int, **changes) -> dict:
     config = dataclasses.replace(RunConfig(), **changes)
     return {
@@ -234,7 +295,7 @@ def test_cells_are_shared_out_and_gathered(tmp_path: pathlib.Path) -> None:
         folder = tmp_path / Cell(arm=Arm(name=arm), seed=seed).folder
         folder.mkdir()
         (folder / "result.json").write_text(json.dumps(record(arm, seed, [1.0], order)))
-    sweep.gather(tmp_path)
+    sweep.gather(tmp_path, Console())
     assert [(r["arm"], r["seed"]) for r in sweep_report.read(tmp_path)] == [
         ("a", 0),
         ("b", 0),

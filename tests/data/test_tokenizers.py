@@ -94,6 +94,21 @@ def test_sentencepiece_file(trained: pathlib.Path) -> None:
     assert load_tokenizer(str(trained / "sp_bos.model")).eot_id == 1
 
 
+def test_special_tokens_are_read_from_prompts_alone(trained: pathlib.Path) -> None:
+    """A text that names them is text."""
+    for name, token in (("hf.json", "</s>"), ("sp.model", "</s>"), (None, "<|endoftext|>")):
+        tokenizer = load_tokenizer(str(trained / name) if name else None)
+        read = tokenizer.encode_prompt(f"a small{token}text")
+        assert read == [*tokenizer.encode("a small"), tokenizer.eot_id, *tokenizer.encode("text")]
+        assert tokenizer.encode_prompt("a small text") == tokenizer.encode("a small text")
+        assert tokenizer.eot_id not in tokenizer.encode(f"a small{token}text")
+        assert tokenizer.token_of(tokenizer.eot_id) == token
+        assert tokenizer.id_of(token) == tokenizer.eot_id
+        assert tokenizer.id_of("no such token") is None
+        assert tokenizer.begin_id == tokenizer.eot_id
+        assert tokenizer.end_ids == (tokenizer.eot_id,)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -1,6 +1,7 @@
 """Real processes: one killed and resumed, a coordinator that is not there, a folder in use."""
 
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 import pytest
 from helpers import DRIVER, ROOT, command, environment, only_error, run
 
+from tlm_jax.distributed.agreement import differences
 from tlm_jax.distributed.start import ProcessesConfig, expected
 
 
@@ -53,6 +55,58 @@ def test_wrong_processes_are_one_line(
     result = run(*train, *words.split())
     assert result.returncode == 1
     assert message in only_error(result.stderr)
+
+
+@pytest.mark.parametrize("differ", ["config", "data"])
+def test_processes_that_differ_end_with_what_differs(
+    differ: str, config_file: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Status 1 in both, soon, with one and the same line, and nothing is saved."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    words = (
+        *("--workdir", tmp_path / "run", "--data.path", "text.txt"),
+        *("--processes.coordinator", address, "--processes.count", 2, "--processes.index"),
+    )
+    other = ("--optimizer.learning_rate", 0.002, "--training.num_steps", 30)
+    processes = []
+    for index, more in enumerate(((), other if differ == "config" else ())):
+        here = tmp_path / str(index)
+        here.mkdir()
+        text = "Another one.\n\n" if index and differ == "data" else "One text.\n\n"
+        (here / "text.txt").write_text(text * 2000)
+        processes.append(
+            subprocess.Popen(
+                command("train.py", "--config", config_file, *words, index, *more),
+                cwd=here,
+                env=environment() | {"JAX_PLATFORMS": "cpu"},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    errors = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], errors
+    first, second = map(only_error, errors)
+    assert first == second
+    assert first.startswith("the processes of this job differ: ")
+    if differ == "config":
+        assert "optimizer.learning_rate: 0.004 on process 0, 0.002 on process 1; " in first
+        assert "training.num_steps: 20 on process 0, 30 on process 1; " in first
+    else:
+        assert re.search(r"data, dataset: '\w+' on process 0, '\w+' on process 1; start", first)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_what_differs_between_processes_is_short() -> None:
+    facts = [{"same": "1", "seed": "0"}, {"same": "1", "seed": "7"}, {"same": "1"}]
+    assert differences(facts) == ["seed: 0 on process 0, 7 on process 1, absent on process 2"]
+    assert differences([*facts[:2], *facts[1:2] * 2]) == [
+        "seed: 0 on process 0, 7 on processes 1, 2 and 3"
+    ]
+    assert differences([facts[0]] * 4 + [facts[1]] * 9) == [
+        "seed: 0 on processes 0, 1, 2 and 3, 7 on process 4 and 8 others"
+    ]
 
 
 def test_what_the_environment_says_of_other_processes() -> None:

@@ -17,8 +17,11 @@ LETTERS = Tokenizer(
     fingerprint="letters",
     prefix_ids=(),
     encode=lambda text: [ord(c) - 32 for c in text],
+    encode_prompt=lambda text: [ord(c) - 32 for c in text],
     encode_batch=lambda texts: [[ord(c) - 32 for c in text] for text in texts],
     decode=lambda ids: "".join(chr(32 + i) for i in ids),
+    token_of=lambda i: chr(32 + i),
+    id_of=lambda token: ord(token) - 32,
 )
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [1], [30, 2, 17, 4, 5, 6, 7], [60, 59, 58]]
 

@@ -105,6 +105,22 @@ def test_report_puts_checkpoints_side_by_side(
         assert any(task in line and name in line and "±" in line for line in out.splitlines())
 
 
+def test_what_is_cut_is_noticed(
+    folder: pathlib.Path, data_dir: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A line for requests that lose their beginning, and one for texts in pieces."""
+    words = ["eval", "--checkpoint", str(folder), "--data_dir", str(data_dir)]
+    words += ["--max_length", "16", "--limit", "2"]
+    assert cli.main([*words, "--tasks", "lambada", "wikitext"]) == 0
+    notes = [x for x in capsys.readouterr().err.splitlines() if x.startswith("note: ")]
+    assert notes == [
+        "note: 2 of 2 requests are longer than the 16 tokens that the model reads, and lose their "
+        "beginning",
+        "note: 2 of 2 texts are longer than the 16 tokens that the model reads, and are scored in "
+        "pieces",
+    ]
+
+
 def test_average_is_the_plain_mean_of_eight() -> None:
     """LAMBADA's accuracy counts, perplexities do not; one missing gives none."""
     values = {key: (i + 1) / 100 for i, key in enumerate(sorted(PAPER_METRICS))}

@@ -37,6 +37,7 @@ def main() -> int:
         metavar=("N", "SIGNAL"),
         help="a signal to itself before it scores the N-th batch of validation",
     )
+    parser.add_argument("--pause-from-scored-batch", type=int, help="the same of validation")
     parser.add_argument("--scored", type=pathlib.Path, help="a line for each scored batch")
     parser.add_argument("--file-limit", type=int, help="no file can grow beyond so many bytes")
     parser.add_argument("command", nargs=argparse.REMAINDER)
@@ -55,7 +56,12 @@ def main() -> int:
     perplexity.to_devices = _before(
         perplexity.to_devices,
         options.at_scored_batch,
-        argparse.Namespace(record=options.scored, when_exists=None, pause_from_batch=None),
+        argparse.Namespace(
+            record=options.scored,
+            when_exists=None,
+            pause_from_batch=options.pause_from_scored_batch,
+            pause=options.pause,
+        ),
     )
     return cli.main(options.command)
 

@@ -24,7 +24,7 @@ from helpers import (
     unfinished,
 )
 
-from tlm_jax import cli
+from tlm_jax import cli, files
 
 SAVED = NUM_STEPS // 2
 KILLED = SAVED + 3
@@ -32,8 +32,7 @@ KILLED = SAVED + 3
 
 def _records(folder: pathlib.Path, kind: str) -> dict[int, dict[str, Any]]:
     """Newest record of each step, without what depends on the clock."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    found = [record for line in lines if (record := json.loads(line))["kind"] == kind]
+    found = [r for r in files.read_lines(folder / "metrics.jsonl") if r["kind"] == kind]
     clock = ("tokens_per_second", "mfu", "goodput")
     return {r["step"]: {k: v for k, v in r.items() if k not in clock} for r in found}
 

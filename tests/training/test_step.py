@@ -14,6 +14,7 @@ from tlm_jax.config import (
     AttentionConfig,
     DataConfig,
     MeshConfig,
+    MLPConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
@@ -170,6 +171,30 @@ def test_a_spike_is_skipped_if_asked_and_counted(monkeypatch: pytest.MonkeyPatch
     assert float(after.typical_norm) == float(before.typical_norm)
     plain = jax.jit(step.make_train_step(CONFIG, model, tx))
     assert int(plain(before, batch(3))[1]["skipped"]) == 0
+
+
+@pytest.mark.parametrize("periods", [(1,), (1, 4)])
+def test_skipped_updates_count_neither_in_the_learning_rate_nor_in_the_typical_norm(periods):
+    """Two batches are skipped at the start; the next update is then the first."""
+    config = dataclasses.replace(
+        CONFIG, model=dataclasses.replace(CONFIG.model, mlp=MLPConfig(periods=periods))
+    )
+    model, tx = skeleton(config.model), make_optimizer(config.optimizer, 10, periods)
+    schedule = learning_rate(config.optimizer, 10)
+    run = jax.jit(step.make_train_step(config, model, tx))
+    state = step.init_state(model, tx, jax.random.key(0))
+    scale = state.params["final_norm"]["scale"]
+    bad = state.params | {"final_norm": {"scale": scale.at[3].set(jnp.nan)}}
+    good = state.params
+    norms = []
+    for index, params in enumerate((bad, bad, good, good, bad, good)):
+        made = sum(np.isfinite(norms))
+        state, metrics = run(dataclasses.replace(state, params=params), batch(index))
+        assert float(metrics["learning_rate"]) == pytest.approx(float(schedule(made)), rel=1e-6)
+        norms.append(float(metrics["grad_norm"]))
+    finite = [norm for norm in norms if np.isfinite(norm)]
+    assert len(finite) == 3
+    assert float(state.typical_norm) == pytest.approx(np.mean(finite), rel=1e-5)
 
 
 def test_only_matrices_decay():

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tlm_jax import costs as costs_lib
-from tlm_jax import shapes
+from tlm_jax import output, shapes
 from tlm_jax.config import LayerSpec, ModelConfig, RunConfig
 from tlm_jax.segments import Segment
 
@@ -28,7 +28,7 @@ def plan(config: RunConfig, console: Console | None = None, *, max_rows: int = _
       console: where to; None is a terminal's standard output.
       max_rows: segments shown; the middle of a longer list is left out.
     """
-    console = console or Console()
+    console = console or output.console()
     costs = costs_lib.model_costs(config.model, config.data.seq_len)
     console.print(
         Group(

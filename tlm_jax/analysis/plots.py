@@ -3,13 +3,13 @@
 `python -m tlm_jax.analysis.plots docs/images/taper.png` draws the picture of the README.
 """
 
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tlm_jax import costs as costs_lib
+from tlm_jax import files
 from tlm_jax import taper as taper_lib
 from tlm_jax.analysis.plan import short_count
 from tlm_jax.analysis.style import EVAL, GRID, INK, MUTED, NARROW, TRAIN, WIDE, Path, house_figure
@@ -264,14 +264,16 @@ def plot_arms(panels: dict[str, dict[str, list[tuple[int, float]]]], path: Path)
 
 
 def series(metrics: Path, kind: str) -> list[dict[str, Any]]:
-    """The finite rows of one kind, by step; the last line of a step wins."""
+    """The finite rows of one kind, by step; the last line of a step wins.
+
+    Damaged lines are left out with a note (see `files.read_lines`).
+
+    Raises:
+      UserError: the file cannot be read.
+    """
     rows: dict[int, dict[str, Any]] = {}
-    for line in pathlib.Path(metrics).read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a killed run may leave half a line
-        if isinstance(row, dict) and row.get("kind") == kind and "step" in row:
+    for row in files.read_lines(pathlib.Path(metrics)):
+        if row.get("kind") == kind and "step" in row:
             rows[row["step"]] = row
     finite = (row for row in rows.values() if abs(row.get("loss") or float("nan")) < float("inf"))
     return sorted(finite, key=lambda row: row["step"])

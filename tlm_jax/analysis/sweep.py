@@ -6,7 +6,6 @@ a run of `tlm train` in a process and a folder of its own, and leaves `result.js
 results of all cells are gathered in `results.jsonl`.
 """
 
-import ctypes
 import dataclasses
 import difflib
 import importlib.metadata
@@ -14,22 +13,19 @@ import itertools
 import json
 import pathlib
 import re
-import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from tlm_jax import config_io, costs, files
+from tlm_jax.analysis import sweep_cell
 from tlm_jax.analysis.plots import series
-from tlm_jax.config import RUN_AGAIN, RunConfig, UserError
+from tlm_jax.config import RunConfig, UserError
 
-RESULTS, RESULT, LOG = "results.jsonl", "result.json", "log.txt"
+RESULTS, RESULT = "results.jsonl", "result.json"
 _CURVE_POINTS = 100
 
 
@@ -193,11 +189,27 @@ def run(
         takes every `count`-th cell.
 
     Raises:
-      UserError: budgets differ, or a finished cell had another config.
+      UserError: budgets differ, a finished cell had another config, or another process runs
+        the same part of the sweep in this folder.
     """
     sweep.check()
-    mine = sweep.cells[index::count]
-    todo = [cell for cell in mine if not _is_finished(sweep, cell, folder)]
+    folder.mkdir(parents=True, exist_ok=True)
+    in_use = f"{folder} is in use: {{who}} runs this sweep there; wait for it, or use another --out"
+    with (
+        files.locked(folder / f".lock-{index}-of-{count}", in_use),
+        sweep_cell.stop_signals() as stop,
+    ):
+        return _run(sweep, folder, console, sweep.cells[index::count], stop)
+
+
+def _run(
+    sweep: Sweep,
+    folder: pathlib.Path,
+    console: Console,
+    mine: Sequence[Cell],
+    stop: sweep_cell.Stop,
+) -> Outcome:
+    todo = [cell for cell in mine if not _is_finished(sweep, cell, folder, console)]
     console.print(
         f"{sweep.name}: {len(sweep.cells)} cells, {len(mine)} here, {len(todo)} to run, "
         f"in {folder}",
@@ -207,44 +219,64 @@ def run(
     for number, cell in enumerate(todo, 1):
         where = folder / cell.folder
         begin = time.monotonic()
-        status = _train(sweep.config(cell), where)
-        if status == RUN_AGAIN:
-            console.print(f"Stopped in {where}; the same command goes on.", highlight=False)
-            gather(folder)
+        status = sweep_cell.train(sweep.config(cell), where, console, stop)
+        if status is None:
+            console.print(f"Stopped in {where}; the same command resumes it.", highlight=False)
+            gather(folder, console)
             return Outcome(finished=len(mine) - len(todo) + number - 1, broken=broken, stopped=True)
-        label = f"\\[{number}/{len(todo)}] {cell.arm.name}, seed {cell.seed}"
+        label = f"[{number}/{len(todo)}] {cell.arm.name}, seed {cell.seed}"
         try:
             if status:
-                raise UserError(_complaint(where, status))
+                raise UserError(sweep_cell.complaint(where, status))
             result = _result(sweep, cell, where)
         except UserError as error:
             broken[cell.folder] = str(error)
-            console.print(f"{label}: [red]broken[/]: {escape(str(error))}", highlight=False)
+            console.print(f"{label}: broken: {error}", style="red")
             continue
-        files.write_text(where / RESULT, json.dumps(result) + "\n")
-        gather(folder)
+        files.write_json(where / RESULT, result, indent=None)
+        gather(folder, console)
         console.print(
             f"{label}: loss {result['final']['loss']:.4f}, {time.monotonic() - begin:,.0f} s",
             highlight=False,
         )
-    gather(folder)
+    gather(folder, console)
     return Outcome(finished=len(mine) - len(broken), broken=broken, stopped=False)
 
 
-def gather(folder: pathlib.Path) -> pathlib.Path:
-    """Writes the results of all finished cells of a sweep's folder into one file."""
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*/{RESULT}"))]
+def gather(folder: pathlib.Path, console: Console) -> pathlib.Path:
+    """Writes the results of all finished cells of a sweep's folder into one file.
+
+    A damaged result is left out, and `console` says so.
+    """
+    results = []
+    for path in sorted(folder.glob(f"*/{RESULT}")):
+        try:
+            results.append(_read_result(path))
+        except UserError as error:
+            _warn(console, f"{error}; it is left out of {folder / RESULTS}")
     results.sort(key=lambda r: (r["seed"], r["order"]))
     target = folder / RESULTS
-    files.write_text(target, "".join(json.dumps(r) + "\n" for r in results))
+    files.write_text(target, "".join(json.dumps(files.sealed(r)) + "\n" for r in results))
     return target
 
 
-def _is_finished(sweep: Sweep, cell: Cell, folder: pathlib.Path) -> bool:
+def _read_result(path: pathlib.Path) -> dict[str, Any]:
+    result = files.read_json(path)
+    if missing := {"seed", "order", "config"} - result.keys():
+        raise UserError(f"{path} is damaged: it has no {min(missing)}")
+    return result
+
+
+def _is_finished(sweep: Sweep, cell: Cell, folder: pathlib.Path, console: Console) -> bool:
     path = folder / cell.folder / RESULT
     if not path.is_file():
         return False
-    before = config_io.from_dict(json.loads(path.read_text())["config"])
+    try:
+        result = _read_result(path)
+    except UserError as error:
+        _warn(console, f"{error}; it is made again from the cell's run folder")
+        return False
+    before = config_io.from_dict(result["config"])
     if changes := config_io.differences(before, sweep.config(cell)):
         raise UserError(
             f"{path} is of another config ({'; '.join(changes)}); use another folder, or delete "
@@ -253,48 +285,8 @@ def _is_finished(sweep: Sweep, cell: Cell, folder: pathlib.Path) -> bool:
     return True
 
 
-def _train(config: RunConfig, folder: pathlib.Path) -> int:
-    """Runs `tlm train`; returns its exit status. Signals to stop are handed on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = folder / "cell.json"
-    files.write_text(written, json.dumps(config_io.to_dict(config), indent=1) + "\n")
-    command = [sys.executable, "-m", "tlm_jax", "train", "--config", str(written)]
-    with (folder / LOG).open("a") as log:
-        process = subprocess.Popen(
-            [*command, "--workdir", str(folder)],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C comes through us, once
-            preexec_fn=_end_with_parent,
-        )
-
-    def hand_on(*_: Any) -> None:
-        process.terminate()
-
-    handlers = {number: signal.signal(number, hand_on) for number in _SIGNALS}
-    try:
-        return process.wait()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def _end_with_parent() -> None:
-    """On Linux: a run whose sweep was killed is told to stop, and saves."""
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-
-
-def _complaint(folder: pathlib.Path, status: int) -> str:
-    """The last line that speaks of an error, or the last line."""
-    lines = [line for line in (folder / LOG).read_text(errors="replace").splitlines() if line]
-    errors = [line for line in lines if "error" in line.lower()]
-    return f"status {status}: {(errors or lines or ['it said nothing'])[-1].strip()[:300]}"
+def _warn(console: Console, text: str) -> None:
+    console.print(text, style="yellow", soft_wrap=True)
 
 
 def _result(sweep: Sweep, cell: Cell, folder: pathlib.Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from rich.table import Table
 
+from tlm_jax import files
 from tlm_jax.config import UserError
 
 Record = dict[str, Any]
@@ -76,17 +77,17 @@ def read(path: pathlib.Path) -> list[Record]:
     """The results of a sweep: a file of JSON lines, or the folder of the sweep.
 
     Raises:
-      UserError: there are none.
+      UserError: there are none, or a value is not the one that was written.
     """
     file = path / "results.jsonl" if path.is_dir() else path
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines if line.strip()]
+        lines = file.read_text(encoding="utf-8").split("\n")
+        records = [(n, json.loads(line)) for n, line in enumerate(lines, 1) if line.strip()]
     except (OSError, ValueError) as error:
         raise UserError(f"{file} holds no results of a sweep: {error}") from None
-    if not records or "arm" not in records[0]:
+    if not records or not all(isinstance(one, dict) and "arm" in one for _, one in records):
         raise UserError(f"{file} holds no results of a sweep")
-    return records
+    return [files.verified(one, f"{file}, line {number}") for number, one in records]
 
 
 def findings(records: Sequence[Record]) -> list[Finding]:

@@ -4,12 +4,14 @@ Heavy libraries are imported inside the verbs, so that `tlm plan` and every
 help text answer without JAX.
 """
 
+import contextlib
 import difflib
 import os
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
+from tlm_jax import config_io, output
 from tlm_jax.cli import (
     align,
     compile_ahead,
@@ -18,14 +20,17 @@ from tlm_jax.cli import (
     generate,
     import_model,
     large_pages,
+    parsing,
     plan,
     prepare,
     report,
     sweep,
     train,
+    verify,
 )
-from tlm_jax.config import UserError
+from tlm_jax.config import RUN_AGAIN, UserError
 from tlm_jax.distributed import start
+from tlm_jax.validation import causes, lacks_resources
 
 VERBS: dict[str, ModuleType] = {
     "train": train,
@@ -39,15 +44,23 @@ VERBS: dict[str, ModuleType] = {
     "import": import_model,
     "export": export,
     "align": align,
+    "verify": verify,
 }
+_LOGGING = frozenset({"train", "sweep", "prepare", "import", "export"})
+"""Verbs whose results are files: what they print is a log, and its loss no reason to stop."""
 
 
 def program(*first: str, prog: str | None = None) -> int:
     """`tlm`, and with a verb as `first` train.py and eval.py; returns the exit status."""
     words = [*first, *sys.argv[1:]]
+    output.protect(vital=not _LOGGING.intersection(words[:1]))
     if large_pages.wanted(words):
         large_pages.begin_anew()
-    return main(words, prog)
+    try:
+        return main(words, prog)
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
 
 
 def main(argv: Sequence[str], prog: str | None = None) -> int:
@@ -66,7 +79,6 @@ def main(argv: Sequence[str], prog: str | None = None) -> int:
         near = difflib.get_close_matches(verb, VERBS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return _fail(f"unknown verb {verb!r}{hint} (one of {', '.join(VERBS)})", 2)
-    sys.path.insert(0, os.getcwd())  # a mixer of one's own beside the config is found
     status = _run(VERBS[verb], argv[1:], prog or f"tlm {verb}")
     start.leave(status)
     return status
@@ -74,18 +86,40 @@ def main(argv: Sequence[str], prog: str | None = None) -> int:
 
 def _run(verb: ModuleType, argv: Sequence[str], prog: str) -> int:
     try:
-        return verb.run(argv, prog)
+        _find_modules_here()
+        trusted, words = parsing.trusted_modules(argv)
+        config_io.trust(trusted)
+        status = verb.run(words, prog)
+        sys.stdout.flush()  # what cannot be written is an error here, not after the end
+        return status
     except UserError as error:
-        return _fail(str(error), 1)
+        return _fail(str(error), RUN_AGAIN if lacks_resources(error) else 1)
     except BrokenPipeError:  # what reads our output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and not lacks_resources(error):
             raise
-        return _fail(f"{error.filename}: {error.strerror}", 1)
+        where = "" if error.filename is None else f"{error.filename}: "
+        return _fail(f"{where}{error.strerror}", RUN_AGAIN if lacks_resources(error) else 1)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing after the last checkpoint is kept", 130)
+    except Exception as error:
+        if not lacks_resources(error):
+            raise
+        text = " ".join(str(causes(error)[-1]).split())[:300] or "out of memory"
+        return _fail(f"{text}; the same command can be run again", RUN_AGAIN)
+
+
+def _find_modules_here() -> None:
+    """Modules in the working directory can be imported, unless another has the name."""
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        raise UserError(
+            "the working directory does not exist any more; cd to one that does"
+        ) from None
+    if here not in sys.path:
+        sys.path.append(here)
 
 
 def _fail(message: str, status: int) -> int:

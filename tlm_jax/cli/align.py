@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Sequence
 
 import tyro
-from rich.console import Console
 
+from tlm_jax import output
 from tlm_jax.cli.parsing import parse, quiet_libraries
 from tlm_jax.config import UserError
 
@@ -41,7 +41,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     result = alignment.measure(
         command.checkpoint, step, config, text=command.text, tokens=command.tokens
     )
-    console = Console()
+    console = output.console()
     title = f"{config.name}, step {step}" if step else config.name
     console.print(alignment.table(title, result))
     out = command.out or command.checkpoint

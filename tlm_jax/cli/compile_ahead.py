@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from tlm_jax import config_io
+from tlm_jax import config_io, output
 from tlm_jax.cli.parsing import Run, parse, path_after, quiet_libraries
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.validation import require
@@ -56,7 +56,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     if command.memory_gib is not None:
         limit = int(command.memory_gib * 2**30)
     config = aot.for_devices(command.run)
-    console = Console()
+    console = output.console()
     where = f"{len(devices)} chips of {wanted.name}" + f" x {wanted.slices}" * (wanted.slices > 1)
     console.print(f"{config.name} on {where}, {limit / 2**30:.2f} GiB each", highlight=False)
     if command.find_batch:

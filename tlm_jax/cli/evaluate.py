@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
+from tlm_jax import output
 from tlm_jax.cli.parsing import (
     Run,
     option_value,
@@ -72,7 +73,7 @@ def _held_out(folder: pathlib.Path, step: int, command: Command) -> int:
     result = restore.evaluate(folder, step, command.run)
     if jax.process_index():
         return 0
-    Console().print(report.table(folder, step, result))
+    output.console().print(report.table(folder, step, result))
     record = {"checkpoint": str(folder), "step": step} | dataclasses.asdict(result)
     text = json.dumps(record)
     with contextlib.suppress(OSError):  # a read-only run can still be evaluated
@@ -94,7 +95,9 @@ def _suites(folder: pathlib.Path, step: int, command: Command) -> int:
     outcome = restore.evaluate_suites(folder, step, command.run, how)
     if jax.process_index():
         return 0
-    console = Console()
+    for notice in outcome.notices:
+        print(f"note: {notice}", file=sys.stderr)
+    console = output.console()
     record = records.record(outcome, checkpoint=str(folder), step=step, run=command.run, how=how)
     target = folder / records.FOLDER / records.file_name(how.tasks, step)
     try:
@@ -113,6 +116,6 @@ def _suites(folder: pathlib.Path, step: int, command: Command) -> int:
             evaluation_plots.plot_needles(needles, target.with_suffix(".png"))
             console.print(f"Drawn in {target.with_suffix('.png')}", highlight=False)
     except OSError as error:  # a read-only run can still be evaluated
-        console.print(f"[yellow]{target}.json is not written:[/] {error.strerror}")
+        console.print(f"{target}.json is not written: {error.strerror}", style="yellow")
     console.print(records.table([records.parsed(record)]))
     return 0

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Literal
 
 import tyro
-from rich.console import Console
 
+from tlm_jax import output
 from tlm_jax.cli.parsing import parse, quiet_libraries
 
 
@@ -41,8 +41,8 @@ def run(argv: Sequence[str], prog: str) -> int:
         form=command.format,
         dtype=command.dtype,
     )
-    Console().print(
-        f"[green]{command.out} holds the model[/], format {form}, {command.dtype}; "
+    output.console().print(
+        f"{command.out} holds the model, format {form}, {command.dtype}; "
         f"its card is {command.out / 'README.md'}",
         highlight=False,
         soft_wrap=True,

@@ -20,7 +20,9 @@ class Command:
     step: int | None = None
     """Step of the checkpoint; None is the newest."""
     prompt: str = "The "
-    """Text to continue."""
+    """Text to continue. Names of special tokens in it, such as <|im_start|>, are those tokens."""
+    chat: bool = False
+    """The prompt is a user's message: apply the model's chat template, and print the answer."""
     num_tokens: int = 200
     """Tokens to write."""
     num_samples: int = 1
@@ -62,6 +64,7 @@ def run(argv: Sequence[str], prog: str) -> int:
         num_tokens=command.num_tokens,
         num_samples=command.num_samples,
         seed=command.seed,
+        as_chat=command.chat,
     ):
         if command.num_samples == 1 and not texts[0].endswith("\N{REPLACEMENT CHARACTER}"):
             print(texts[0][shown:], end="", flush=True)

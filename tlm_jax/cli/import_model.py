@@ -5,8 +5,8 @@ import pathlib
 from collections.abc import Sequence
 
 import tyro
-from rich.console import Console
 
+from tlm_jax import output
 from tlm_jax.cli.parsing import parse, quiet_libraries
 from tlm_jax.config import MeshConfig
 
@@ -36,10 +36,12 @@ def run(argv: Sequence[str], prog: str) -> int:
         command.model, command.out, command.tokenizer, mesh_lib.device_mesh(command.mesh)
     )
     model = metadata["config"]["model"]
-    Console().print(
-        f"[green]{command.out} holds {command.model.name}[/]: {metadata['num_params']:,} "
+    files = metadata["source"]["sha256"].items()
+    hashes = "".join(f"\n  SHA-256   {digest} {name}" for name, digest in files)
+    output.console().print(
+        f"{command.out} holds {command.model.name}: {metadata['num_params']:,} "
         f"parameters, {model['num_layers']} layers, d_model {model['d_model']}, vocabulary "
-        f"{model['vocab_size']:,}\n"
+        f"{model['vocab_size']:,}{hashes}\n"
         f"  evaluate: tlm eval --checkpoint {command.out}\n"
         f"  write:    tlm generate --checkpoint {command.out} --prompt TEXT",
         highlight=False,

@@ -20,6 +20,11 @@ import tyro
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.distributed.start import ProcessesConfig
 
+TRUST = "--trust_module"
+_TRUST_HELP = f"""
+{TRUST} NAME (may be given again) trusts a module, or its file, that has the mixer of a
+run or a model: reading them runs its code, and no other (docs/extending.md)."""
+
 Run = Annotated[RunConfig, tyro.conf.arg(name="")]
 """A field of a command whose options stand at the top level (--model.num_layers)."""
 
@@ -31,6 +36,21 @@ def option_value(option: str, argv: Sequence[str]) -> str | None:
         if word.startswith(option + "="):
             return word.partition("=")[2]
     return None
+
+
+def trusted_modules(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The values of --trust_module, which every verb knows, and the other words."""
+    names, others, words = [], [], iter(argv)
+    for word in words:
+        option, given, name = word.partition("=")
+        if option.replace("-", "_") != TRUST.replace("-", "_"):
+            others.append(word)
+            continue
+        name = name if given else next(words, "")
+        if not name or name.startswith("-"):
+            raise UserError(f"{TRUST} needs the name of a module, or its file")
+        names.append(name)
+    return names, others
 
 
 def path_after(option: str, argv: Sequence[str], prog: str) -> pathlib.Path:
@@ -59,6 +79,7 @@ def parse(command: type, argv: Sequence[str], prog: str, **defaults: Any) -> Any
             )
     except SystemExit as error:
         if error.code in (0, None):
+            print(_TRUST_HELP)
             raise
         raise UserError(_one_line(complaint.getvalue())) from None
     except ValueError as error:  # what RunConfig itself refuses; its parts are tyro's to report

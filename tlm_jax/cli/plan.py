@@ -5,9 +5,8 @@ import pathlib
 from collections.abc import Sequence
 
 import tyro
-from rich.console import Console
 
-from tlm_jax import config_io
+from tlm_jax import config_io, output
 from tlm_jax.cli.parsing import Run, parse, path_after
 from tlm_jax.config import UserError
 
@@ -30,7 +29,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     from tlm_jax.analysis import plan as plan_lib
     from tlm_jax.analysis import plots
 
-    console = Console()
+    console = output.console()
     plan_lib.plan(command.run, console)
     png = command.png or pathlib.Path(f"{command.run.name}_plan.png")
     try:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import tyro
 from rich.console import Console
 
+from tlm_jax import output
 from tlm_jax.cli.parsing import parse, quiet_libraries
 from tlm_jax.config import UserError
 
@@ -56,7 +57,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     """Runs `tlm prepare`; returns the exit status."""
     command = parse(Command, argv, prog)
     quiet_libraries()
-    console = Console(highlight=False, soft_wrap=True)
+    console = output.console(soft_wrap=True)
     if command.verify is not None:
         _verify(command.verify, console)
     elif command.source is None or command.out is None:

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 from rich.table import Table
 
+from tlm_jax import output
 from tlm_jax.cli.parsing import parse
 from tlm_jax.config import UserError
 
@@ -71,7 +71,7 @@ def _show(command: Command, table: Table | None, text: str, sweep: str = "") -> 
     if command.markdown or table is None:
         print(text)
     else:
-        Console().print(table)
+        output.console().print(table)
     if command.page is not None:
         from tlm_jax.analysis import sweep_report
 
@@ -88,7 +88,7 @@ def _sweep(command: Command) -> int:
     text = sweep_report.markdown(results)
     _show(command, sweep_report.table(results), text, sweep=results[0]["sweep"])
     if not command.markdown:
-        Console().print(sweep_report.conditions(results), highlight=False)
+        output.console().print(sweep_report.conditions(results), highlight=False)
     if command.out is not None:
         pictures = sweep_plots.draw(results, command.out)
         (command.out / "report.md").write_text(text + "\n", encoding="utf-8")

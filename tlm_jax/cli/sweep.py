@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
-from rich.console import Console
 
-from tlm_jax import config_io
+from tlm_jax import config_io, output
 from tlm_jax.cli.parsing import parse
 from tlm_jax.config import RUN_AGAIN, UserError
 
@@ -34,18 +33,18 @@ def run(argv: Sequence[str], prog: str) -> int:
         raise UserError(f"{prog} needs a file: {prog} configs/sweeps/shapes.py")
     if not 0 <= command.index < command.count:
         raise UserError(f"--index {command.index} must lie between 0 and --count - 1")
-    from tlm_jax.analysis import sweep
+    from tlm_jax.analysis import sweep, sweep_cell
 
     wanted = config_io.load(command.file, "get_sweep", sweep.Sweep)
     folder = command.out or pathlib.Path("runs") / "sweeps" / wanted.name
-    console = Console()
+    console = output.console()
     outcome = sweep.run(wanted, folder, console, index=command.index, count=command.count)
     if outcome.stopped:
         return RUN_AGAIN
     console.print(f"Results: {folder / sweep.RESULTS}   tlm report {folder}", highlight=False)
     if outcome.broken:
         raise UserError(
-            f"{len(outcome.broken)} cells broke, see {sweep.LOG} in their folders: "
+            f"{len(outcome.broken)} cells broke, see {sweep_cell.LOG} in their folders: "
             f"{', '.join(outcome.broken)}; the same command tries them again"
         )
     return 0

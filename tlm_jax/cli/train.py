@@ -6,9 +6,8 @@ import re
 from collections.abc import Sequence
 
 import tyro
-from rich.console import Console
 
-from tlm_jax import config_io
+from tlm_jax import config_io, output
 from tlm_jax.cli.parsing import Run, parse, path_after, quiet_libraries
 from tlm_jax.config import RUN_AGAIN, UserError
 from tlm_jax.distributed import start
@@ -42,9 +41,9 @@ def run(argv: Sequence[str], prog: str) -> int:
     start.keep_programs()
     start.join(command.processes)
     from tlm_jax.analysis import plan, plots
-    from tlm_jax.training import loop, metrics, profiling
+    from tlm_jax.training import evaluations, loop, metrics, profiling
 
-    console = Console()
+    console = output.console()
     trainer = loop.Trainer(
         command.run,
         workdir,
@@ -62,8 +61,9 @@ def run(argv: Sequence[str], prog: str) -> int:
     if not outcome.already_complete:
         try:
             plots.plot_curves(workdir / metrics.METRICS_FILE, curves)
-        except OSError as error:
-            console.print(f"[yellow]{curves} is not drawn:[/] {error.strerror}", soft_wrap=True)
+        except (OSError, UserError, ValueError) as error:  # it cannot be written, or no metrics
+            reason = getattr(error, "strerror", None) or error
+            console.print(f"{curves} is not drawn: {reason}", style="yellow", soft_wrap=True)
     stepping, wall = outcome.goodput
     if wall:
         console.print(
@@ -78,15 +78,14 @@ def run(argv: Sequence[str], prog: str) -> int:
         )
         return RUN_AGAIN
     last = metrics.last_record(workdir, "eval")
-    loss = ", but its last evaluation was interrupted"
-    if last and last["step"] == outcome.step:
-        loss = f", validation loss {last['loss']:.4f}"
+    known = last is not None and last["step"] == outcome.step  # metrics may not be writable
+    loss = f", validation loss {last['loss']:.4f}" if last is not None and known else ""
     console.print(
-        f"[green]The run in {workdir} is complete[/] at step {outcome.step}{loss}.",
-        highlight=False,
+        f"The run in {workdir} is complete at step {outcome.step}{loss}.",
+        style="green",
         soft_wrap=True,
     )
-    samples = workdir / loop.SAMPLES_FILE
+    samples = workdir / evaluations.SAMPLES_FILE
     console.print(
         f"  curves {curves}{f'   samples {samples}' if samples.is_file() else ''}\n"
         f"  evaluate: python eval.py --checkpoint {workdir}\n"

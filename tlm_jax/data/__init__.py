@@ -6,10 +6,11 @@ libraries of other formats, which are slow to import, are only imported when use
 
 from tlm_jax.data.pipeline import Dataset, ValidationBatches, open_dataset
 from tlm_jax.data.store import SplitStatistics
-from tlm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from tlm_jax.data.tokenizers import SpecialTokens, Tokenizer, load_tokenizer
 
 __all__ = [
     "Dataset",
+    "SpecialTokens",
     "SplitStatistics",
     "Tokenizer",
     "ValidationBatches",

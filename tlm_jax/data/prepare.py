@@ -366,7 +366,7 @@ def _progress(name: str, total: int, done: int) -> Iterator[Callable[[int], None
     what = f"preparing {name}"
     if console.is_terminal:
         columns = (
-            rich.progress.TextColumn("{task.description}"),
+            rich.progress.TextColumn("{task.description}", markup=False),
             rich.progress.BarColumn(),
             rich.progress.DownloadColumn(),
             rich.progress.TransferSpeedColumn(),

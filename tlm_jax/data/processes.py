@@ -9,12 +9,14 @@ import signal
 import threading
 from collections.abc import Iterator
 
-import rich.console
+from rich.console import Console
+
+from tlm_jax import output
 
 
-def stderr_console() -> rich.console.Console:
+def stderr_console() -> Console:
     """Where progress is told."""
-    return rich.console.Console(stderr=True, highlight=False, soft_wrap=True)
+    return output.console(stderr=True, soft_wrap=True)
 
 
 @contextlib.contextmanager

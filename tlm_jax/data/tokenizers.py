@@ -1,8 +1,10 @@
 """Tokenizers: the package's own, bytes, Hugging Face tokenizer.json, SentencePiece."""
 
 import dataclasses
+import functools
 import hashlib
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +15,18 @@ BYTES_EOT = 256
 
 # Names that published tokenizers give to the token between documents, best first.
 _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<s>", "<bos>")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpecialTokens:
+    """Ids that a model was taught a meaning of, beside the one between documents."""
+
+    bos: int | None = None
+    """Begins a text; None where the model has no such token."""
+    eos: tuple[int, ...] = ()
+    """Each of them ends a text, the tokenizer's own first; () is the end-of-text token."""
+    pad: int | None = None
+    """Fills rows up."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,10 +45,28 @@ class Tokenizer:
     """What the tokenizer's own template puts before a text, such as a begin-of-text token."""
     encode: Callable[[str], list[int]]
     """Ids of a text. No special tokens are added, and none are read from the text."""
+    encode_prompt: Callable[[str], list[int]]
+    """Ids of a text in which the name of a special token is that token. None are added."""
     encode_batch: Callable[[list[str]], list[list[int]]]
     """Ids of many texts, the same as one by one, in less time."""
     decode: Callable[[Sequence[int]], str]
     """Text of ids. Special tokens give nothing, broken UTF-8 gives U+FFFD."""
+    token_of: Callable[[int], str | None]
+    """The name of an id; None for an id without one."""
+    id_of: Callable[[str], int | None]
+    """The id of a name; None for a name without one."""
+    special: SpecialTokens = SpecialTokens()
+    """What a model read its texts with; the default is that of models trained here."""
+
+    @property
+    def begin_id(self) -> int:
+        """What stands before a whole text: BOS, else the first of `end_ids` (as in lm-eval)."""
+        return self.end_ids[0] if self.special.bos is None else self.special.bos
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids of which each ends a text that a model writes."""
+        return self.special.eos or (self.eot_id,)
 
 
 def load_tokenizer(name: str | None) -> Tokenizer:
@@ -90,8 +122,11 @@ def _bytes() -> Tokenizer:
         fingerprint=_fingerprint(b"bytes, end of text 256"),
         prefix_ids=(),
         encode=lambda text: list(text.encode("utf-8")),
+        encode_prompt=lambda text: list(text.encode("utf-8")),
         encode_batch=lambda texts: [list(text.encode("utf-8")) for text in texts],
         decode=decode,
+        token_of=lambda _: None,
+        id_of=lambda _: None,
     )
 
 
@@ -99,19 +134,25 @@ def _hugging_face(path: pathlib.Path, name: str) -> Tokenizer:
     import tokenizers
 
     content = _read(path, name)
+
+    def opened() -> Any:
+        found = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        # Files may ask for these; both would lose or add tokens.
+        found.no_truncation()
+        found.no_padding()
+        return found
+
     try:
-        reader = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        reader = opened()
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"tokenizer {name} is not a Hugging Face tokenizer.json") from error
     vocabulary = reader.get_vocab(with_added_tokens=True)
     eot = next((vocabulary[s] for s in _SEPARATORS if s in vocabulary), None)
     if eot is None:
         raise _no_separator(name, f"one of {' '.join(_SEPARATORS)}")
-    # Files may ask for these; both would lose or add tokens.
-    reader.no_truncation()
-    reader.no_padding()
     # A text that happens to contain "<|endoftext|>" is text.
     reader.encode_special_tokens = True
+    for_prompts = functools.cache(opened)  # whether it reads special tokens is a reader's state
 
     def encode_batch(texts: list[str]) -> list[list[int]]:
         # The fast one leaves out the offsets of tokens in the text, and only these.
@@ -124,8 +165,11 @@ def _hugging_face(path: pathlib.Path, name: str) -> Tokenizer:
         fingerprint=_fingerprint(content),
         prefix_ids=_template_prefix(reader),
         encode=lambda text: reader.encode(text, add_special_tokens=False).ids,
+        encode_prompt=lambda text: for_prompts().encode(text, add_special_tokens=False).ids,
         encode_batch=encode_batch,
         decode=lambda ids: reader.decode(list(ids), skip_special_tokens=True),
+        token_of=reader.id_to_token,
+        id_of=reader.token_to_id,
     )
 
 
@@ -149,6 +193,19 @@ def _sentencepiece(path: pathlib.Path, name: str) -> Tokenizer:
     eot = reader.eos_id() if reader.eos_id() >= 0 else reader.bos_id()
     if eot < 0:
         raise _no_separator(name, "eos or bos")
+    names = [reader.id_to_piece(i) for i in range(reader.vocab_size())]
+    ids = {piece: i for i, piece in enumerate(names)}
+    controls = sorted((n for i, n in enumerate(names) if reader.is_control(i)), key=len)
+    special = re.compile(f"({'|'.join(map(re.escape, controls[::-1]))})")
+
+    def encode_prompt(text: str) -> list[int]:
+        # The model itself never reads these from a text.
+        parts = special.split(text) if controls else [text]
+        pieces = [
+            [ids[p]] if i % 2 else reader.encode(p, out_type=int) for i, p in enumerate(parts)
+        ]
+        return [i for piece in pieces for i in piece]
+
     return Tokenizer(
         name=name,
         vocab_size=reader.vocab_size(),
@@ -156,8 +213,11 @@ def _sentencepiece(path: pathlib.Path, name: str) -> Tokenizer:
         fingerprint=_fingerprint(content),
         prefix_ids=(reader.bos_id(),) if reader.bos_id() >= 0 else (),
         encode=lambda text: reader.encode(text, out_type=int),
+        encode_prompt=encode_prompt,
         encode_batch=lambda texts: reader.encode(texts, out_type=int, num_threads=1),
         decode=lambda ids: reader.decode([int(i) for i in ids]),
+        token_of=lambda i: names[i] if i < len(names) else None,
+        id_of=ids.get,
     )
 
 

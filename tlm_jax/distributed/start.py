@@ -14,7 +14,7 @@ import warnings
 from typing import Literal
 
 from tlm_jax.config import UserError
-from tlm_jax.validation import require
+from tlm_jax.validation import Checked, Count, NaturalNumber, require
 
 _SHUTDOWN_SECONDS = 60
 HEARTBEAT_SECONDS = 60
@@ -22,21 +22,22 @@ HEARTBEAT_SECONDS = 60
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProcessesConfig:
+class ProcessesConfig(Checked):
     """The processes of a job; mostly the environment knows."""
 
     join: Literal["auto", "always", "never"] = "auto"
     """auto joins others if Slurm, Open MPI, GKE or JAX_COORDINATOR_ADDRESS speaks of them."""
     coordinator: str | None = None
     """HOST:PORT of process 0; None asks the environment."""
-    count: int | None = None
+    count: Count | None = None
     """Processes in all; None asks the environment."""
-    index: int | None = None
+    index: NaturalNumber | None = None
     """Which of them this is, from 0; None asks the environment."""
-    timeout: int = 300
+    timeout: Count = 300
     """Seconds that the processes wait for each other at the start."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.coordinator is not None:
             require(
                 re.fullmatch(r"\S+:\d+", self.coordinator) is not None,

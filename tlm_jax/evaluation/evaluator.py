@@ -9,8 +9,8 @@ from typing import Any
 
 import rich.progress
 from jax.sharding import Mesh
-from rich.console import Console
 
+from tlm_jax import output
 from tlm_jax.data import Tokenizer
 from tlm_jax.evaluation import needle, suites
 from tlm_jax.evaluation.generation import Generator
@@ -107,6 +107,7 @@ class Evaluator:
                 num_fewshot=self.config.num_fewshot,
                 log_samples=self.config.log_samples,
             )
+            outcome = dataclasses.replace(outcome, notices=tuple(model.notices))
         if self._examples:
             answers = needle.run(
                 self._generator,
@@ -143,10 +144,10 @@ def _needle_metrics(answers: Sequence[dict[str, Any]]) -> Iterator[Metric]:
 def progress(shown: bool = True) -> Iterator[Advance]:
     """A bar on a terminal, a line for every tenth elsewhere; both on stderr."""
     # Its file is that of now: lm-eval's own output is caught later.
-    console = Console(file=sys.stderr, highlight=False, soft_wrap=True, quiet=not shown)
+    console = output.console(file=sys.stderr, soft_wrap=True, quiet=not shown)
     if console.is_terminal:
         with rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
+            rich.progress.TextColumn("{task.description}", markup=False),
             rich.progress.BarColumn(),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TimeRemainingColumn(elapsed_when_finished=True),

@@ -74,8 +74,8 @@ class Generator:
     ) -> Iterator[tuple[int, str]]:
         """Yields (index, text) of each prompt's continuation, longest prompts first.
 
-        A text ends before the first of its stop texts (`keep_stop`: after it), at an end-of-text
-        token, or after its `max_tokens`.
+        A text ends before the first of its stop texts (`keep_stop`: after it), at a token that
+        ends texts (`Tokenizer.end_ids`), or after its `max_tokens`.
         """
         cut = [
             tuple(p)[-max(1, self.max_length - n) :]
@@ -141,8 +141,9 @@ class Generator:
         """The text, if it has come to its end; what follows a stop text may be with it."""
         tokens = list(written[:most])
         ended = len(written) >= most
-        if self.tokenizer.eot_id in tokens:
-            tokens, ended = tokens[: tokens.index(self.tokenizer.eot_id)], True
+        end = next((at for at, token in enumerate(tokens) if token in self.tokenizer.end_ids), None)
+        if end is not None:
+            tokens, ended = tokens[:end], True
         text = self.tokenizer.decode(tokens)
         return text if ended or any(stop in text for stop in stops if stop) else None
 

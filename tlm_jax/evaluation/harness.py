@@ -48,6 +48,8 @@ class HarnessModel(TemplateLM):
         self._scorer, self._generator, self._tokenizer = scorer, generator, tokenizer
         self._prefix, self._journal, self._advance = tuple(prefix), journal, advance
         self._questions: list[int] = []
+        self.notices: list[str] = []
+        """What a user should know of the answers, a line each."""
 
     def forget(self) -> None:
         """Lets go of the answers so far, so that they are computed anew."""
@@ -60,8 +62,13 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What lm-eval puts before an empty context."""
-        return self._tokenizer.eot_id
+        """What ends a text."""
+        return self._tokenizer.end_ids[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What lm-eval puts before an empty context, and before a whole text."""
+        return self._tokenizer.begin_id
 
     @property
     def tokenizer_name(self) -> str:
@@ -91,12 +98,15 @@ class HarnessModel(TemplateLM):
         asked = []
         for question, (_, context, continuation) in zip(self._questions, requests, strict=True):
             # Before an empty context, lm-eval has put a token itself.
-            prefix = self._prefix if context[:1] != [self.eot_token_id] else ()
+            prefix = self._prefix if context[:1] != [self.prefix_token_id] else ()
             asked.append(
                 Request(
                     context=(*prefix, *context), continuation=tuple(continuation), question=question
                 )
             )
+        self._notice_longer(
+            [len(request.tokens) - 1 for request in asked], "requests", "lose their beginning"
+        )
         return [(a.log_likelihood, a.is_greedy) for a in self._answers(asked)]
 
     def loglikelihood_rolling(
@@ -105,10 +115,12 @@ class HarnessModel(TemplateLM):
         """Log-likelihood of whole texts, in windows as long as the model allows."""
         asked: list[Request] = []
         windows = []
-        for index, instance in enumerate(requests):
+        texts = [self.tok_encode(instance.args[0]) for instance in requests]
+        self._notice_longer(list(map(len, texts)), "texts", "are scored in pieces")
+        for index, text in enumerate(texts):
             pairs = utils.get_rolling_token_windows(
-                token_list=self.tok_encode(instance.args[0]),
-                prefix_token=self.eot_token_id,
+                token_list=text,
+                prefix_token=self.prefix_token_id,
                 max_seq_len=self._scorer.max_length,
                 context_len=1,
             )
@@ -138,12 +150,18 @@ class HarnessModel(TemplateLM):
             until = how.get("until") or []
             stops.append([until] if isinstance(until, str) else list(until))
             lengths.append(int(how.get("max_gen_toks", 256)))
-            prompts.append((*self._prefix, *self.tok_encode(context)))
+            tokens = (*self._prefix, *self.tok_encode(context))
+            prompts.append(tokens or (self.prefix_token_id,))
             if how.get("do_sample") and how.get("temperature", 0.0) > 0:
                 raise UserError(
                     f"task {instance.task_name} draws its texts at random (do_sample), and only "
                     "greedy generation is evaluated"
                 )
+        self._notice_longer(
+            [len(prompt) + most for prompt, most in zip(prompts, lengths, strict=True)],
+            "prompts with room for their answers",
+            "lose their beginning",
+        )
         requests_ = zip(prompts, stops, lengths, strict=True)
         keys = [json.dumps(["generate", *request]) for request in requests_]
         known = self._journal.known(keys)
@@ -161,6 +179,14 @@ class HarnessModel(TemplateLM):
             done += 1
             self._advance("generated", done, len(keys))
         return [known[key] for key in keys]
+
+    def _notice_longer(self, lengths: Sequence[int], what: str, therefore: str) -> None:
+        longer = sum(length > self.max_length for length in lengths)
+        if longer:
+            self.notices.append(
+                f"{longer:,} of {len(lengths):,} {what} are longer than the {self.max_length:,} "
+                f"tokens that the model reads, and {therefore}"
+            )
 
     def _answers(self, requests: Sequence[Request]) -> list[Likelihood]:
         keys = [json.dumps([r.context, r.continuation]) for r in requests]

@@ -5,7 +5,7 @@ Shapes: B batch, L length.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -54,6 +54,7 @@ def score(
     batches: Iterable[dict[str, jax.Array]],
     *,
     bytes_per_token: float,
+    between: Callable[[], None] = lambda: None,
 ) -> Score:
     """Scores `params` on batches (see `make_score_step`) that lie on the device.
 
@@ -62,21 +63,31 @@ def score(
       params: the model's parameters.
       batches: with int32 (B, L) `inputs`, `targets`, `segment_ids`, `positions`.
       bytes_per_token: UTF-8 bytes of the text for each target of the split.
+      between: called after each batch whose answer has come, but the last; what it raises ends
+        the evaluation.
 
     Raises:
       ValueError: no token was scored.
     """
-    nll_rows, token_rows = [], []
+    nll_rows: list[np.ndarray] = []
+    token_rows: list[np.ndarray] = []
+
+    def read(answer: tuple[jax.Array, ...]) -> None:
+        nll_rows.append(np.asarray(answer[0], np.float64))
+        token_rows.append(np.asarray(answer[1], np.int64))
+
+    pending: tuple[jax.Array, ...] | None = None
     for batch in batches:
-        nll_B, tokens_B = step(params, batch)
-        nll_rows.append(nll_B)  # read only after all are dispatched
-        token_rows.append(tokens_B)
-    if not nll_rows:
+        answer = step(params, batch)
+        if pending is not None:  # read one batch late, so that the device never waits
+            read(pending)
+            between()
+        pending = answer
+    if pending is None:
         raise ValueError("there is nothing to score: no batches")
+    read(pending)
     return summarise(
-        np.concatenate([np.asarray(a, np.float64) for a in nll_rows]),
-        np.concatenate([np.asarray(a, np.int64) for a in token_rows]),
-        bytes_per_token=bytes_per_token,
+        np.concatenate(nll_rows), np.concatenate(token_rows), bytes_per_token=bytes_per_token
     )
 
 
@@ -88,7 +99,7 @@ def score_dataset(
     mesh: Mesh,
     *,
     limit: int | None = None,
-    stop: Sequence[Any] = (),
+    between: Callable[[], None] = lambda: None,
 ) -> Score:
     """Scores `params` on the validation split, or on `limit` batches spread evenly over it.
 
@@ -99,7 +110,7 @@ def score_dataset(
       config: gives the batch size.
       mesh: the mesh that `params` lie on.
       limit: most batches to score; None is all.
-      stop: scoring ends early, after at least one batch, once this has an element.
+      between: see `score`.
     """
     batches = dataset.validation_batches(
         batch_size=config.data.batch_size // config.training.grad_accumulation
@@ -112,14 +123,13 @@ def score_dataset(
         for index, batch in enumerate(batches):
             if index * wanted % total < wanted:  # `wanted` of them, from beginning to end
                 yield to_devices(batch, mesh)
-                if stop:
-                    return
 
     return score(
         step,
         params,
         placed(),
         bytes_per_token=dataset.statistics["validation"].bytes_per_target,
+        between=between,
     )
 
 

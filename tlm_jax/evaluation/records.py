@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 import tlm_jax
 from tlm_jax import config_io
@@ -129,8 +130,8 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
     for task, metric, cells in rows:
         result.add_row(
             task,
-            f"[bold]{metric}[/]" if metric in suites.COLUMNS.get(task, ()) else metric,
-            *(f"[green]{c.text}[/]" if c.best else c.text for c in cells),
+            Text(metric, "bold" if metric in suites.COLUMNS.get(task, ()) else ""),
+            *(Text(c.text, "green" if c.best else "") for c in cells),
         )
     return result
 

@@ -69,6 +69,8 @@ class Outcome:
     """By task: what was asked and answered for each document; empty unless wanted."""
     versions: dict[str, Any]
     """Of each task."""
+    notices: tuple[str, ...] = ()
+    """What a user should know of the figures, a line each."""
 
 
 def expand(names: Sequence[str]) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ def text(
         _results(folder, step),
         "## Loading\n",
         _LOAD[form].strip().format(padding=_padding(config.model.mlp_widths)) + "\n",
-        _tokenizer(config, form, out),
+        _tokenizer(config, metadata, form, out),
         "With tlm-jax itself: `tlm import --model FOLDER --out runs/NAME`, bit for bit."
         if dtype == "float32"
         else "With tlm-jax itself: `tlm import --model FOLDER --out runs/NAME` (the parameters "
@@ -147,15 +147,23 @@ def _metrics(record: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _tokenizer(config: RunConfig, form: str, out: pathlib.Path) -> str:
+def _tokenizer(config: RunConfig, metadata: dict[str, Any], form: str, out: pathlib.Path) -> str:
     if config.data.tokenizer == "bytes":
         return (
             "The tokenizer is the bytes of UTF-8 (ids 0 to 255) and 256 for the end of a text; "
             "there is no file of it.\n"
         )
-    begins = "A text begins with the end-of-text token, as in training"
+    native = "special_tokens" not in metadata  # trained here
+    if native:
+        begins = "A text begins with the end-of-text token, as in training"
+    elif metadata["data_layout"].get("document_prefix"):
+        begins = "The tokenizer puts its token for the beginning before a text"
+    else:
+        begins = "A text begins without a special token"
     if not (out / "tokenizer.json").is_file():
         return f"{begins}. `tokenizer.model` is for SentencePiece; transformers splits otherwise.\n"
-    if form == "native":
-        return f"{begins}.\n"
-    return f"{begins}: `tokenizer.bos_token + text` with `AutoTokenizer`.\n"
+    if native and form != "native":
+        begins += ": `tokenizer.bos_token + text` with `AutoTokenizer`"
+    if "chat_template" in metadata:
+        begins += ". Conversations are put into words by `tokenizer.apply_chat_template`"
+    return f"{begins}.\n"

@@ -17,11 +17,12 @@ import ml_dtypes
 import numpy as np
 
 import tlm_jax
+from tlm_jax import files
 from tlm_jax.config import ModelConfig, RunConfig, UserError
-from tlm_jax.data import load_tokenizer
+from tlm_jax.data import Tokenizer
 from tlm_jax.data.tokenizers import EMBEDDED
 from tlm_jax.distributed import mesh as mesh_lib
-from tlm_jax.interop import card, llama, loading, sentencepiece_json
+from tlm_jax.interop import card, gguf_tokenizer, llama, loading, sentencepiece_json
 from tlm_jax.interop.tensors import SHARD_BYTES, write_safetensors
 from tlm_jax.models import skeleton
 from tlm_jax.training import restore
@@ -42,49 +43,59 @@ def export_model(
     dtype: Dtype = "float32",
     shard_bytes: int = SHARD_BYTES,
 ) -> Format:
-    """Writes a checkpoint's model into a new folder; returns the format.
+    """Writes a checkpoint's model into a new folder, all or nothing; returns the format.
 
     Args:
       folder: the run folder.
-      out: the folder to make.
+      out: the folder to make; it may be there if it is empty.
       step: which checkpoint; None is the newest.
       form: None is llama where that is possible, else native.
       dtype: of the tensors; parameters are float32, so bfloat16 rounds them.
       shard_bytes: largest file of tensors.
 
     Raises:
-      UserError: the format cannot express the model, or `out` is in use.
+      UserError: the format cannot express the model, or `out` is not empty.
     """
     step, metadata = restore.saved_metadata(folder, step)
+    form = _checked_format(restore.saved_config(metadata).model, form)
+    with files.new_folder(out) as part:
+        _fill(part, folder, step, metadata, form, dtype, shard_bytes)
+    return form
+
+
+def _fill(
+    out: pathlib.Path,
+    folder: pathlib.Path,
+    step: int,
+    metadata: dict[str, Any],
+    form: Format,
+    dtype: Dtype,
+    shard_bytes: int,
+) -> None:
     config = restore.saved_config(metadata)
-    form = _checked_format(config.model, form)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not an empty folder; choose another --out")
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = restore.model_tokenizer(config, metadata)
     structure = skeleton(config.model)
     mesh = mesh_lib.single_device_mesh()
     with jax.set_mesh(mesh):
         params = restore.load_params(folder, step, structure, tokenizer, mesh)
     tensors = _native(params) if form == "native" else _llama(params, config.model, form)
-    out.mkdir(parents=True, exist_ok=True)
     write_safetensors(
         out,
         ((name, array.astype(_NUMPY[dtype], copy=False)) for name, array in tensors),
         shard_bytes=shard_bytes,
     )
-    values = _config_json(config, metadata, form, dtype, step, tokenizer.eot_id)
+    ends = _special_tokens(metadata, tokenizer)
+    values = _config_json(config, metadata, form, dtype, step, ends)
     _write_json(out / "config.json", values)
     if form == "compact":
         source = pathlib.Path(__file__).parent / "remote" / f"{_MODELING}.py"
         shutil.copyfile(source, out / f"{_MODELING}.py")
     if form != "native":
-        ends = {"bos_token_id": tokenizer.eot_id, "eos_token_id": tokenizer.eot_id}
         _write_json(out / "generation_config.json", ends)
-    _write_tokenizer(config.data.tokenizer, tokenizer.eot_id, values, out)
+    _write_tokenizer(config.data.tokenizer, tokenizer, metadata, values, out)
     (out / "README.md").write_text(
         card.text(out, folder, step, metadata, form, dtype), encoding="utf-8"
     )
-    return form
 
 
 def _checked_format(model: ModelConfig, form: Format | None) -> Format:
@@ -94,6 +105,21 @@ def _checked_format(model: ModelConfig, form: Format | None) -> Format:
     if form != "native" and reason:
         raise UserError(f"--format {form} cannot express {reason}; use --format native")
     return form
+
+
+def _special_tokens(metadata: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Their ids as generation_config.json has them.
+
+    Models trained here have end-of-text only, which begins a text too.
+    """
+    begin = tokenizer.special.bos if "special_tokens" in metadata else tokenizer.eot_id
+    first, *others = tokenizer.end_ids
+    ids = {
+        "bos_token_id": begin,
+        "eos_token_id": [first, *others] if others else first,
+        "pad_token_id": tokenizer.special.pad,
+    }
+    return {name: value for name, value in ids.items() if value is not None}
 
 
 def _native(params: Any) -> Iterator[tuple[str, np.ndarray]]:
@@ -124,7 +150,7 @@ def _config_json(
     form: Format,
     dtype: Dtype,
     step: int,
-    eot_id: int,
+    ends: dict[str, Any],
 ) -> dict[str, Any]:
     ours = {
         "version": tlm_jax.__version__,
@@ -134,15 +160,14 @@ def _config_json(
         "config": metadata["config"],
         "data_layout": metadata["data_layout"],
     }
-    if "source" in metadata:
-        ours["source"] = metadata["source"]
+    ours |= {name: metadata[name] for name in ("source", "special_tokens") if name in metadata}
     if form == "native":
         return {"model_type": "tlm_jax", "dtype": dtype, "tlm_jax": ours}
     source = metadata.get("source", {}).get("config", {})
     values = llama.config_json(config.model) | {
         "max_position_embeddings": source.get("max_position_embeddings", config.data.seq_len),
-        "bos_token_id": eot_id,
-        "eos_token_id": eot_id,
+        "bos_token_id": None,  # Llama's default is 1
+        **ends,
         "dtype": dtype,
         "torch_dtype": dtype,  # the name before transformers 5
     }
@@ -160,7 +185,11 @@ def _config_json(
 
 
 def _write_tokenizer(
-    name: str | None, eot_id: int, values: dict[str, Any], out: pathlib.Path
+    name: str | None,
+    tokenizer: Tokenizer,
+    metadata: dict[str, Any],
+    values: dict[str, Any],
+    out: pathlib.Path,
 ) -> None:
     """Copies the tokenizer's file, with what transformers needs to open it.
 
@@ -170,22 +199,27 @@ def _write_tokenizer(
         return
     path = EMBEDDED if name is None else pathlib.Path(name).expanduser()
     shutil.copyfile(path, out / f"tokenizer{path.suffix}")
+    prefix = metadata["data_layout"].get("document_prefix", ())
     if path.suffix == ".model":
         reader = sentencepiece_json.convert(path)
         if reader is None:
             return
+        if prefix:
+            reader.post_processor = gguf_tokenizer.begin_with(
+                reader.id_to_token(prefix[0]), prefix[0]
+            )
         reader.save(str(out / "tokenizer.json"))
-    else:
-        import tokenizers
-
-        reader = tokenizers.Tokenizer.from_file(str(path))
-    eot = reader.id_to_token(eot_id)
-    settings = {
+    settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": eot,
-        "eos_token": eot,
         "clean_up_tokenization_spaces": False,
     }
+    ends = _special_tokens(metadata, tokenizer) | {"eos_token_id": tokenizer.end_ids[0]}
+    for field, index in ends.items():
+        settings[field.removesuffix("_id")] = tokenizer.token_of(index)
+    if "special_tokens" in metadata:
+        settings["add_bos_token"] = bool(prefix)
+    if "chat_template" in metadata:
+        settings["chat_template"] = metadata["chat_template"]
     if length := values.get("max_position_embeddings"):
         settings["model_max_length"] = length
     _write_json(out / "tokenizer_config.json", settings)

@@ -5,6 +5,7 @@ query and key matrices in another order; they are put back while they are read.
 """
 
 import functools
+import math
 import pathlib
 import re
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tlm_jax.config import UserError
-from tlm_jax.interop.tensors import needs_extra
+from tlm_jax.interop import gguf_header
 
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -40,27 +41,47 @@ class GgufFile:
     """
 
     def __init__(self, path: pathlib.Path) -> None:
-        with needs_extra():
-            import gguf
-        self.where = str(path)
+        self.where, self.files = str(path), (path,)
         try:
-            self._reader = gguf.GGUFReader(path)
-        except (ValueError, IndexError, KeyError) as error:
-            raise UserError(f"{path} is not a whole GGUF file: {error}") from error
+            header = gguf_header.read(path)
+        except gguf_header.DamagedError as error:
+            raise UserError(f"{path} is not a whole GGUF file: {error}") from None
+        self._fields = header.fields
         architecture = self.field("general.architecture")
         if architecture != "llama":
             raise UserError(
                 f"{path}: general.architecture {architecture!r} cannot be imported; llama can"
             )
-        self._tensors = {_hugging_face_name(t.name): t for t in self._reader.tensors}
-        self.shapes = {
-            name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()
-        }
+        self._tensors = {_hugging_face_name(t.name): t for t in header.tensors}
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def field(self, name: str, default: Any = None) -> Any:
-        """A value of the file's metadata; `{}` in the name is left to the reader."""
-        found = self._reader.get_field(name)
-        return default if found is None else found.contents()
+        """A value of the file's metadata: a number, bool or text, or a list of them.
+
+        Raises:
+          UserError: it is missing, and an unknown key looks like it; or a text is damaged.
+        """
+        if name not in self._fields:
+            self._refuse_lookalike(name)
+            return default
+        value = self._fields[name]
+        try:
+            if isinstance(value, bytes):
+                return value.decode()
+            if isinstance(value, list):
+                return [text.decode() for text in value]
+        except UnicodeDecodeError:
+            raise UserError(f"{self.where}: metadata {name} is not valid UTF-8") from None
+        return value.tolist() if isinstance(value, np.ndarray) else value
+
+    def _refuse_lookalike(self, name: str) -> None:
+        """A key with one damaged letter must not pass for one that is not there."""
+        for key in self._fields.keys() - _known_keys():
+            pairs = zip(key, name, strict=False)
+            if len(key) == len(name) and sum(a != b for a, b in pairs) == 1:
+                raise UserError(
+                    f"{self.where}: metadata {key!r} is not known, and looks like a damaged {name}"
+                )
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -68,13 +89,15 @@ class GgufFile:
         heads = self._number("attention.head_count")
         width = self._number("embedding_length")
         head_dim = self._number("attention.key_length", width // heads)
+        if "model.embed_tokens.weight" not in self.shapes:
+            raise UserError(f"{self.where} has no tensor token_embd.weight")
         for name in ("attention.value_length", "rope.dimension_count"):
             self._refuse_unless(name, head_dim)
         self._refuse_unless("rope.scaling.type", "none")
         self._refuse_unless("expert_count", 0)
         self._refuse_unless("attention.sliding_window", 0)
         self._refuse_unless("attention.scale", head_dim**-0.5)
-        eps = np.float32(self._number("attention.layer_norm_rms_epsilon"))
+        eps = np.float32(self._number("attention.layer_norm_rms_epsilon", kind=float))
         return {
             "model_type": "llama",
             "vocab_size": self.shapes["model.embed_tokens.weight"][0],
@@ -84,7 +107,7 @@ class GgufFile:
             "num_attention_heads": heads,
             "num_key_value_heads": self._number("attention.head_count_kv", heads),
             "head_dim": head_dim,
-            "rope_theta": float(self._number("rope.freq_base", 10_000.0)),
+            "rope_theta": self._number("rope.freq_base", 10_000.0, float),
             # The file holds a float32; 1e-05 is meant, not 9.999999747378752e-06.
             "rms_norm_eps": float(str(eps)),
             "tie_word_embeddings": "lm_head.weight" not in self.shapes,
@@ -97,39 +120,61 @@ class GgufFile:
 
         tensor = self._tensors[name]
         try:
-            rows = quants.dequantize(tensor.data[start:stop], tensor.tensor_type)
+            with np.errstate(all="ignore"):  # what overflows is reported below
+                rows = quants.dequantize(tensor.data[start:stop], tensor.type)
         except NotImplementedError:
             raise UserError(
-                f"{self.where}: {tensor.name} has type {tensor.tensor_type.name}, which gguf "
+                f"{self.where}: {tensor.name} has type {tensor.type.name}, which gguf "
                 "cannot dequantise"
             ) from None
         rows = np.asarray(rows, np.float32)
+        if not np.isfinite(rows).all():
+            raise UserError(f"{self.where}: {tensor.name} holds numbers that are not finite")
         if name.endswith(("q_proj.weight", "k_proj.weight")):
             head_dim = self.config["head_dim"]
             pairs = rows.reshape(-1, head_dim // 2, 2, rows.shape[-1])
             return pairs.swapaxes(1, 2).reshape(rows.shape)
         return rows
 
-    def _number(self, name: str, default: Any = None) -> Any:
+    def _number(self, name: str, default: Any = None, kind: type[int] | type[float] = int) -> Any:
+        """A positive number of this very type: a damaged type gives other values."""
         value = self.field(f"llama.{name}", default)
         if isinstance(value, list) and len(set(value)) == 1:
             value = value[0]
-        if not isinstance(value, int | float):
+        if type(value) is not kind or not 0 < float(value) < math.inf:
             raise UserError(
-                f"{self.where}: llama.{name} is {value!r}; one number for all layers can be "
-                "imported"
+                f"{self.where}: llama.{name} is {value!r}; one positive {kind.__name__} for all "
+                "layers can be imported"
             )
         return value
 
     def _refuse_unless(self, name: str, expected: Any) -> None:
         value = self.field(f"llama.{name}", expected)
         if value != expected and not (
-            isinstance(expected, float) and abs(value - expected) < 1e-6 * expected
+            isinstance(expected, float)
+            and isinstance(value, float)
+            and abs(value - expected) < 1e-6 * expected
         ):
             raise UserError(
                 f"{self.where}: llama.{name} is {value!r}, which cannot be represented exactly "
                 f"here; only {expected!r} can be imported"
             )
+
+
+@functools.cache
+def _known_keys() -> frozenset[str]:
+    """Keys of the metadata of Llama's files that the installed gguf knows."""
+    from gguf.constants import Keys
+
+    found: set[str] = set()
+    groups: list[type] = [Keys]
+    while groups:
+        for value in vars(groups.pop()).values():
+            if isinstance(value, str):
+                found.add(value.replace("{arch}", "llama"))
+            elif isinstance(value, type):
+                groups.append(value)
+    return frozenset(found)
 
 
 def _hugging_face_name(name: str) -> str:

@@ -23,10 +23,48 @@ def tokenizer_file(file: GgufFile) -> tuple[str, bytes]:
     """
     kind = file.field("tokenizer.ggml.model")
     if kind == "gpt2":
+        _check_vocabulary(file, merges=True)
         return "tokenizer.json", _byte_level_bpe(file).to_str().encode()
     if kind == "llama":
+        _check_vocabulary(file, merges=False)
         return "tokenizer.model", _sentencepiece(file)
     raise _unknown(file, "tokenizer.ggml.model", kind)
+
+
+def _check_vocabulary(file: GgufFile, *, merges: bool) -> None:
+    """Refuses tokens, types, scores, merges and ids that do not fit together."""
+    kinds: dict[str, type] = {"tokens": str, "token_type": int}
+    kinds |= {"merges": str} if merges else {"scores": float}
+    found: dict[str, list[Any]] = {}
+    for name, kind in kinds.items():
+        value = file.field(f"tokenizer.ggml.{name}")
+        if value is None and name == "token_type" and merges:
+            continue
+        if not isinstance(value, list) or any(type(one) is not kind for one in value):
+            raise _damaged(file, name, f"it must be a list of {kind.__name__}")
+        if name != "merges" and len(value) != len(found.get("tokens", value)):
+            raise _damaged(file, name, "its length is not that of the tokens")
+        if name in ("tokens", "merges") and len(set(value)) != len(value):
+            raise _damaged(file, name, "an entry is there twice")
+        found[name] = value
+    if not set(found.get("token_type", ())) <= set(range(1, 7)):
+        raise _damaged(file, "token_type", "types are 1 to 6")
+    vocabulary = set(found["tokens"])
+    for merge in found.get("merges", ()):
+        first, _, second = merge.partition(" ")
+        if not {first, second, first + second} <= vocabulary:
+            raise _damaged(file, "merges", f"{merge!r} does not merge two tokens into a third")
+    for name in ("bos", "eos", "unknown"):
+        index = file.field(f"tokenizer.ggml.{name}_token_id", 0)
+        if type(index) is not int or not 0 <= index < len(vocabulary):
+            raise _damaged(file, f"{name}_token_id", f"there are {len(vocabulary)} tokens")
+
+
+def _damaged(file: GgufFile, name: str, why: str) -> UserError:
+    return UserError(
+        f"{file.where}: tokenizer.ggml.{name} is damaged: {why}; give the model's own "
+        "tokenizer.json or tokenizer.model with --tokenizer FILE"
+    )
 
 
 def _byte_level_bpe(file: GgufFile) -> Any:
@@ -52,7 +90,31 @@ def _byte_level_bpe(file: GgufFile) -> Any:
             if k == kind
         ]
         (result.add_special_tokens if special else result.add_tokens)(added)
+    bos = file.field("tokenizer.ggml.bos_token_id")
+    if adds_bos(file) and isinstance(bos, int) and 0 <= bos < len(tokens):
+        result.post_processor = begin_with(tokens[bos], bos)
     return result
+
+
+def adds_bos(file: GgufFile) -> bool:
+    """Whether a text begins with BOS.
+
+    Where the file is silent, llama.cpp adds it for these, as their original tokenizers do.
+    """
+    silent = (
+        file.field("tokenizer.ggml.model") == "llama"
+        or file.field("tokenizer.ggml.pre") == "llama-bpe"
+    )
+    return bool(file.field("tokenizer.ggml.add_bos_token", silent))
+
+
+def begin_with(token: str, index: int) -> Any:
+    """The post-processor of a tokenizer.json that puts a token before a text."""
+    from tokenizers import processors
+
+    return processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, index)]
+    )
 
 
 def _pre_tokenizer(file: GgufFile) -> tuple[Any, bool]:

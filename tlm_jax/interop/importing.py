@@ -1,70 +1,91 @@
 """A published model as a run folder: parameters, config and tokenizer."""
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from tlm_jax.config import DataConfig, ModelConfig, RunConfig, UserError
-from tlm_jax.data import load_tokenizer
+from tlm_jax import files
+from tlm_jax.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, UserError
+from tlm_jax.data import Tokenizer, load_tokenizer
 from tlm_jax.data.tokenizers import file_fingerprint
-from tlm_jax.interop import gguf_tokenizer, llama, loading, original
+from tlm_jax.interop import digests, gguf_tokenizer, llama, loading, original, special_tokens
 from tlm_jax.interop.gguf_file import GgufFile
 from tlm_jax.interop.tensors import SafetensorsFolder, TensorSource
-from tlm_jax.models import skeleton
+from tlm_jax.models import Skeleton, skeleton
 from tlm_jax.training import checkpoint
 from tlm_jax.training.loop import CHECKPOINTS
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-_SEQ_LEN = 1024
+_BATCH_TOKENS = 8192
+"""Of the batches that a held-out loss is computed on: one row of a long model."""
 
 
 def import_model(
     model: pathlib.Path, out: pathlib.Path, tokenizer: pathlib.Path | None, mesh: Mesh
 ) -> dict[str, Any]:
-    """Writes a run folder from a model; returns the metadata saved with it.
+    """Writes a run folder from a model, all or nothing; returns the metadata saved with it.
 
     Args:
       model: a Hugging Face folder, or a GGUF file.
-      out: the run folder.
+      out: the run folder; it may be there if it is empty.
       tokenizer: a tokenizer.json or .model to use in place of the model's own.
       mesh: where the parameters lie while they are written.
 
     Raises:
-      UserError: the model cannot be imported exactly, or `out` holds a run.
+      UserError: the model cannot be imported exactly, or `out` is not empty.
     """
     if (out / CHECKPOINTS).exists():
         raise UserError(f"{out} already holds a run; choose another --out")
     opened = _open(model)
     structure = skeleton(opened.run.model)
     loading.check(structure, opened.source, native=opened.native)
+    found = _find_tokenizer(opened, model, tokenizer)
+    opened.provenance["sha256"] = digests.check(opened.files)
+    with files.new_folder(out) as part:
+        return _fill(part, out, model, opened, structure, found, mesh)
+
+
+def _fill(
+    part: pathlib.Path,
+    out: pathlib.Path,
+    model: pathlib.Path,
+    opened: "_Opened",
+    structure: Skeleton,
+    tokenizer: tuple[str, bytes] | None,
+    mesh: Mesh,
+) -> dict[str, Any]:
+    """Writes the run folder that will lie at `out` into `part`."""
     run = opened.run
-    if found := _find_tokenizer(opened, model, tokenizer):
-        name, content = found
-        out.mkdir(parents=True, exist_ok=True)
-        (out / name).write_bytes(content)
+    if tokenizer is None:
+        reader = load_tokenizer(run.data.tokenizer)
+    else:
+        name, content = tokenizer
+        (part / name).write_bytes(content)
+        try:
+            reader = load_tokenizer(str(part / name))
+        except UserError as error:  # of a GGUF file; one that was given was read before
+            raise UserError(
+                str(error).replace(str(part / name), f"in {opened.source.where}")
+            ) from None
         data = dataclasses.replace(run.data, tokenizer=str(out / name))
         run = dataclasses.replace(run, data=data)
-    reader = load_tokenizer(run.data.tokenizer)
     if reader.vocab_size > run.model.vocab_size:
         raise UserError(
-            f"tokenizer {reader.name} has {reader.vocab_size} tokens, but the model has only "
+            f"the tokenizer has {reader.vocab_size} tokens, but the model has only "
             f"{run.model.vocab_size}; give the right one with --tokenizer FILE"
         )
-    # A model that was not trained here began its texts as its tokenizer does.
-    layout = {"document_prefix": list(reader.prefix_ids)} if not opened.data_layout else {}
-    layout |= opened.data_layout | {"tokenizer": reader.fingerprint}
+    about_texts, special = _special_tokens(opened, model, reader)
+    layout = about_texts | opened.data_layout | {"tokenizer": reader.fingerprint}
     with jax.set_mesh(mesh):
         params = loading.load(structure, opened.source, mesh, native=opened.native)
         metadata = checkpoint.metadata(run, params, layout)
-        metadata["source"] = opened.provenance
-        with checkpoint.Checkpoints(out / CHECKPOINTS) as checkpoints:
+        metadata |= special | {"source": opened.provenance}
+        with checkpoint.Checkpoints(part / CHECKPOINTS) as checkpoints:
             checkpoints.save_params(0, params, metadata)
-    text = json.dumps(metadata, indent=2) + "\n"
-    (out / "config.json").write_text(text, encoding="utf-8")
+    files.write_json(part / "config.json", metadata)
     return metadata
 
 
@@ -77,10 +98,16 @@ class _Opened:
     native: bool
     data_layout: dict[str, Any]
     provenance: dict[str, Any]
+    files: tuple[pathlib.Path, ...]
+    """Those that hold the tensors."""
+    values: dict[str, Any]
+    """Its config."""
+    special_tokens: dict[str, Any] | None = None
+    """As an export of ours holds them."""
 
 
 def _open(model: pathlib.Path) -> _Opened:
-    source: TensorSource
+    source: SafetensorsFolder | GgufFile
     if model.is_dir():
         values = read_config(model)
         source = SafetensorsFolder(model)
@@ -89,6 +116,7 @@ def _open(model: pathlib.Path) -> _Opened:
         values = source.config
     else:
         raise UserError(f"{model} does not exist; give a Hugging Face folder or a GGUF file")
+    loading.check_sizes(values, source)
     if original.KEY not in values:
         return _Opened(
             run=_run_config(llama.model_config(values, source.where), values, model),
@@ -96,16 +124,19 @@ def _open(model: pathlib.Path) -> _Opened:
             native=False,
             data_layout={},
             provenance={"file": model.name, "config": values},
+            files=source.files,
+            values=values,
         )
     ours = original.read(values, source.where)
-    if not ours.native:
-        source = original.Trimmed(source, ours.run.model.mlp_widths)
     return _Opened(
         run=ours.run,
-        source=source,
+        source=source if ours.native else original.Trimmed(source, ours.run.model.mlp_widths),
         native=ours.native,
         data_layout=ours.data_layout,
         provenance=ours.source or {"file": model.name, "config": {}},
+        files=source.files,
+        values=values,
+        special_tokens=ours.special_tokens,
     )
 
 
@@ -113,15 +144,12 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
     """What a Hugging Face folder's config.json holds.
 
     Raises:
-      UserError: there is none, or it is not JSON.
+      UserError: there is none, or it holds no JSON object.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"{folder} is not a Hugging Face folder: it has no config.json")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    return files.read_json(path)
 
 
 def _find_tokenizer(
@@ -146,12 +174,33 @@ def _find_tokenizer(
     )
 
 
+def _special_tokens(
+    opened: _Opened, model: pathlib.Path, reader: Tokenizer
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How the model's texts begin, for the layout, and its special tokens, for the metadata."""
+    if opened.data_layout:
+        template = special_tokens.chat_template(model) if opened.special_tokens else None
+        kept = {"special_tokens": opened.special_tokens, "chat_template": template}
+        return {}, {name: value for name, value in kept.items() if value is not None}
+    if isinstance(opened.source, GgufFile):
+        found = special_tokens.of_gguf(opened.source, reader)
+    else:
+        found = special_tokens.of_folder(model, opened.values, reader)
+    record = dataclasses.asdict(found.tokens) | {"separator": reader.eot_id}
+    special: dict[str, Any] = {"special_tokens": record}
+    if found.chat_template is not None:
+        special["chat_template"] = found.chat_template
+    return {"document_prefix": list(found.prefix)}, special
+
+
 def _run_config(config: ModelConfig, values: dict[str, Any], model: pathlib.Path) -> RunConfig:
-    """A run of this model: for evaluation, on sequences no longer than it knows."""
-    known = values.get("max_position_embeddings") or _SEQ_LEN
-    seq_len = 1 << (min(known, _SEQ_LEN).bit_length() - 1)
+    """A run of this model: for evaluation, on sequences as long as it knows."""
+    seq_len = llama.max_positions(values, str(model))
+    most = min(TrainingConfig().loss_chunk, seq_len)
+    chunk = next(n for n in range(most, 0, -1) if seq_len % n == 0)
     return RunConfig(
         name=model.stem if model.suffix == ".gguf" else model.resolve().name,
         model=config,
-        data=DataConfig(seq_len=seq_len, batch_size=8),
+        data=DataConfig(seq_len=seq_len, batch_size=max(1, _BATCH_TOKENS // seq_len)),
+        training=TrainingConfig(loss_chunk=chunk),
     )

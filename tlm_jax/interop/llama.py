@@ -17,10 +17,15 @@ from tlm_jax.taper_config import TaperConfig
 
 # What a config.json means where it is silent, by model_type.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "max_position_embeddings": 131072,
+    },
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
 }
+_MOST_POSITIONS = 1 << 24
 _EXACT: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
@@ -165,8 +170,11 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
     values = _DEFAULTS[kind] | values
     _check_exact(values, where)
     for name in _SIZES:
-        if not isinstance(values.get(name), int):
+        if type(values.get(name)) is not int:
             raise UserError(f"{where}: {name} is {values.get(name)!r}; it must be a number")
+    for name in ("num_key_value_heads", "head_dim"):
+        if values.get(name) is not None and type(values[name]) is not int:
+            raise UserError(f"{where}: {name} is {values[name]!r}; it must be a whole number")
     try:
         return ModelConfig(
             vocab_size=values["vocab_size"],
@@ -184,8 +192,23 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
             tie_embeddings=values.get("tie_word_embeddings", False),
             norm_eps=float(values.get("rms_norm_eps", 1e-6)),
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def max_positions(values: dict[str, Any], where: str) -> int:
+    """The longest text, in tokens, that a Llama-like model was trained to read.
+
+    Raises:
+      UserError: the field that says so is damaged.
+    """
+    name = "max_position_embeddings"
+    length = (_DEFAULTS[values["model_type"]] | values)[name]
+    if isinstance(length, bool) or not isinstance(length, int):
+        raise UserError(f"{where}: {name} is {length!r}; it must be a number")
+    if not 0 < length <= _MOST_POSITIONS:
+        raise UserError(f"{where}: {name} is {length}; it must lie between 1 and {_MOST_POSITIONS}")
+    return length
 
 
 def _check_exact(values: dict[str, Any], where: str) -> None:
@@ -195,7 +218,8 @@ def _check_exact(values: dict[str, Any], where: str) -> None:
         value = values.get(name, allowed[0])
         if value not in allowed:
             raise UserError(_refusal(where, name, value, allowed[0]))
-    for index, kind in enumerate(values.get("layer_types") or ()):
+    kinds = values.get("layer_types") or []
+    for index, kind in enumerate(kinds if isinstance(kinds, list) else [kinds]):
         if kind != "full_attention":
             raise UserError(_refusal(where, f"layer_types[{index}]", kind, "full_attention"))
 
@@ -205,6 +229,8 @@ def _rope(values: dict[str, Any], where: str) -> float:
     parameters = values.get("rope_parameters") or {}
     scaling = values.get("rope_scaling") or {}
     for name, spec in (("rope_parameters", parameters), ("rope_scaling", scaling)):
+        if not isinstance(spec, dict):
+            raise UserError(f"{where}: {name} is {spec!r}; it must be an object")
         kind = spec.get("rope_type", spec.get("type", "default"))
         if kind != "default":
             raise UserError(_refusal(where, f"{name}.rope_type", kind, "default"))

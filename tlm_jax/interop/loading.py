@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,10 +11,20 @@ from jax.sharding import Mesh
 
 from tlm_jax.config import ModelConfig, UserError
 from tlm_jax.distributed import sharding
-from tlm_jax.interop import llama
+from tlm_jax.interop import llama, original
 from tlm_jax.interop.tensors import TensorSource
 from tlm_jax.models import Skeleton
 
+_DIMS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+_HARMLESS = 1 << 20
+"""Numbers of a config up to here, such as the length of a chunk, cost nothing."""
 Index = tuple[slice, ...]
 Place = tuple[str, range | None]
 """(path below the layer, the layers that it stacks or None)."""
@@ -83,6 +93,47 @@ def check(skeleton: Skeleton, source: TensorSource, *, native: bool) -> None:
                 f"{source.where}: tensor {name} has no place in this model, so it cannot be "
                 "imported exactly"
             )
+
+
+def check_sizes(values: dict[str, Any], source: TensorSource) -> None:
+    """Refuses a config with numbers that no tensor has, before anything of that size is made.
+
+    So memory and time are bounded by the size of the files.
+
+    Args:
+      values: what config.json holds, and under `original.KEY` perhaps the config of an export.
+      source: the tensors.
+
+    Raises:
+      UserError: the field and its number.
+    """
+    shapes = {name: shape for name, shape in source.shapes.items() if math.prod(shape)}
+    widest = max((max(shape, default=1) for shape in shapes.values()), default=0)
+    # Under our own names the layers of a segment are stacked.
+    layers = sum(s[0] if s and n.startswith("segments/") else 1 for n, s in shapes.items())
+    limits = {"num_hidden_layers": layers} | dict.fromkeys(_DIMS, widest)
+    sizes = [(name, values.get(name), most) for name, most in limits.items()]
+    ours: Any = values
+    for key in (original.KEY, "config", "model"):
+        ours = ours.get(key) if isinstance(ours, dict) else None
+    most = max(_HARMLESS, sum(map(math.prod, shapes.values())))
+    for name, value in _leaves(ours, f"{original.KEY}.config.model"):
+        sizes.append((name, value, layers if name.endswith(".num_layers") else most))
+    for name, value, most in sizes:
+        if isinstance(value, int | float) and value > most:
+            raise UserError(
+                f"{source.where}: {name} is {value:,}, and its tensors have room for {most:,} at "
+                "most"
+            )
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in pairs:
+            yield from _leaves(inner, f"{name}.{key}")
+    elif not name.endswith(".rope_theta"):
+        yield name, value
 
 
 def expected_shapes(skeleton: Skeleton, *, native: bool) -> dict[str, tuple[int, ...]]:

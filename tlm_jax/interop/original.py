@@ -22,6 +22,7 @@ class Original:
     """Whether the tensors carry our names."""
     data_layout: dict[str, Any]
     source: dict[str, Any] | None
+    special_tokens: dict[str, Any] | None
 
 
 def read(values: dict[str, Any], where: str) -> Original:
@@ -38,9 +39,12 @@ def read(values: dict[str, Any], where: str) -> Original:
             native=ours["format"] == "native",
             data_layout=ours["data_layout"],
             source=ours.get("source"),
+            special_tokens=ours.get("special_tokens"),
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"{where}: {KEY} lacks {error}") from error
+    if not isinstance(found.data_layout, dict) or not isinstance(found.source or {}, dict):
+        raise UserError(f"{where}: data_layout and source of {KEY} must be objects")
     if not found.native:
         theirs = llama.model_config({**values, "model_type": "llama"}, where)
         for name, before, after in _meanings(run.model, theirs):

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from tlm_jax import files
 from tlm_jax.config import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -43,9 +44,10 @@ class SafetensorsFolder:
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.where = str(folder)
+        self.files = tuple(_weight_files(folder))
         self._files: dict[str, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        for path in _weight_files(folder):
+        for path in self.files:
             reader = self._open(path)
             for name in reader.keys():  # noqa: SIM118 (not a mapping)
                 tensor = reader.get_slice(name)
@@ -58,8 +60,12 @@ class SafetensorsFolder:
                 self.shapes[name] = tuple(tensor.get_shape())
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
-        """Rows `start` to `stop` of a tensor, float32."""
-        return self._files[name].get_slice(name)[start:stop].astype(np.float32)
+        """Rows `start` to `stop` of a tensor, float32; `UserError` if some are not finite."""
+        with np.errstate(over="ignore"):
+            rows = self._files[name].get_slice(name)[start:stop].astype(np.float32)
+        if not np.isfinite(rows).all():
+            raise UserError(f"{self.where}: {name} holds numbers that are not finite")
+        return rows
 
     @staticmethod
     def _open(path: pathlib.Path) -> Any:
@@ -76,11 +82,15 @@ class SafetensorsFolder:
 def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     index = folder / INDEX
     if index.is_file():
-        try:
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{index} is not an index of safetensors files") from error
-        return [folder / name for name in sorted(set(names))]
+        names = files.read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise UserError(f"{index} is not an index of safetensors files")
+        for name in names.values():  # a link, as in the Hugging Face cache, may lead elsewhere
+            if not isinstance(name, str) or name in ("", "..") or "/" in name or "\0" in name:
+                raise UserError(f"{index} names {name!r}, which is not a file beside it")
+            if (folder / name).exists() and not (folder / name).is_file():
+                raise UserError(f"{folder / name}, which {INDEX} names, is not a regular file")
+        return [folder / name for name in sorted(set(names.values()))]
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     raise UserError(

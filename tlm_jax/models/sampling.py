@@ -6,7 +6,7 @@ Shapes: B batch, P prompt length, T tokens to sample, V vocab.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,24 +14,19 @@ import numpy as np
 
 from tlm_jax.models import online
 from tlm_jax.models.skeleton import Skeleton
-from tlm_jax.validation import require
+from tlm_jax.validation import Checked, NaturalNumber, NotNegative, Range
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
+class SamplingConfig(Checked):
     """How the next token is drawn."""
 
-    temperature: float = 0.8
+    temperature: NotNegative = 0.8
     """Divides the logits; 0 is greedy."""
-    top_k: int = 0
+    top_k: NaturalNumber = 0
     """Draw among this many likeliest tokens; 0 is all."""
-    top_p: float = 1.0
+    top_p: Annotated[float, Range(above=0, most=1)] = 1.0
     """Draw among the likeliest tokens that hold this share of the probability."""
-
-    def __post_init__(self) -> None:
-        require(self.temperature >= 0, f"temperature is {self.temperature}; 0 is greedy")
-        require(self.top_k >= 0, f"top_k is {self.top_k}; 0 means all tokens")
-        require(0 < self.top_p <= 1, f"top_p is {self.top_p}; it must lie above 0 and up to 1")
 
 
 def draw(logits_BV: jax.Array, key: jax.Array, config: SamplingConfig) -> jax.Array:

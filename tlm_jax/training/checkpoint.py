@@ -3,17 +3,16 @@
 A checkpoint of step s lies in `checkpoints/s` and holds the training state, the
 position of the data iterator and, as metadata, what is needed to tell whether
 this program may continue it: the resolved config, widths, shapes, the data
-layout. Orbax writes into a temporary folder and renames it when it is whole.
+layout; and whether it is still what was saved: a checksum for each array, over
+the position and over the metadata themselves. Orbax writes into a temporary
+folder and renames it when it is whole.
 """
 
-import asyncio
 import functools
 import json
-import os
 import pathlib
-import re
 import subprocess
-from collections.abc import Awaitable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -22,13 +21,15 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 import tlm_jax
-from tlm_jax import config_io
+from tlm_jax import config_io, files
 from tlm_jax.config import RunConfig, UserError
-from tlm_jax.training import faults
+from tlm_jax.training import checksums, damage
+from tlm_jax.training.damage import DamagedCheckpointError as DamagedCheckpointError
+from tlm_jax.training.position import Position
 from tlm_jax.training.step import TrainState
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
-_NOT_DAMAGE = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+_METADATA = "_CHECKPOINT_METADATA"
 
 
 def metadata(config: RunConfig, params: Any, layout: dict[str, Any]) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def metadata(config: RunConfig, params: Any, layout: dict[str, Any]) -> dict[str
 def param_shapes(params: Any) -> dict[str, list[int]]:
     """Shape of each parameter by its path, such as `segments/000/mlp/0/gate`."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {"/".join(str(key.key) for key in path): list(leaf.shape) for path, leaf in leaves}
+    return {checksums.name(path): list(leaf.shape) for path, leaf in leaves}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -85,16 +86,18 @@ def shape_differences(saved: dict[str, Any], params: Any) -> list[str]:
       saved: the checkpoint's metadata.
       params: parameters, or their shapes.
     """
-    before, after = saved["param_shapes"], param_shapes(params)
-    return [
-        f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
-        for name in sorted(before.keys() | after.keys())
-        if before.get(name) != after.get(name)
-    ]
+    return _different(saved["param_shapes"], param_shapes(params))
 
 
-class DamagedCheckpointError(UserError):
-    """A checkpoint that cannot be read although nothing else is wrong."""
+def params_id(metadata: dict[str, Any]) -> str | None:
+    """A digest of the parameters' values; None for checkpoints from before there were checksums.
+
+    Args:
+      metadata: of a checkpoint.
+    """
+    if "checksums" not in metadata:
+        return None
+    return checksums.identity(metadata["checksums"], "params/")
 
 
 class Checkpoints:
@@ -153,10 +156,11 @@ class Checkpoints:
         self.wait()
         self._saving = step
         with self._save_reported():
+            tree = _as_dict(state)
             self._pending = self._checkpointer.save_checkpointables_async(
                 step,
-                {"state": _as_dict(state), "data": _Position(iterator)},
-                custom_metadata=metadata,
+                {"state": tree, "data": Position(iterator)},
+                custom_metadata=_sealed(metadata, tree),
                 force=True,
             )
 
@@ -168,10 +172,11 @@ class Checkpoints:
         """
         self._saving = step
         with self._save_reported():
+            tree = {"params": params}
             self._checkpointer.save_checkpointables(
                 step,
-                {"state": {"params": params}},
-                custom_metadata=metadata | {"parameters_only": True},
+                {"state": tree},
+                custom_metadata=_sealed(metadata | {"parameters_only": True}, tree),
                 force=True,
             )
 
@@ -189,35 +194,81 @@ class Checkpoints:
           UserError: it failed, for example because the disk is full.
         """
         with self._save_reported():
+            if self._pending is not None:
+                pending, self._pending = self._pending, None
+                pending.result()  # ends its thread and event loop, which `wait` leaves behind
             self._checkpointer.wait()
 
     def metadata(self, step: int) -> dict[str, Any]:
         """The metadata that was saved with a step."""
         with self._reported(f"read step {step}", damaged=step):
-            found = self._checkpointer.checkpointables_metadata(step).custom_metadata
-            if not found:
-                raise ValueError("its metadata is missing or not valid JSON")
-            return found
+            return damage.together(functools.partial(self._metadata, step))
+
+    def _metadata(self, step: int) -> dict[str, Any]:
+        # Not with Orbax, for which a file that it may not read is one that is not there.
+        path = self.folder / str(step) / _METADATA
+        found = json.loads(path.read_bytes())["custom_metadata"]
+        if "checksums" in found and files.CHECKSUM not in found:
+            raise files.DamagedFileError("the checksum over its metadata is missing")
+        return files.verified(found, "its metadata")
 
     def restore(self, step: int, state: TrainState, iterator: Any) -> TrainState:
-        """Loads a step; `state` has shapes and shardings, `iterator` is moved to its place."""
+        """Loads a step; `state` has shapes and shardings, `iterator` is moved to its place.
+
+        Raises:
+          UserError: the step has another state, or cannot be read.
+          DamagedCheckpointError: it is not what was saved.
+        """
+        saved, tree = self.metadata(step), _as_dict(state)
         with self._reported(f"load step {step}", damaged=step):
-            loaded = self._checkpointer.load_checkpointables(
-                step, {"state": _as_dict(state), "data": _Position(iterator)}
+            shapes = saved.get("state_shapes") or damage.together(lambda: self._shapes(step))
+        if lines := _different(shapes, checksums.shapes(tree)):
+            raise UserError(
+                f"the state of step {step} in {self.folder} does not fit this config: "
+                f"{'; '.join(lines[:4])}"
+                + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")
             )
-        return TrainState(**loaded["state"])
+        position = Position(iterator, sealed="checksums" in saved)
+        return TrainState(**self._load(step, saved, {"state": tree, "data": position}))
 
     def restore_params(self, step: int, params: Any) -> Any:
-        """Loads only the parameters of a step, into shapes with shardings."""
-        options = ocp.options.PyTreeOptions(
-            loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
-        )
-        with (
-            self._reported(f"load step {step}", damaged=step),
-            ocp.Context(pytree_options=options),
-        ):
-            path = self.folder / str(step)
-            return ocp.load_checkpointables(path, {"state": {"params": params}})["state"]["params"]
+        """Loads only the parameters of a step, into shapes with shardings.
+
+        Raises:
+          UserError: it cannot be read.
+          DamagedCheckpointError: it is not what was saved.
+        """
+        return self.restore_part(step, {"params": params})["params"]
+
+    def restore_part(self, step: int, tree: Any) -> Any:
+        """Loads part of the state of a step, as `restore_params` does."""
+        return self._load(step, self.metadata(step), {"state": tree}, partial=True)
+
+    def _load(
+        self, step: int, saved: dict[str, Any], wanted: dict[str, Any], *, partial: bool = False
+    ) -> Any:
+        """Loads, and compares with the checksums."""
+        context = ocp.Context()
+        context.pytree.loading.partial_load = partial
+        if jax.process_count() > 1:  # each by itself: nobody waits for one that has failed
+            this = jax.process_index()
+            context.multiprocessing.primary_host = this
+            context.multiprocessing.active_processes = {this}
+            context.multiprocessing.barrier_sync_key_prefix = f"process-{this}"
+
+        def load() -> Any:
+            with context:
+                return ocp.load_checkpointables(self.folder / str(step), wanted)["state"]
+
+        with self._reported(f"load step {step}", damaged=step):
+            state = damage.together(load)
+            if "checksums" in saved and (wrong := checksums.mismatches(saved["checksums"], state)):
+                more = f", nor do {len(wrong) - 1} other arrays" if len(wrong) > 1 else ""
+                raise files.DamagedFileError(f"{wrong[0]} does not match its checksum{more}")
+            return state
+
+    def _shapes(self, step: int) -> dict[str, str]:
+        return checksums.shapes(ocp.metadata(self.folder / str(step), "state").metadata)
 
     def set_aside(self, step: int) -> pathlib.Path:
         """Moves a damaged checkpoint out of the way; returns where it is now."""
@@ -244,8 +295,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            reason = _reason(error)
-            if damaged is None or isinstance(faults.causes(error)[-1], _NOT_DAMAGE):
+            reason = damage.reason(error)
+            if damaged is None or not damage.is_damage(error):
                 raise UserError(f"cannot {doing} in {self.folder}: {reason}") from error
             others = [s for s in self.steps if s != damaged]
             use = f"use --step {max(others)}" if others else "there is no other"
@@ -264,7 +315,7 @@ class Checkpoints:
             kept = "no earlier checkpoint" if newest is None else f"step {newest} is whole"
             start = "starts anew" if newest is None else "continues from there"
             raise UserError(
-                f"cannot save step {self._saving} in {self.folder}: {_reason(error)}; "
+                f"cannot save step {self._saving} in {self.folder}: {damage.reason(error)}; "
                 f"{kept}, and the same command {start}"
             ) from error
 
@@ -284,49 +335,19 @@ class Checkpoints:
                 raise
 
 
-class _Position:
-    """Where the data iterator stands, as Orbax saves and loads it.
-
-    One file, whatever the number of processes: all of them read the same batches. (Grain's own
-    way is a file for each process, which no other number of them can read.)
-    """
-
-    FILE = "position.json"
-
-    def __init__(self, iterator: Any) -> None:
-        self._iterator = iterator
-
-    async def save(self, directory: Any) -> Awaitable[None]:
-        state = json.dumps(self._iterator.get_state())  # now; written later
-
-        async def write() -> None:
-            folder = await directory.await_creation()
-            if jax.process_index() == 0:
-                await asyncio.to_thread((folder / self.FILE).write_text, state)
-
-        return write()
-
-    async def load(self, directory: Any) -> Awaitable[None]:
-        async def read() -> None:
-            text = await asyncio.to_thread((directory / self.FILE).read_text)
-            self._iterator.set_state(json.loads(text))
-
-        return read()
+def _sealed(metadata: dict[str, Any], tree: Any) -> dict[str, Any]:
+    """What to save as metadata with a tree of arrays."""
+    arrays = {"state_shapes": checksums.shapes(tree), "checksums": checksums.of(tree)}
+    return files.sealed(metadata | arrays)
 
 
-def _reason(error: BaseException) -> str:
-    """What went wrong, without the internals of Orbax and TensorStore."""
-    chain = faults.causes(error)
-    for link in chain:
-        if number := re.search(r"os_error_code='(\d+)'", str(link)):
-            return os.strerror(int(number[1]))
-    cause = chain[-1]
-    text = " ".join(str(cause).split())
-    if isinstance(cause, OSError) and cause.strerror:
-        return f"{cause.strerror}: {cause.filename}" if cause.filename else cause.strerror
-    if isinstance(cause, json.JSONDecodeError):
-        return f"a file of it is not valid JSON ({text})"
-    return text[:300] or type(cause).__name__
+def _different(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """A line for each name whose value differs."""
+    return [
+        f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
+        for name in sorted(before.keys() | after.keys())
+        if before.get(name) != after.get(name)
+    ]
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:

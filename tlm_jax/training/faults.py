@@ -18,20 +18,46 @@ from rich.console import Console
 
 from tlm_jax import files
 from tlm_jax.config import RUN_AGAIN, UserError
+from tlm_jax.validation import causes
 
 _LOCK = ".lock"
 # Orbax's threads raise anew what JAX said, as errors of other types.
 _LOST = re.compile("Gloo|NCCL|[Bb]arrier|Connection (reset|refused)|UNAVAILABLE|DEADLINE_EXCEEDED")
 
 
+class Stopped(Exception):
+    """What was going on was given up, because the job was asked to stop."""
+
+
+class Stop:
+    """Whether the job was asked to stop."""
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        """The signal that asked; with several processes, once all of them know."""
+        self._points = 0
+
+    def now(self) -> bool:
+        """Whether to stop here. All processes must ask at the same points of their work.
+
+        With several processes the answer becomes yes in all of them at the same point, once one
+        of them was sent SIGTERM, as preempted machines are.
+        """
+        if jax.process_count() > 1 and self.signal is None:
+            self._points += 1
+            if multihost_utils.reached_preemption_sync_point(self._points):
+                self.signal = "SIGTERM"
+        return self.signal is not None
+
+
 @contextlib.contextmanager
-def stop_signals(console: Console) -> Iterator[list[str]]:
-    """Collects SIGINT and SIGTERM in a list; a second one acts at once.
+def stop_signals(console: Console) -> Iterator[Stop]:
+    """Takes note of SIGINT and SIGTERM; a second one acts at once.
 
     With several processes JAX itself takes note of SIGTERM and tells the others (see
-    `agree_to_stop`); SIGINT becomes SIGTERM there.
+    `Stop.now`); SIGINT becomes SIGTERM there.
     """
-    received: list[str] = []
+    stop = Stop()
     previous: dict[int, Any] = {}
 
     def handle(number: int, _: Any) -> None:
@@ -40,26 +66,18 @@ def stop_signals(console: Console) -> Iterator[list[str]]:
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
             return
-        received.append(name)
-        console.print(f"[yellow]{name}: saving after this step; again to stop at once.[/]")
+        stop.signal = name
+        with contextlib.suppress(RuntimeError):  # it came in the middle of another print
+            console.print(f"{name}: saving after this step; again to stop at once.", style="yellow")
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     for number in numbers[: 1 if jax.process_count() > 1 else 2]:
         previous[number] = signal.signal(number, handle)
     try:
-        yield received
+        yield stop
     finally:
         for signal_number, handler in previous.items():
             signal.signal(signal_number, handler)
-
-
-def agree_to_stop(stop: list[str], done: int) -> None:
-    """With several processes, adds to `stop` in all of them after the same step.
-
-    That is once one of them was sent SIGTERM, as preempted machines are.
-    """
-    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(done):
-        stop.append("SIGTERM")
 
 
 class Watchdog:
@@ -74,7 +92,6 @@ class Watchdog:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self._doing, self._since = "starting", time.monotonic()
-        self._paused = False
         self._closed = threading.Event()
         if seconds:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -83,16 +100,6 @@ class Watchdog:
         """A sign of life; `doing` is what comes next."""
         self._doing, self._since = doing, time.monotonic()
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """While something runs that may take as long as it likes."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
-            self.alive(self._doing)
-
     def close(self) -> None:
         """Stops watching."""
         self._closed.set()
@@ -100,7 +107,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._closed.wait(min(self._seconds / 4, 10)):
             waited = time.monotonic() - self._since
-            if waited > self._seconds and not self._paused:
+            if waited > self._seconds:
                 faulthandler.dump_traceback(sys.stderr)
                 end_at_once(
                     f"no progress for {waited:.0f} s while {self._doing} "
@@ -139,19 +146,6 @@ def lost_processes() -> Iterator[None]:
             raise
         text = " ".join(str(lost[-1]).split())[:200]
         end_at_once(f"another process is gone, or the network ({text})")
-
-
-def causes(error: BaseException) -> list[BaseException]:
-    """An error and what caused it, first cause last.
-
-    The chain can be a ring, because several threads raise the same error again.
-    """
-    chain: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in chain:
-        chain.append(cause)
-        cause = cause.__cause__ or cause.__context__
-    return chain
 
 
 @contextlib.contextmanager

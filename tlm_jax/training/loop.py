@@ -1,41 +1,37 @@
 """The training loop, read from top to bottom.
 
 Order within a step, not to be changed: take a batch, dispatch the update, read
-the metrics of the step before (so the device never waits), evaluate, save. The
+the metrics of the step before (so the device never waits), save, evaluate. The
 data iterator moves only after the save, so a checkpoint continues with exactly
-the next batch.
+the next batch; and no evaluation, however it ends, costs a step. One that was
+interrupted is made up when the run continues: `metrics.jsonl` tells.
 """
 
 import dataclasses
 import functools
-import json
 import pathlib
+import shlex
 import time
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from rich.console import Console
-from rich.markup import escape
 
-from tlm_jax import config_io, costs, ops
+from tlm_jax import config_io, costs, files, ops
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.data import open_dataset
+from tlm_jax.distributed import agreement
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed.sharding import to_devices
-from tlm_jax.evaluation import perplexity
-from tlm_jax.evaluation.evaluator import Evaluator
-from tlm_jax.evaluation.journal import Journal
-from tlm_jax.evaluation.options import SuiteConfig
-from tlm_jax.models import sampling, skeleton
+from tlm_jax.models import skeleton
 from tlm_jax.models.settings import attention_kernel, compute_dtype
 from tlm_jax.training import checkpoint, faults, metrics, step
 from tlm_jax.training.allocator import release_freed_memory
+from tlm_jax.training.evaluations import Evaluations
 from tlm_jax.training.optimizer import make_optimizer
 from tlm_jax.training.profiling import Profiler, ProfileSpan
 
 CHECKPOINTS = "checkpoints"
-SAMPLES_FILE = "samples.txt"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +41,8 @@ class Outcome:
     step: int
     """Steps of the run so far."""
     stopped_by: str | None
-    """Name of the signal that asked it to stop, or None when it is complete."""
+    """Name of the signal that asked it to stop, or None when it is complete, which takes the
+    evaluations of the last step too."""
     already_complete: bool = False
     """True when there was nothing left to do."""
     goodput: tuple[float, float] = (0.0, 0.0)
@@ -67,6 +64,7 @@ class Trainer:
         self.config, self.workdir, self.console = config, workdir, console
         self.allow_config_change, self.profile = allow_config_change, profile
         self.began = time.perf_counter()
+        agreement.require_equal("config", self._facts())  # before anything that could hang
         self.is_main = jax.process_index() == 0
         costs.assert_matched(config.model)
         self.mesh = mesh_lib.make_mesh(config)
@@ -81,7 +79,18 @@ class Trainer:
         )
         self.shapes = step.abstract_state(self.skeleton, self.tx, self.mesh)
         self.iterator = self.dataset.train_iterator()
-        self.metadata = checkpoint.metadata(config, self.skeleton.shapes, self.dataset.layout())
+        layout = self.dataset.layout()
+        agreement.require_equal("data", {f"data, {k}": repr(v) for k, v in layout.items()})
+        self.metadata = checkpoint.metadata(config, self.skeleton.shapes, layout)
+        self.evaluations = Evaluations(
+            config,
+            workdir,
+            self.dataset,
+            self.skeleton,
+            self.mesh,
+            say=self._say,
+            write=self._write,
+        )
 
     def run(self) -> Outcome:
         """Trains from the newest checkpoint, or from the start, to `num_steps`."""
@@ -95,20 +104,46 @@ class Trainer:
                 keep_last=training.keep_last,
                 keep_every=training.keep_every,
             ) as checkpoints,
+            faults.lost_processes(),
         ):
             state, start = self._restore_or_init(checkpoints)
-            if start >= training.num_steps:
+            owed = self.evaluations.owed(start)
+            if start >= training.num_steps and not owed:
                 return Outcome(step=start, stopped_by=None, already_complete=True)
-            with faults.lost_processes():
-                return self._loop(state, start, checkpoints, stop)
+            return self._loop(state, start, owed, checkpoints, stop)
+
+    def _facts(self) -> dict[str, str]:
+        """All that the processes of a job must have in common, by name."""
+        values = {name: value for name, (value, _) in config_io.flatten(self.config).items()}
+        del values["data.cache_dir"]  # a folder of each machine's own
+        return {
+            **{name: repr(value) for name, value in values.items()},
+            "--workdir": str(self.workdir),
+            "--allow_config_change": str(self.allow_config_change),
+            **agreement.code_version(),
+        }
+
+    def _tokens_until(self, step: int, checkpoints: checkpoint.Checkpoints) -> int:
+        """Targets scored until a saved step (see `metrics.TrainLog`)."""
+        if step == 0:
+            return 0
+        saved = checkpoints.metadata(step)
+        data = saved["config"]["data"]
+        # Older checkpoints do not say; most of their batches had no padding.
+        return saved.get("tokens", step * data["batch_size"] * data["seq_len"])
 
     def _loop(
-        self, state: Any, start: int, checkpoints: checkpoint.Checkpoints, stop: list[str]
+        self,
+        state: Any,
+        start: int,
+        owed: set[str],
+        checkpoints: checkpoint.Checkpoints,
+        stop: faults.Stop,
     ) -> Outcome:
         training = self.config.training
         self._write_config()
-        train_step = self._compile_train_step()
-        self._prepare_evaluation()
+        train_step = self._compile_train_step() if start < training.num_steps else None
+        self.evaluations.prepare(start, self.shapes.params)
         writer = metrics.MetricsWriter(self.workdir, self.console, enabled=self.is_main)
         log = metrics.TrainLog(
             self.config,
@@ -116,21 +151,22 @@ class Trainer:
             writer,
             self.console,
             start,
+            self._tokens_until(start, checkpoints),
             self.began,
             enabled=self.is_main,
         )
         watchdog = faults.Watchdog(training.hang_timeout)
         profiler = Profiler(self.profile, self.workdir / "profile")
-        if start == 0:
-            self._evaluate(state, 0, writer, stop)
-        log.meter.restart()
-        done = start
+        done = saved = start
         try:
-            while done < training.num_steps and not stop:
+            owed = self.evaluations.make(owed, state.params, done, writer, watchdog, stop)
+            log.meter.restart()
+            while done < training.num_steps and not stop.signal:
+                assert train_step is not None
                 try:
                     batch = next(self.iterator)
                 except Exception:
-                    if stop:  # the signal ended the reader processes too
+                    if stop.signal:  # the signal ended the reader processes too
                         break
                     raise
                 profiler.before_step(done)
@@ -141,28 +177,23 @@ class Trainer:
                 log.push(done, new_metrics)
                 watchdog.alive(f"waiting for step {done}")
                 checkpoints.check()
-                faults.agree_to_stop(stop, done)
 
                 last = done == training.num_steps
-                evaluate = last or metrics.due(done, training.eval_every)
-                save = last or bool(stop) or metrics.due(done, training.checkpoint_every)
-                if evaluate or save:
+                due = self.evaluations.due(done)
+                save = stop.now() or last or metrics.due(done, training.checkpoint_every)
+                if due or save:
                     log.flush()
-                if evaluate:
-                    self._evaluate(state, done, writer, stop, complete=last)
-                if self._suites and (last or metrics.due(done, training.suites_every)):
-                    log.flush()
-                    with watchdog.paused():
-                        self._evaluate_suites(state, done, writer)
-                    log.meter.restart()
                 if save:
                     watchdog.alive(f"saving step {done}")
-                    checkpoints.save(done, state, self.iterator, self.metadata)
-                if evaluate or save:
+                    self._save(done, state, checkpoints, log)
+                    saved = done
+                owed = self.evaluations.make(due, state.params, done, writer, watchdog, stop)
+                if due or save:
                     log.meter.restart()
-            if stop and done > start and done not in checkpoints.steps:
+            watchdog.alive(f"saving step {done}")
+            if done > saved:
                 log.flush()
-                checkpoints.save(done, state, self.iterator, self.metadata)
+                self._save(done, state, checkpoints, log)
             checkpoints.wait()
         finally:
             watchdog.close()
@@ -172,34 +203,47 @@ class Trainer:
             self.iterator.close()  # stops reader processes
         return Outcome(
             step=done,
-            stopped_by=stop[0] if done < training.num_steps else None,
+            stopped_by=stop.signal if owed or done < training.num_steps else None,
             goodput=(log.meter.stepping, log.meter.wall),
         )
+
+    def _save(
+        self, done: int, state: Any, checkpoints: checkpoint.Checkpoints, log: metrics.TrainLog
+    ) -> None:
+        """Starts to save; `log` must have read the step's metrics."""
+        checkpoints.save(done, state, self.iterator, self.metadata | {"tokens": log.tokens})
 
     def _restore_or_init(self, checkpoints: checkpoint.Checkpoints) -> tuple[Any, int]:
         before = max(checkpoints.steps, default=None)
         for unfinished in checkpoints.unfinished:
             use = "the start" if before is None else f"step {before}"
             self._say(
-                f"[yellow]The save of step {unfinished} was interrupted; "
-                f"using the last whole checkpoint, {use}.[/]"
+                f"The save of step {unfinished} was interrupted; "
+                f"using the last whole checkpoint, {use}.",
+                "yellow",
             )
-        while checkpoints.steps:
-            newest = max(checkpoints.steps)
+        damaged: dict[int, checkpoint.DamagedCheckpointError] = {}
+        for newest in reversed(checkpoints.steps):
             try:
                 self._compare(checkpoints.metadata(newest))
                 state = checkpoints.restore(newest, self.shapes, self.iterator)
             except checkpoint.DamagedCheckpointError as error:
-                reason = str(error).rpartition("; ")[0]
-                self._say(f"[yellow]{reason}; set aside in {checkpoints.set_aside(newest)}.[/]")
+                damaged[newest] = error
                 continue
+            # Only now: had this one failed too, the fault might be ours, and nothing be damaged.
+            for number, fault in damaged.items():
+                reason = str(fault).rpartition("; ")[0]
+                where = [checkpoints.set_aside(number), checkpoints.folder / str(number)]
+                back = shlex.join(["mv", *map(str, where)])
+                self._say(f"{reason}; set aside (to bring it back: {back}).", "yellow")
             if newest < self.config.training.num_steps:
                 self._say(f"Continuing from step {newest} in {self.workdir}.")
             return state, newest
-        if before is not None:
+        if damaged:
+            reason = str(damaged[max(damaged)]).rpartition("; ")[0]
             raise UserError(
-                f"no whole checkpoint is left in {self.workdir}; what there was lies in "
-                f"{self.workdir / 'damaged'}. Start anew with another --workdir"
+                f"no whole checkpoint is left in {self.workdir} ({reason}); nothing was moved. "
+                "Start anew with another --workdir"
             )
         init = functools.partial(step.init_state, self.skeleton, self.tx)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
@@ -219,7 +263,7 @@ class Trainer:
                 + (f"; and {len(shapes) - 4} more" if len(shapes) > 4 else "")
             )
         for line in lines:
-            self._say(f"[yellow]Config change: {line}[/]")
+            self._say(f"Config change: {line}", "yellow")
         before = config_io.from_dict(saved["config"]).training.num_steps
         if before != self.config.training.num_steps:
             self._say(
@@ -242,92 +286,12 @@ class Trainer:
         self._say(f"Compiled the train step in {time.perf_counter() - begin:.1f} s.")
         return compiled
 
-    def _prepare_evaluation(self) -> None:
-        training, tokenizer = self.config.training, self.dataset.tokenizer
-        self._suites = None
-        if training.suites:
-            folder = training.suites_data_dir
-            self._suites = Evaluator(
-                SuiteConfig(
-                    tasks=training.suites,
-                    limit=training.suites_limit,
-                    data_dir=None if folder is None else pathlib.Path(folder),
-                ),
-                self.skeleton,
-                None,  # each evaluation brings its own
-                tokenizer,
-                self.mesh,
-                max_length=self.config.data.seq_len,
-                prefix=(tokenizer.eot_id,),
-            )
-        replicated = jax.sharding.NamedSharding(self.mesh, jax.P())
-        self._score_step = jax.jit(
-            perplexity.make_score_step(self.skeleton, chunk=training.loss_chunk),
-            out_shardings=replicated,
-        )
-        self._sampler = jax.jit(
-            sampling.make_sampler(
-                self.skeleton,
-                sampling.SamplingConfig(temperature=training.sample_temperature),
-                num_tokens=training.sample_tokens,
-                vocab_size=tokenizer.vocab_size,
-            ),
-            out_shardings=replicated,
-        )
-
-    def _evaluate(
-        self,
-        state: Any,
-        done: int,
-        writer: metrics.MetricsWriter,
-        stop: list[str],
-        *,
-        complete: bool = False,
-    ) -> None:
-        limit = None if complete else self.config.training.eval_batches
-        result = perplexity.score_dataset(
-            self._score_step,
-            state.params,
-            self.dataset,
-            self.config,
-            self.mesh,
-            limit=limit,
-            stop=stop,
-        )
-        if stop:  # a preempted machine has no time to finish an evaluation
-            return
-        values = dataclasses.asdict(result)
-        writer.write("eval", done, values | {"complete": int(limit is None)})
-        self._say(
-            f"[bold]step {done}  validation loss {result.loss:.4f}[/]"
-            f"  perplexity {result.perplexity:,.1f}  bits per byte {result.bits_per_byte:.3f}"
-        )
-        if self.config.training.sample_tokens:
-            text = self._sample(state)
-            self._say(f"  [dim]{escape(repr(text))}[/]")
-            self._write(
-                SAMPLES_FILE, f"--- step {done}, validation loss {result.loss:.4f}\n{text}\n\n", "a"
-            )
-
-    def _evaluate_suites(self, state: Any, done: int, writer: metrics.MetricsWriter) -> None:
-        assert self._suites is not None
-        self._suites.params = state.params
-        outcome = self._suites.run(Journal(None, {}), lambda *_: None)
-        self._suites.params = None  # the next update reuses their memory
-        values = {f"{m.task}/{m.name}": m.value for m in outcome.metrics}
-        writer.write("suites", done, values)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        self._say(f"[bold]step {done}[/]  {escape(shown)}")
-
-    def _sample(self, state: Any) -> str:
-        tokenizer = self.dataset.tokenizer
-        prompt = [tokenizer.eot_id, *tokenizer.encode(self.config.training.sample_prompt)]
-        key = jax.random.key(self.config.seed)
-        tokens = self._sampler(state.params, np.asarray([prompt], np.int32), key)
-        return tokenizer.decode([*prompt[1:], *np.asarray(tokens)[0].tolist()])
-
     def _write_config(self) -> None:
-        self._write("config.json", json.dumps(self.metadata, indent=2) + "\n", "w")
+        if self.is_main:
+            try:
+                files.write_json(self.workdir / "config.json", self.metadata)
+            except OSError as error:  # training goes on without it
+                self._say(f"config.json is not being written: {error.strerror}", "yellow")
 
     def _write(self, name: str, text: str, mode: Literal["a", "w"]) -> None:
         if not self.is_main:
@@ -336,8 +300,8 @@ class Trainer:
             with (self.workdir / name).open(mode, encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:  # training goes on without it
-            self._say(f"[yellow]{name} is not being written:[/] {error.strerror}")
+            self._say(f"{name} is not being written: {error.strerror}", "yellow")
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, style: str | None = None) -> None:
         if self.is_main:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            self.console.print(text, style=style, soft_wrap=True)

@@ -14,13 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tlm_jax import costs
+from tlm_jax import costs, files
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.models.settings import compute_dtype
-from tlm_jax.training.optimizer import learning_rate
 
 METRICS_FILE = "metrics.jsonl"
 _FLUSH_SECONDS = 30
@@ -29,8 +27,8 @@ _FLUSH_SECONDS = 30
 class MetricsWriter:
     """Appends records to `metrics.jsonl` and to TensorBoard.
 
-    A record has `kind` (train or eval), `step`, and numbers. A run that was
-    killed and resumed can repeat steps: the later line holds.
+    A record has `kind` (train, eval or suites), `step`, numbers, and a checksum over all these
+    (`files.sealed`). A run that was killed and resumed can repeat steps: the later line holds.
     """
 
     def __init__(self, workdir: pathlib.Path, console: Console, *, enabled: bool = True) -> None:
@@ -62,7 +60,7 @@ class MetricsWriter:
                     file.seek(-1, 2)
                     if file.read(1) != b"\n":  # a killed run left half a line
                         file.write(b"\n")
-                file.write(json.dumps(record).encode() + b"\n")
+                file.write(json.dumps(files.sealed(record)).encode() + b"\n")
             self._write_tensorboard(kind, step, values)
         except Exception as error:
             self._warn(error)
@@ -91,24 +89,23 @@ class MetricsWriter:
 
     def _warn(self, error: Exception) -> None:
         if not self._warned:
-            text = f"[yellow]metrics are not being written:[/] {escape(str(error))}"
-            self._console.print(text, highlight=False, soft_wrap=True)
+            text = f"metrics are not being written: {error}"
+            self._console.print(text, style="yellow", soft_wrap=True)
             self._warned = True
+
+
+def records(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The whole records of a run folder, oldest first; none if they cannot be read."""
+    try:
+        found = files.read_lines(workdir / METRICS_FILE)
+    except UserError:
+        return []
+    return [record for record in found if {"kind", "step"} <= record.keys()]
 
 
 def last_record(workdir: pathlib.Path, kind: str) -> dict[str, Any] | None:
     """The newest whole record of a kind in a run folder, or None."""
-    path = workdir / METRICS_FILE
-    if not path.is_file():
-        return None
-    for line in reversed(path.read_text().splitlines()):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if record.get("kind") == kind:
-            return record
-    return None
+    return next((r for r in reversed(records(workdir)) if r["kind"] == kind), None)
 
 
 class TrainProgress:
@@ -237,7 +234,23 @@ def due(done: int, every: int) -> bool:
 
 
 class TrainLog:
-    """The train step's metrics, read one step late so that the device never waits."""
+    """The train step's metrics, read one step late so that the device never waits.
+
+    A record holds the step's metrics (see `step.make_train_step`) but for `tokens`, which counts
+    all targets that were scored to train the run until then: since step 0 and over restarts, in
+    all parts of a batch and on all processes, padding left out, with those of skipped updates.
+    (In a record of kind eval, it counts the targets that this evaluation scored.)
+
+    Args:
+      config: the run.
+      workdir: its folder.
+      writer: where records go.
+      console: where progress is shown.
+      start: steps so far.
+      tokens: `tokens` so far.
+      began: see `SpeedMeter`.
+      enabled: show progress.
+    """
 
     def __init__(
         self,
@@ -246,15 +259,16 @@ class TrainLog:
         writer: MetricsWriter,
         console: Console,
         start: int,
+        tokens: int,
         began: float,
         *,
         enabled: bool,
     ) -> None:
+        self.tokens = tokens
+        """As above, of the steps that `flush` has read."""
         self._training = config.training
         self._workdir = workdir
         self._writer = writer
-        self._schedule = learning_rate(config.optimizer, config.training.num_steps)
-        self._tokens_per_step = config.data.batch_size * config.data.seq_len
         peak, source = peak_flops(compute_dtype(config.model).name)
         if enabled:
             console.print(f"Peak for MFU: {peak / 1e9:,.0f} GFLOP/s ({source}).", highlight=False)
@@ -280,14 +294,12 @@ class TrainLog:
         self._pending = None
         values: dict[str, Any] = {k: v.item() for k, v in jax.device_get(on_device).items()}
         self.meter.add(values["tokens"])
+        self.tokens += values["tokens"]
         self._progress.advance(done)
         bad = values["skipped_in_a_row"]
         if due(done, self._training.log_every) or done == self._training.num_steps or bad:
             speed, seconds = self.meter.read()
-            values |= speed | {
-                "learning_rate": float(self._schedule(done - 1)),
-                "tokens": done * self._tokens_per_step,
-            }
+            values |= speed | {"tokens": self.tokens}
             self._writer.write("train", done, values)
             self._progress.show(done, values, seconds * (self._training.num_steps - done))
         if bad >= self._training.max_bad_steps:

@@ -26,6 +26,20 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     )
 
 
+def updates_made(opt_state: Any) -> jax.Array:
+    """Updates that a state of `make_optimizer` has made: where its schedule stands, int32.
+
+    Fewer than the steps of a run that skipped some.
+    """
+
+    def is_schedule(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    nodes = jax.tree.leaves(opt_state, is_leaf=is_schedule)
+    (schedule,) = filter(is_schedule, nodes)
+    return schedule.count
+
+
 def global_norm(gradients: Any) -> jax.Array:
     """sqrt of the sum of all squares, float32, the last layer's first.
 

@@ -1,7 +1,9 @@
 """A run's checkpoint, read back to be evaluated or to write text."""
 
 import contextlib
+import dataclasses
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +13,7 @@ from jax.sharding import Mesh
 
 from tlm_jax import config_io
 from tlm_jax.config import RunConfig, UserError
-from tlm_jax.data import Tokenizer, load_tokenizer, open_dataset
+from tlm_jax.data import SpecialTokens, Tokenizer, chat, load_tokenizer, open_dataset
 from tlm_jax.data.tokenizers import file_fingerprint
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed import sharding
@@ -108,9 +110,9 @@ def evaluate_suites(
       UserError: see `load_params` and `Evaluator`.
     """
     mesh = mesh_lib.device_mesh(config.mesh)
-    tokenizer = load_tokenizer(config.data.tokenizer)
     model = skeleton(config.model)
     _, saved = saved_metadata(folder, step)
+    tokenizer = model_tokenizer(config, saved)
     about = {
         "step": step,
         "params": saved["param_shapes"],
@@ -150,6 +152,16 @@ def document_prefix(saved: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, .
     return tuple(saved["data_layout"].get("document_prefix", (tokenizer.eot_id,)))
 
 
+def model_tokenizer(config: RunConfig, saved: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of a run with the special tokens of its model."""
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    ids = saved.get("special_tokens")
+    if ids is None:
+        return tokenizer
+    special = SpecialTokens(bos=ids["bos"], eos=tuple(ids["eos"]), pad=ids["pad"])
+    return dataclasses.replace(tokenizer, special=special)
+
+
 def generate(
     folder: pathlib.Path,
     step: int,
@@ -160,36 +172,87 @@ def generate(
     num_tokens: int,
     num_samples: int,
     seed: int,
+    as_chat: bool = False,
 ) -> Iterator[list[str]]:
     """Yields the texts of `num_samples` continuations so far, prompt included.
 
-    A row ends at its first end-of-text token; the iterator ends when all rows have.
+    A row ends at the first token that ends a text; the iterator ends when all rows have. The
+    names of special tokens in the prompt are those tokens; texts are given without any. Where
+    a text grows longer than the model was trained on, a line on stderr says so at the end.
+
+    Args:
+      as_chat: the prompt is a user's message, put into the model's chat template; the texts are
+        the answers alone.
+
+    Raises:
+      UserError: see `load_params`; or there is no chat template, or it cannot be applied.
     """
     mesh = mesh_lib.single_device_mesh()
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    _, saved = saved_metadata(folder, step)
+    tokenizer = model_tokenizer(config, saved)
+    ids = prompt_ids(folder, saved, tokenizer, prompt, as_chat=as_chat)
     model = skeleton(config.model)
     with jax.set_mesh(mesh):
         params = load_params(folder, step, model, tokenizer, mesh)
-        ids = tokenizer.encode(prompt)
-        prefix = document_prefix(saved_metadata(folder, step)[1], tokenizer)
-        rows = [list(ids) for _ in range(num_samples)]
+        rows: list[list[int]] = [[] for _ in range(num_samples)]
         ended = [False] * num_samples
         for tokens in sampling.stream(
             model,
             params,
-            np.asarray([[*prefix, *ids] or [tokenizer.eot_id]] * num_samples, np.int32),
+            np.asarray([ids] * num_samples, np.int32),
             sampling_config,
             num_tokens=num_tokens,
             vocab_size=tokenizer.vocab_size,
             seed=seed,
         ):
             for row, token in enumerate(tokens.tolist()):
-                ended[row] = ended[row] or token == tokenizer.eot_id
+                ended[row] = ended[row] or token in tokenizer.end_ids
                 if not ended[row]:
                     rows[row].append(token)
-            yield [tokenizer.decode(row) for row in rows]
+            before = [] if as_chat else ids
+            yield [tokenizer.decode([*before, *row]) for row in rows]
             if all(ended):
-                return
+                break
+    length = len(ids) + max(map(len, rows))
+    if length > config.data.seq_len:
+        print(
+            f"note: with its prompt the text has {length:,} tokens, and the model was trained on "
+            f"at most {config.data.seq_len:,}",
+            file=sys.stderr,
+        )
+
+
+def prompt_ids(
+    folder: pathlib.Path,
+    saved: dict[str, Any],
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    as_chat: bool = False,
+) -> list[int]:
+    """What the model reads before it writes; at least one token.
+
+    Args:
+      folder: the run folder, for the message.
+      saved: the checkpoint's metadata.
+      tokenizer: see `model_tokenizer`.
+      prompt: text, or a user's message.
+      as_chat: it is a message.
+
+    Raises:
+      UserError: there is no chat template, or it cannot be applied.
+    """
+    if as_chat:
+        template = saved.get("chat_template")
+        if template is None:
+            raise UserError(f"{folder} has no chat template; leave out --chat")
+        message = {"role": "user", "content": prompt}
+        return tokenizer.encode_prompt(chat.render(template, [message], tokenizer))
+    ids = tokenizer.encode_prompt(prompt)
+    prefix = list(document_prefix(saved, tokenizer))
+    if ids[: len(prefix)] != prefix:  # a prompt may bring it
+        ids = [*prefix, *ids]
+    return ids or [tokenizer.begin_id]
 
 
 def saved_config(metadata: dict[str, Any]) -> RunConfig:

@@ -17,10 +17,10 @@ from tlm_jax.config import RunConfig
 from tlm_jax.distributed import sharding
 from tlm_jax.models import Skeleton
 from tlm_jax.models.loss import training_loss
-from tlm_jax.training.optimizer import global_norm
+from tlm_jax.training.optimizer import global_norm, learning_rate, updates_made
 
 _NORM_STEPS = 100
-"""Steps that the typical gradient norm is made of, and before which none is a spike."""
+"""Updates that the typical gradient norm is made of, and before which none is a spike."""
 
 _COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
     "cpu": {
@@ -47,7 +47,9 @@ class TrainState:
     """int32; updates not made: loss or gradient not finite, or a spike (`skip_spikes`)."""
     skipped_in_a_row: Any
     typical_norm: Any
-    """float32; running mean of the gradient norms of updates that were made, 0 at the start."""
+    """float32; running mean of the gradient norms (before clipping) of the updates that were made,
+    0 at the start. Skipped ones count neither in it nor in its weights (our choice): a spike is
+    not typical, and a norm that is not finite tells nothing."""
 
 
 def init_state(skeleton: Skeleton, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
@@ -119,11 +121,14 @@ def make_train_step(
     """The function (state, batch) -> (state, metrics), not yet compiled.
 
     Metrics: `loss` (nats a token), `grad_norm` (before clipping), `tokens`
-    (scored in this step), `skipped` and `skipped_in_a_row`.
+    (scored in this step), `learning_rate` (what this update is multiplied by, or would have been
+    if it is skipped: the schedule counts updates that were made), `skipped` and
+    `skipped_in_a_row`.
     """
     parts = config.training.grad_accumulation
     chunk, z_loss = config.training.loss_chunk, config.training.z_loss
     spike = config.training.skip_spikes
+    rate = learning_rate(config.optimizer, config.training.num_steps)
 
     def gradients(params: Any, batch: Batch, tokens: jax.Array) -> tuple[jax.Array, Any]:
         def objective(params: Any) -> tuple[jax.Array, jax.Array]:
@@ -151,12 +156,14 @@ def make_train_step(
         loss, grads = accumulated(state.params, batch, jnp.maximum(tokens, 1))
         grad_norm = global_norm(grads)
         good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        made = state.step - state.skipped
         if spike:
             # While the mean is young, steps differ too much to tell.
-            good &= (state.step < _NORM_STEPS) | (grad_norm <= spike * state.typical_norm)
-        # A mean over all steps at first, then over about the last _NORM_STEPS.
-        weight = 1.0 / jnp.minimum(state.step + 1, _NORM_STEPS)
+            good &= (made < _NORM_STEPS) | (grad_norm <= spike * state.typical_norm)
+        # A mean over all updates at first, then over about the last _NORM_STEPS.
+        weight = 1.0 / jnp.minimum(made + 1, _NORM_STEPS)
         typical_norm = state.typical_norm + weight * (grad_norm - state.typical_norm)
+        applied = rate(updates_made(state.opt_state))
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -177,6 +184,7 @@ def make_train_step(
             "loss": loss,
             "grad_norm": grad_norm,
             "tokens": tokens,
+            "learning_rate": applied,
             "skipped": state.skipped,
             "skipped_in_a_row": state.skipped_in_a_row,
         }

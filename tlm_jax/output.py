@@ -1,0 +1,93 @@
+"""What the verbs print: consoles, and standard streams that no reader, disk or encoding breaks."""
+
+import io
+import os
+import sys
+from typing import IO, Any, TextIO
+
+from rich.console import Console
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leaves the decision to the caller (rich's own ends the process)."""
+        raise
+
+
+def console(
+    *,
+    stderr: bool = False,
+    file: IO[str] | None = None,
+    soft_wrap: bool = False,
+    quiet: bool = False,
+) -> Console:
+    """The console that every verb prints with.
+
+    Text is printed as it is: paths, names and errors may hold brackets and colons, so neither
+    markup nor emoji codes are read, in table cells neither. Colour is given with `style`, or by
+    a `rich.text.Text`.
+
+    Args:
+      stderr: print to standard error.
+      file: print to this one instead.
+      soft_wrap: leave long lines whole.
+      quiet: print nothing.
+    """
+    return _Console(
+        stderr=stderr,
+        file=file,
+        soft_wrap=soft_wrap,
+        quiet=quiet,
+        markup=False,
+        highlight=False,
+        emoji=False,
+    )
+
+
+def protect(*, vital: bool) -> None:
+    """Makes standard output and error of this process ones that cannot fail.
+
+    What cannot be written (nobody reads, the disk is full) is left out, and later text is tried
+    again; what the encoding lacks is written as an escape such as \\xe9.
+
+    Args:
+      vital: standard output is the result and not a log: its first failure is raised, as an
+        OSError of the file "standard output".
+    """
+    for number in range(3):  # a closed one would be given to the next file that is opened
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdout = _protected(sys.stdout, 1, vital=vital)
+    sys.stderr = _protected(sys.stderr, 2, vital=False)
+
+
+def _protected(stream: TextIO | None, number: int, *, vital: bool) -> TextIO:
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Descriptor(number, vital=vital)),
+        encoding="utf-8" if stream is None else stream.encoding,
+        errors="backslashreplace",
+        line_buffering=getattr(stream, "line_buffering", False),
+        write_through=getattr(stream, "write_through", False),
+    )
+
+
+class _Descriptor(io.FileIO):
+    """A file descriptor that takes everything, whatever becomes of it."""
+
+    def __init__(self, number: int, *, vital: bool) -> None:
+        super().__init__(number, "w", closefd=False)
+        self._vital = vital
+
+    def write(self, data: Any) -> int:
+        try:
+            written = super().write(data)
+        except OSError as error:
+            if self._vital:
+                self._vital = False  # once: Python flushes again at its end
+                error.filename = "standard output"
+                raise
+            written = None
+        # None, too, if it does not block and is full.
+        return len(data) if written is None else written
