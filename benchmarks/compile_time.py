@@ -20,7 +20,7 @@ from tlm_jax.config import RunConfig
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.models import skeleton
 from tlm_jax.training import step
-from tlm_jax.training.optimizer import make_optimizer
+from tlm_jax.training.optimizer import About, make_optimizer
 
 LAYERS = 24
 
@@ -47,7 +47,9 @@ def compile_once(config: RunConfig) -> tuple[float, float]:
     """Seconds to (trace and lower, compile) the train step."""
     jax.clear_caches()
     model = skeleton(config.model)
-    tx = make_optimizer(config.optimizer, config.training.num_steps, model.decays, config.model.mlp)
+    tx = make_optimizer(
+        config.optimizer, config.training.num_steps, About.of(model), config.model.mlp
+    )
     mesh = mesh_lib.make_mesh(config)
     with jax.set_mesh(mesh):
         begin = time.perf_counter()

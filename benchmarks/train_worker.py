@@ -20,13 +20,15 @@ from tlm_jax.distributed.sharding import to_devices
 from tlm_jax.models import skeleton
 from tlm_jax.training import step
 from tlm_jax.training.allocator import release_freed_memory
-from tlm_jax.training.optimizer import make_optimizer
+from tlm_jax.training.optimizer import About, make_optimizer
 
 
 def serve(config: RunConfig) -> None:
     """Takes the steps of `config`, on random tokens."""
     model = skeleton(config.model)
-    tx = make_optimizer(config.optimizer, config.training.num_steps, model.decays, config.model.mlp)
+    tx = make_optimizer(
+        config.optimizer, config.training.num_steps, About.of(model), config.model.mlp
+    )
     mesh = mesh_lib.make_mesh(config)
     with jax.set_mesh(mesh):
         begin = time.perf_counter()

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from tlm_jax import taper as taper_lib
 from tlm_jax.mixers import AttentionConfig, MixerConfig, MLPConfig
+from tlm_jax.optimizers import OptimizerConfig as OptimizerConfig
 from tlm_jax.segments import Segment, group
 from tlm_jax.taper_config import TaperConfig
 from tlm_jax.validation import (
@@ -21,7 +22,6 @@ from tlm_jax.validation import (
     Fraction,
     NaturalNumber,
     NotNegative,
-    Positive,
     Range,
     Seed,
     divisors,
@@ -36,7 +36,6 @@ RUN_AGAIN = 75
 MAX_LAYERS = 10_000
 """Deepest model (our choice: ten times the deepest that was published, arXiv 2203.00555)."""
 _Epsilon = Annotated[float, Range(above=0, most=1)]
-_Decay = Annotated[float, Range(least=0, below=1)]
 
 
 def _may_change(default: Any) -> Any:
@@ -185,39 +184,6 @@ class DataConfig(Checked):
         require(
             len(dict(self.mixture)) == len(self.mixture),
             f"mixture {self.mixture} names a folder twice",
-        )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(Checked):
-    """AdamW with linear warm-up and cosine decay."""
-
-    learning_rate: Annotated[float, Range(above=0, most=1e3)] = 4e-4
-    """Peak learning rate."""
-    final_learning_rate: NotNegative = 4e-5
-    """Learning rate at the last step."""
-    warmup_steps: NaturalNumber = 1000
-    """Steps from zero to the peak."""
-    weight_decay: NotNegative = 0.1
-    """Decoupled decay, on matrices only (docs/training.md lists what is exempt)."""
-    beta1: _Decay = 0.9
-    beta2: _Decay = 0.95
-    eps: _Epsilon = 1e-8
-    clip_norm: Positive = 1.0
-    """Gradients are scaled down to this global norm."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        peak, final = self.learning_rate, self.final_learning_rate
-        require(
-            final <= peak,
-            f"final_learning_rate={final} is more than learning_rate={peak}, from which the cosine "
-            f"falls; use final_learning_rate={peak / 10:g}",
-        )
-        require(
-            peak * self.weight_decay <= 1,
-            f"weight_decay={self.weight_decay} at learning_rate={peak} takes more than the whole "
-            f"of each weight in a step; use at most {1 / peak:g}",
         )
 
 

@@ -1,7 +1,7 @@
 """Configs as files and JSON: loading, overriding names, comparing.
 
 A Python file that the user names is the user's own code and is run. A config that is data (JSON,
-a checkpoint's metadata, an imported folder) names the class of its mixer, and reading it runs no
+a checkpoint's metadata, an imported folder) names the classes of its mixer and optimizer, and reading it runs no
 code: the class must be loaded already, or lie in a module that the user trusts (see `trust`).
 """
 
@@ -20,6 +20,7 @@ from typing import Any
 from tlm_jax import files
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.mixers import MixerConfig
+from tlm_jax.optimizers import OptimizerConfig
 
 CONFIG_FUNCTION = "get_config"
 KIND = "kind"
@@ -114,8 +115,9 @@ def trust(names: Sequence[str]) -> None:
 def trust_options(config: RunConfig) -> list[str]:
     """Options with which another process of this program reads the config from JSON."""
     options = []
-    for cls in dict.fromkeys(type(mixer) for mixer in config.model.mixers):
-        if cls.__module__ != MixerConfig.__module__:
+    parts = (*config.model.mixers, config.optimizer)
+    for cls in dict.fromkeys(map(type, parts)):
+        if cls.__module__ not in (MixerConfig.__module__, OptimizerConfig.__module__):
             module = cls.__module__.removeprefix(_OWN_FILE)
             file = getattr(sys.modules.get(cls.__module__), "__file__", None)
             named = module if file is None or "." in module else file
@@ -126,10 +128,11 @@ def trust_options(config: RunConfig) -> list[str]:
 def to_dict(config: Any) -> dict[str, Any]:
     """A config dataclass as plain JSON values.
 
-    A mixer's `kind` says which class it is, as `module:Class`.
+    A mixer's `kind`, or that of an optimizer other than AdamW, says which class it is, as
+    `module:Class`.
     """
     values: dict[str, Any] = {}
-    if isinstance(config, MixerConfig):
+    if _base(type(config)) not in (None, type(config)):
         values[KIND] = _kind(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -156,8 +159,9 @@ def from_dict(values: Any, cls: Any = RunConfig, where: str = "") -> Any:
     if not isinstance(values, dict):
         raise UserError(f"{here} is {str(values)[:80]!r}; it must be an object with fields")
     values = dict(values)
-    if issubclass(cls, MixerConfig):
-        cls = _mixer_class(values.pop(KIND, None), here)
+    base = _base(cls)
+    if base is MixerConfig or (base is not None and KIND in values):
+        cls = _class(values.pop(KIND, None), base, here)
     hints = typing.get_type_hints(cls)
     known = sorted(field.name for field in dataclasses.fields(cls))
     unknown = sorted(set(values) - set(known))
@@ -201,18 +205,23 @@ def _kind(cls: type) -> str:
     return f"{cls.__module__.removeprefix(_OWN_FILE)}:{cls.__qualname__}"
 
 
-def _loaded(cls: type[MixerConfig]) -> Iterator[type[MixerConfig]]:
+def _base(cls: type) -> type | None:
+    """The base of the configs among which `kind` tells, or None for a config of one kind."""
+    return next((base for base in (MixerConfig, OptimizerConfig) if issubclass(cls, base)), None)
+
+
+def _loaded(cls: type) -> Iterator[type]:
     """The class and all below it that this process has loaded, in order."""
     yield cls
     for below in cls.__subclasses__():
         yield from _loaded(below)
 
 
-def _mixer_class(kind: Any, where: str) -> type[MixerConfig]:
+def _class(kind: Any, base: type, where: str) -> type:
     """The class that a `kind` names; code is run only of modules that are trusted."""
     kind = str(kind)
     module, _, name = kind.partition(":")
-    if kind not in (found := {_kind(cls): cls for cls in _loaded(MixerConfig)}):
+    if kind not in (found := {_kind(cls): cls for cls in _loaded(base)}):
         if not (name and all(word.isidentifier() for word in module.split("."))):
             raise UserError(f"{where} has the kind {kind[:80]!r}; it must be module:Class")
         if module not in _trusted:
@@ -222,9 +231,11 @@ def _mixer_class(kind: Any, where: str) -> type[MixerConfig]:
                 f"--trust_module {module[:80]} (or its file, FOLDER/NAME.py)"
             )
         _import_trusted(module)
-        found = {_kind(cls): cls for cls in _loaded(MixerConfig)}
+        found = {_kind(cls): cls for cls in _loaded(base)}
     if kind not in found:
-        raise UserError(f"{where} is of the kind {kind!r}, but {module} has no such MixerConfig")
+        raise UserError(
+            f"{where} is of the kind {kind!r}, but {module} has no such {base.__name__}"
+        )
     return found[kind]
 
 
@@ -250,7 +261,7 @@ def _import_trusted(module: str) -> None:
 def flatten(config: Any, prefix: str = "") -> dict[str, tuple[Any, bool]]:
     """Maps each dotted field name to (value, may change on resume)."""
     flat: dict[str, tuple[Any, bool]] = {}
-    if isinstance(config, MixerConfig):
+    if _base(type(config)) is not None:
         flat[prefix + KIND] = (type(config).__name__, False)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

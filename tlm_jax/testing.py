@@ -33,7 +33,7 @@ from tlm_jax.distributed import sharding
 from tlm_jax.mixers import MixerConfig
 from tlm_jax.models import skeleton
 from tlm_jax.training import step
-from tlm_jax.training.optimizer import make_optimizer
+from tlm_jax.training.optimizer import About, make_optimizer
 
 VOCAB = 64
 _TOLERANCE = 1e-4
@@ -234,7 +234,7 @@ def train(model: ModelConfig, num_steps: int) -> tuple[Any, np.ndarray]:
         training=TrainingConfig(num_steps=num_steps, loss_chunk=0),
     )
     structure = skeleton(model)
-    tx = make_optimizer(config.optimizer, num_steps, structure.decays, model.mlp)
+    tx = make_optimizer(config.optimizer, num_steps, About.of(structure), model.mlp)
     ids = tokens(4, 33)
     positions = jnp.broadcast_to(jnp.arange(32), (4, 32))
     batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:], "positions": positions}

@@ -30,7 +30,7 @@ from tlm_jax.mixers import GatedAttentionConfig, MixerConfig, MLPConfig, TitansC
 from tlm_jax.models import skeleton
 from tlm_jax.models.loss import training_loss
 from tlm_jax.training import step
-from tlm_jax.training.optimizer import make_optimizer
+from tlm_jax.training.optimizer import About, make_optimizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "shardings.txt"
@@ -88,7 +88,7 @@ def loss_and_gradients(config: RunConfig, num_devices: int) -> tuple[float, Any,
     """The mean loss, its gradients and a fresh training state, all on the config's mesh."""
     model = skeleton(config.model)
     mesh = mesh_lib.make_mesh(config, jax.devices()[:num_devices])
-    tx = make_optimizer(config.optimizer, 10, model.decays, config.model.mlp)
+    tx = make_optimizer(config.optimizer, 10, About.of(model), config.model.mlp)
     shardings = step.state_shardings(model, tx, mesh)
 
     def loss(params: Any, data: dict[str, jax.Array]) -> jax.Array:

@@ -24,7 +24,7 @@ from tlm_jax.config import (
 from tlm_jax.models import skeleton
 from tlm_jax.models.counted_costs import count_products
 from tlm_jax.training import step
-from tlm_jax.training.optimizer import make_optimizer
+from tlm_jax.training.optimizer import About, make_optimizer
 
 VOCAB, LENGTH = 64, 24
 # Little optimised, which halves the time to compile.
@@ -259,7 +259,7 @@ def test_bfloat16_training_with_periods_stays_finite():
         training=TrainingConfig(num_steps=200),
     )
     model = skeleton(config.model)
-    tx = make_optimizer(config.optimizer, 200, model.decays, config.model.mlp)
+    tx = make_optimizer(config.optimizer, 200, About.of(model), config.model.mlp)
     params = jax.tree.map(lambda a: 0.5 * a, parameters(config.model))
     fresh = step.init_state(model, tx, jax.random.key(0))
     state = dataclasses.replace(fresh, params=params, opt_state=tx.init(params))

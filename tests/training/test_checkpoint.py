@@ -178,7 +178,8 @@ def test_another_optimizer_state_is_refused_and_nothing_is_damaged(tmp_path: pat
                 mlp=MLPConfig(periods=periods),
             )
         )
-        tx = optimizer.make_optimizer(OptimizerConfig(), 10, periods)
+        about = optimizer.About.of(model)
+        tx = optimizer.make_optimizer(OptimizerConfig(), 10, about, MLPConfig(periods=periods))
         shapes = step.abstract_state(model, tx, mesh)
         init = jax.jit(lambda: step.init_state(model, tx, jax.random.key(0)))
         return shapes, init

@@ -73,7 +73,7 @@ def test_gradients_are_made_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> N
     model, mesh = skeleton(config.model), mesh_lib.device_mesh(MeshConfig(data=1, fsdp=1))
 
     def temporary() -> int:
-        tx = optimizer.make_optimizer(config.optimizer, 10, model.decays)
+        tx = optimizer.make_optimizer(config.optimizer, 10, optimizer.About.of(model))
         program = step.lower_train_step(config, model, tx, mesh).compile()
         return int(program.memory_analysis().temp_size_in_bytes)
 

@@ -28,6 +28,7 @@ from tlm_jax.distributed.sharding import to_devices
 from tlm_jax.models import skeleton
 from tlm_jax.training import checkpoint, step
 from tlm_jax.training.optimizer import (
+    About,
     clip_by_global_norm,
     learning_rate,
     make_optimizer,
@@ -75,6 +76,7 @@ def toy(seed: int, scale: float = 1.0):
 
 
 DECAYS = jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", toy(0))
+ABOUT = About(decays=DECAYS, logical_axes=None)
 
 
 def adamw_by_hand(params, gradients, period_rate):
@@ -115,7 +117,7 @@ def test_each_level_follows_adamw_on_the_mean_of_its_period(period_rate: Any):
     params = start = toy(0)
     # Norms on both sides of the clip, so that parts of a period are clipped and others are not.
     gradients = [toy(i + 1, scale=0.02 if i % 3 else 1.0) for i in range(9)]
-    tx = make_optimizer(OPTIMIZER, 12, DECAYS, mlp)
+    tx = make_optimizer(OPTIMIZER, 12, ABOUT, mlp)
     state, update = tx.init(params), jax.jit(tx.update)
     before = params
     for index, (gradient, expected) in enumerate(
@@ -158,7 +160,7 @@ def test_a_slow_level_moves_a_period_th_of_the_sum_of_steps_or_all_of_it():
     moved, structures = {}, []
     for period_rate in ("schedule", "times_period"):
         mlp = MLPConfig(periods=PERIODS, period_rate=period_rate)
-        tx = make_optimizer(config, 10_000, DECAYS, mlp)
+        tx = make_optimizer(config, 10_000, ABOUT, mlp)
         state, params, update = tx.init(tree), tree, jax.jit(tx.update)
         for _ in range(4):
             updates, state = update(tree, state, params)
@@ -190,7 +192,7 @@ def test_period_one_everywhere_is_plain_adamw_to_the_last_bit():
     )
     results = []
     levels = (MLPConfig(periods=periods) for periods in ((1,), (1, 1, 1)))
-    ours = (make_optimizer(OPTIMIZER, 12, DECAYS, mlp) for mlp in levels)
+    ours = (make_optimizer(OPTIMIZER, 12, ABOUT, mlp) for mlp in levels)
     for tx in (plain, *ours):
         params = toy(0)
         state, update = tx.init(params), jax.jit(tx.update)
@@ -210,8 +212,8 @@ class Run:
     def __init__(self, mesh: MeshConfig, num_devices: int):
         config = dataclasses.replace(CONFIG, mesh=mesh)
         self.model = skeleton(config.model)
-        steps, decays = config.training.num_steps, self.model.decays
-        self.tx = make_optimizer(config.optimizer, steps, decays, config.model.mlp)
+        steps, about = config.training.num_steps, About.of(self.model)
+        self.tx = make_optimizer(config.optimizer, steps, about, config.model.mlp)
         self.mesh = mesh_lib.make_mesh(config, jax.devices()[:num_devices])
         self.shardings = step.state_shardings(self.model, self.tx, self.mesh)
         self._step = jax.jit(

@@ -27,7 +27,7 @@ from tlm_jax.distributed.sharding import ShardingRules, to_devices
 from tlm_jax.mixers import TitansConfig
 from tlm_jax.models import skeleton
 from tlm_jax.training import checkpoint, step
-from tlm_jax.training.optimizer import learning_rate, make_optimizer
+from tlm_jax.training.optimizer import About, learning_rate, make_optimizer
 
 CONFIG = RunConfig(
     model=ModelConfig(
@@ -70,7 +70,7 @@ def batch(seed: int = 0) -> dict[str, np.ndarray]:
 def train(config: RunConfig, num_devices: int = 1, steps: int = 3, batches=None):
     """Final state and the metrics of each step."""
     model = skeleton(config.model)
-    tx = make_optimizer(config.optimizer, config.training.num_steps, model.decays)
+    tx = make_optimizer(config.optimizer, config.training.num_steps, About.of(model))
     mesh = mesh_lib.make_mesh(config, jax.devices()[:num_devices])
     with jax.set_mesh(mesh):
         shardings = step.state_shardings(model, tx, mesh)
@@ -129,7 +129,7 @@ def test_steps_on_eight_devices_equal_those_on_one(reference):
 def test_a_non_finite_gradient_skips_the_update_and_is_counted():
     """The state after a bad batch is that before it, but for the counters."""
     model = skeleton(CONFIG.model)
-    tx = make_optimizer(CONFIG.optimizer, 10, model.decays)
+    tx = make_optimizer(CONFIG.optimizer, 10, About.of(model))
     state = step.init_state(model, tx, jax.random.key(0))
     run = jax.jit(step.make_train_step(CONFIG, model, tx))
     state, _ = run(state, batch())
@@ -152,7 +152,7 @@ def test_a_spike_is_skipped_if_asked_and_counted(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(step, "_NORM_STEPS", 3)
     config = changed(skip_spikes=4.0)
     model = skeleton(config.model)
-    tx = make_optimizer(config.optimizer, 10, model.decays)
+    tx = make_optimizer(config.optimizer, 10, About.of(model))
     run = jax.jit(step.make_train_step(config, model, tx))
     state = step.init_state(model, tx, jax.random.key(0))
     norms = []
@@ -179,7 +179,8 @@ def test_skipped_updates_count_neither_in_the_learning_rate_nor_in_the_typical_n
     config = dataclasses.replace(
         CONFIG, model=dataclasses.replace(CONFIG.model, mlp=MLPConfig(periods=periods))
     )
-    model, tx = skeleton(config.model), make_optimizer(config.optimizer, 10, periods)
+    model = skeleton(config.model)
+    tx = make_optimizer(config.optimizer, 10, About.of(model), config.model.mlp)
     schedule = learning_rate(config.optimizer, 10)
     run = jax.jit(step.make_train_step(config, model, tx))
     state = step.init_state(model, tx, jax.random.key(0))
@@ -204,7 +205,7 @@ def test_only_matrices_decay():
     )
     model = skeleton(CONFIG.model)
     params = model.init(jax.random.key(0))
-    tx = make_optimizer(config, 10, model.decays)
+    tx = make_optimizer(config, 10, About.of(model))
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     for (path, update), value in zip(
         jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True
@@ -237,7 +238,7 @@ def test_titans_without_persistent_tokens_train_save_and_go_on(tmp_path: pathlib
                           taper=TaperConfig(schedule="uniform"), remat="none"),
     )  # fmt: skip
     model = skeleton(config.model)
-    tx = make_optimizer(config.optimizer, 10, model.decays)
+    tx = make_optimizer(config.optimizer, 10, About.of(model))
     run = jax.jit(step.make_train_step(config, model, tx))
     first, _ = run(step.init_state(model, tx, jax.random.key(0)), batch())
     data = grain.MapDataset.range(4).to_iter_dataset()
@@ -258,7 +259,7 @@ def test_titans_without_persistent_tokens_train_save_and_go_on(tmp_path: pathlib
 def test_gradients_are_clipped():
     params = {"w": jnp.zeros(4)}
     config = dataclasses.replace(CONFIG.optimizer, clip_norm=1e-3)
-    tx = make_optimizer(config, 10, {"w": False})
+    tx = make_optimizer(config, 10, About(decays={"w": False}, logical_axes=None))
     state = tx.init(params)
     _, state = tx.update({"w": jnp.full(4, 100.0)}, state, params)
     assert float(optax.global_norm(state[1][0].mu)) == pytest.approx(0.1 * 1e-3, rel=1e-4)
@@ -273,7 +274,7 @@ def test_a_mesh_that_does_not_fit_is_one_clear_line():
         mesh_lib.make_mesh(changed(grad_accumulation=2))
     wide = dataclasses.replace(CONFIG, mesh=MeshConfig(data=1, tensor=8))
     model = skeleton(wide.model)
-    tx = make_optimizer(wide.optimizer, 10, model.decays)
+    tx = make_optimizer(wide.optimizer, 10, About.of(model))
     with pytest.raises(UserError, match=r"heads is 4 and does not divide over 8"):
         step.state_shardings(model, tx, mesh_lib.make_mesh(wide))
 

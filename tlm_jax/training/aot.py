@@ -17,7 +17,7 @@ from tlm_jax.evaluation import perplexity
 from tlm_jax.models import Skeleton, skeleton
 from tlm_jax.models.settings import attention_kernel
 from tlm_jax.training import step
-from tlm_jax.training.optimizer import make_optimizer
+from tlm_jax.training.optimizer import About, make_optimizer
 
 STEPS = ("train", "evaluation")
 _GIB = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2**10}
@@ -159,12 +159,16 @@ def largest_batch(
 
 
 def _lower_train(config: RunConfig, model: Skeleton, mesh: Mesh) -> jax.stages.Lowered:
-    tx = make_optimizer(config.optimizer, config.training.num_steps, model.decays, config.model.mlp)
+    tx = make_optimizer(
+        config.optimizer, config.training.num_steps, About.of(model), config.model.mlp
+    )
     return step.lower_train_step(config, model, tx, mesh)
 
 
 def _lower_evaluation(config: RunConfig, model: Skeleton, mesh: Mesh) -> jax.stages.Lowered:
-    tx = make_optimizer(config.optimizer, config.training.num_steps, model.decays, config.model.mlp)
+    tx = make_optimizer(
+        config.optimizer, config.training.num_steps, About.of(model), config.model.mlp
+    )
     rows = config.data.batch_size // config.training.grad_accumulation
     score_step = jax.jit(
         perplexity.make_score_step(model, chunk=config.training.loss_chunk),

@@ -28,7 +28,7 @@ from tlm_jax.models.settings import attention_kernel, compute_dtype
 from tlm_jax.training import checkpoint, faults, metrics, step
 from tlm_jax.training.allocator import release_freed_memory
 from tlm_jax.training.evaluations import Evaluations
-from tlm_jax.training.optimizer import make_optimizer
+from tlm_jax.training.optimizer import About, make_optimizer
 from tlm_jax.training.profiling import Profiler, ProfileSpan
 
 CHECKPOINTS = "checkpoints"
@@ -74,7 +74,7 @@ class Trainer:
         self.tx = make_optimizer(
             config.optimizer,
             config.training.num_steps,
-            self.skeleton.decays,
+            About.of(self.skeleton),
             config.model.mlp,
         )
         self.shapes = step.abstract_state(self.skeleton, self.tx, self.mesh)

@@ -1,28 +1,73 @@
-"""AdamW with clipping, warm-up and cosine decay (papers' recipe; betas and warm-up are ours)."""
+"""Optimizers: clipping, a direction by kind of optimizer, a learning rate by schedule.
 
+Shapes in comments: a stacked parameter has its layers first.
+"""
+
+import dataclasses
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import optax
 
-from tlm_jax.config import OptimizerConfig
 from tlm_jax.mixers import MLPConfig
+from tlm_jax.models import Skeleton
+from tlm_jax.optimizers import AdafactorConfig, MuonConfig, OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class About:
+    """What an optimizer may know of each parameter; trees of the parameters' structure."""
+
+    decays: Any
+    """Whether weight decay acts on it."""
+    logical_axes: Any
+    """Names of its dims."""
+
+    @classmethod
+    def of(cls, model: Skeleton) -> "About":
+        """What a model says of its parameters."""
+        return cls(decays=model.decays, logical_axes=model.logical_axes)
+
+    @property
+    def decay_mask(self) -> Callable[[Any], Any]:
+        """For optax: the flags of those parameters that a transformation is given."""
+        return functools.partial(_among, self.decays)
+
 
 ONE_LEVEL = MLPConfig()
+Direction = Callable[[Any, About], optax.GradientTransformation]
+_DIRECTIONS: dict[type[OptimizerConfig], Direction] = {}
+
+
+def register(config: type[OptimizerConfig], direction: Direction) -> None:
+    """Has `direction(config, about)` make the optimizers of a config.
+
+    It returns what the learning rate is multiplied with, weight decay included and clipping
+    excluded: gradients in, updates to be subtracted out.
+    """
+    _DIRECTIONS[config] = direction
 
 
 def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Step -> rate: linear to the peak in `warmup_steps`, cosine to the final rate at the end.
+    """Step -> rate: linear to the peak in `warmup_steps`, then by `config.schedule`.
 
-    Starts at peak / (warmup_steps + 1), so that the first update does something.
+    Starts at peak / (warmup_steps + 1), so that the first update does something, and reaches the
+    final rate at `num_steps`.
     """
-    return optax.warmup_cosine_decay_schedule(
-        init_value=config.learning_rate / (config.warmup_steps + 1),
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=max(num_steps, config.warmup_steps + 1),
-        end_value=config.final_learning_rate,
+    peak, final, warmup = config.learning_rate, config.final_learning_rate, config.warmup_steps
+    after = max(num_steps - warmup, 1)
+    if config.schedule == "cosine":
+        decay = optax.cosine_decay_schedule(peak, after, final / peak)
+    elif config.schedule == "linear":
+        decay = optax.linear_schedule(peak, final, after)
+    else:
+        falling = min(max(round(config.decay_fraction * num_steps), 1), after)
+        decay = optax.linear_schedule(peak, final, falling, after - falling)
+    return optax.join_schedules(
+        [optax.linear_schedule(peak / (warmup + 1), peak, warmup), decay], [warmup]
     )
 
 
@@ -62,10 +107,14 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(clip.init, update)
 
 
-def decay_mask(decays: Any) -> Callable[[Any], Any]:
-    """The mask for optax: the flags of those parameters that a transformation is given."""
-    flags = dict(jax.tree_util.tree_leaves_with_path(decays))
-    return lambda params: jax.tree_util.tree_map_with_path(lambda path, _: flags[path], params)
+def _among(tree: Any, params: Any) -> Any:
+    """The entries of a tree for those parameters that a transformation is given."""
+    entries = dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_leaf))
+    return jax.tree_util.tree_map_with_path(lambda path, _: entries[path], params)
+
+
+def _is_leaf(node: Any) -> bool:
+    return not isinstance(node, dict)
 
 
 def update_period(path: Sequence[Any], periods: tuple[int, ...]) -> int:
@@ -92,10 +141,104 @@ def _scaled(tx: optax.GradientTransformation, factor: float) -> optax.GradientTr
     return optax.GradientTransformation(tx.init, update)
 
 
+def _adamw(config: OptimizerConfig, about: About) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
+        optax.add_decayed_weights(config.weight_decay, about.decay_mask),
+    )
+
+
+def _muon(config: MuonConfig, about: About) -> optax.GradientTransformation:
+    def labels(params: Any) -> Any:
+        axes = _among(about.logical_axes, params)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf, names: "muon" if _matrix(path, leaf, names) else "adamw",
+            params,
+            axes,
+        )
+
+    def matrices(updates: Any) -> Any:
+        axes = _among(about.logical_axes, updates)
+        return jax.tree_util.tree_map_with_path(_matrix, updates, axes)
+
+    muon = optax.chain(
+        optax.contrib.scale_by_muon(
+            ns_steps=config.newton_schulz_steps,
+            beta=config.momentum,
+            weight_dimension_numbers=matrices,
+        ),
+        _scaled_by_shape(matrices),
+        optax.add_decayed_weights(config.weight_decay, about.decay_mask),
+    )
+    return optax.partition({"muon": muon, "adamw": _adamw(config, about)}, labels)
+
+
+def _matrix(path: Any, leaf: Any, axes: tuple[str | None, ...]) -> Any:
+    """Inputs and outputs of a layer's matrix, for optax; None for what is no matrix of a layer.
+
+    By the names of its dims: what is not `embed` lies on the other side of it, dims without a
+    name and layers are matrices of their own. Without names, a matrix has two dims.
+    """
+    if str(path[0].key) != "segments":
+        return None
+    dims = [d for d, name in enumerate(axes) if name not in (None, "layers")]
+    if not dims and leaf.ndim == 3:  # a stock Flax layer's kernel: layers, inputs, outputs
+        dims = [1, 2]
+    if len(dims) < 2 or (axes[dims[0]] != "embed" and axes[dims[-1]] != "embed" and len(dims) > 2):
+        return None
+    split = -1 if axes[dims[-1]] == "embed" and axes[dims[0]] != "embed" else 1
+    return optax.contrib.MuonDimensionNumbers(tuple(dims[:split]), tuple(dims[split:]))
+
+
+def _scaled_by_shape(matrices: Callable[[Any], Any]) -> optax.GradientTransformation:
+    """An orthogonal update times 0.2 sqrt(longer side), AdamW's usual root mean square."""
+
+    def one(update: jax.Array, dims: Any) -> jax.Array:
+        sides = [math.prod(update.shape[d] for d in side) for side in dims]
+        return 0.2 * math.sqrt(max(sides)) * update
+
+    return optax.stateless(lambda updates, _: jax.tree.map(one, updates, matrices(updates)))
+
+
+def _adafactor(config: AdafactorConfig, about: About) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.scale_by_factored_rms(
+            decay_rate=config.decay_rate,
+            min_dim_size_to_factor=config.min_dim_factored,
+            epsilon=config.eps,
+        ),
+        optax.clip_by_block_rms(1.0),
+        optax.add_decayed_weights(config.weight_decay, about.decay_mask),
+    )
+
+
+register(OptimizerConfig, _adamw)
+register(MuonConfig, _muon)
+register(AdafactorConfig, _adafactor)
+
+
+def _by_width() -> optax.GradientTransformation:
+    """Updates of MLPs' last matrices times the mean width over their own."""
+
+    def is_down(path: Any) -> bool:
+        return "mlp" in (str(key.key) for key in path) and str(path[-1].key) == "down"
+
+    def update(updates: Any, _: Any) -> Any:
+        leaves = jax.tree_util.tree_leaves_with_path(updates)
+        shapes = [leaf.shape for path, leaf in leaves if is_down(path)]
+        layers = sum(shape[0] for shape in shapes)
+        mean = sum(shape[0] * shape[1] for shape in shapes) / layers
+        return jax.tree_util.tree_map_with_path(
+            lambda path, u: u * (mean / u.shape[1]) if is_down(path) else u, updates
+        )
+
+    return optax.stateless(update)
+
+
 def make_optimizer(
-    config: OptimizerConfig, num_steps: int, decays: Any, mlp: MLPConfig = ONE_LEVEL
+    config: OptimizerConfig, num_steps: int, about: About, mlp: MLPConfig = ONE_LEVEL
 ) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW (arXiv 1711.05101), with a period for each MLP level.
+    """Clip by global norm, then the optimizer's direction, with a period for each MLP level.
 
     A level of period C is the continuum memory system's eq. 71 (arXiv 2512.24695), read as
     gradient accumulation: it changes at steps C, 2C, ... only, where theta - lr * AdamW(g)
@@ -112,29 +255,30 @@ def make_optimizer(
     Steps that are skipped for a non-finite gradient are not counted.
 
     Args:
-      config: rates, moments, decay.
+      config: the optimizer.
       num_steps: length of the schedule in steps.
-      decays: whether weight decay acts on each parameter (`Skeleton.decays`).
-      mlp: update period of each MLP level, all 1 is plain AdamW; and the levels' rates.
+      about: the parameters that it updates.
+      mlp: update period of each MLP level, all 1 is the plain optimizer; and the levels' rates.
+
+    Raises:
+      TypeError: nobody registered this kind of optimizer.
     """
-    rate = learning_rate(config, num_steps)
+    if type(config) not in _DIRECTIONS:
+        raise TypeError(f"no optimizer is registered for {type(config).__name__}: see register")
+    direction = _DIRECTIONS[type(config)](config, about)
+    # The rate comes last, outside of accumulation, so that it follows the steps of the run.
+    rate = optax.scale_by_learning_rate(learning_rate(config, num_steps))
     clip = clip_by_global_norm(config.clip_norm)
-    mask = decay_mask(decays)
-    moments = {"b1": config.beta1, "b2": config.beta2, "eps": config.eps}
+    if config.rate_by_width:
+        direction = optax.chain(direction, _by_width())
     if all(period == 1 for period in mlp.periods):
-        decay = {"weight_decay": config.weight_decay, "mask": mask}
-        return optax.chain(clip, optax.adamw(rate, **moments, **decay))
+        return optax.chain(clip, optax.chain(direction, rate))
 
     def every(period: int) -> optax.GradientTransformation:
-        adamw = optax.chain(
-            optax.scale_by_adam(**moments),
-            optax.add_decayed_weights(config.weight_decay, mask),
-        )
         if period == 1:
-            return adamw
-        if mlp.period_rate == "times_period":
-            adamw = _scaled(adamw, period)
-        return optax.MultiSteps(adamw, period).gradient_transformation()
+            return direction
+        factor = period if mlp.period_rate == "times_period" else 1
+        return optax.MultiSteps(_scaled(direction, factor), period).gradient_transformation()
 
     def labels(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
@@ -142,5 +286,4 @@ def make_optimizer(
         )
 
     by_period = {f"every_{period}": every(period) for period in sorted({1, *mlp.periods})}
-    # The rate comes last, outside the accumulation, so that it follows the steps of the run.
-    return optax.chain(clip, optax.partition(by_period, labels), optax.scale_by_learning_rate(rate))
+    return optax.chain(clip, optax.partition(by_period, labels), rate)
