@@ -1,8 +1,9 @@
 """Configs as files and JSON: loading, overriding names, comparing.
 
 A Python file that the user names is the user's own code and is run. A config that is data (JSON,
-a checkpoint's metadata, an imported folder) names the classes of its mixer and optimizer, and reading it runs no
-code: the class must be loaded already, or lie in a module that the user trusts (see `trust`).
+a checkpoint's metadata, an imported folder) names the classes of its mixer and optimizer, and
+reading it runs no code: they must be loaded already, or lie in a module that the user trusts (see
+`trust`).
 """
 
 import contextlib
@@ -213,6 +214,7 @@ def _base(cls: type) -> type | None:
 def _loaded(cls: type) -> Iterator[type]:
     """The class and all below it that this process has loaded, in order."""
     yield cls
+    below: type
     for below in cls.__subclasses__():
         yield from _loaded(below)
 
