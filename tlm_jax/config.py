@@ -74,6 +74,9 @@ class ModelConfig(Checked):
     mixer: MixerConfig = dataclasses.field(default_factory=AttentionConfig)
     tie_embeddings: bool = True
     """Use the embedding table as the output head too."""
+    norm: str = "rms"
+    """Kind of norm in front of mixers, MLPs and the head: rms, or one registered with
+    models.registry.register_norm."""
     norm_eps: _Epsilon = 1e-6
     """Added to the mean square in RMSNorm."""
     init_std: Annotated[float, Range(above=0, most=1e3)] | None = None

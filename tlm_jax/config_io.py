@@ -1,7 +1,7 @@
 """Configs as files and JSON: loading, overriding names, comparing.
 
 A Python file that the user names is the user's own code and is run. A config that is data (JSON,
-a checkpoint's metadata, an imported folder) names the classes of its mixer and optimizer, and
+a checkpoint's metadata, an imported folder) names the classes of its parts, and
 reading it runs no code: they must be loaded already, or lie in a module that the user trusts (see
 `trust`).
 """
@@ -20,13 +20,15 @@ from typing import Any
 
 from tlm_jax import files
 from tlm_jax.config import RunConfig, UserError
-from tlm_jax.mixers import MixerConfig
+from tlm_jax.mixers import MixerConfig, MLPConfig
 from tlm_jax.optimizers import OptimizerConfig
 
 CONFIG_FUNCTION = "get_config"
 KIND = "kind"
 _OWN_FILE = "tlm_config_"
 """Begins the module names of Python files that the user names, so that they hide no others."""
+_BASES = (MixerConfig, MLPConfig, OptimizerConfig)
+"""Configs of several kinds, which users may add to."""
 _T = typing.TypeVar("_T")
 _trusted: dict[str, pathlib.Path | None] = {}
 
@@ -116,7 +118,7 @@ def trust(names: Sequence[str]) -> None:
 def trust_options(config: RunConfig) -> list[str]:
     """Options with which another process of this program reads the config from JSON."""
     options = []
-    parts = (*config.model.mixers, config.optimizer)
+    parts = (*config.model.mixers, config.model.mlp, config.optimizer)
     for cls in dict.fromkeys(map(type, parts)):
         if cls.__module__ not in (MixerConfig.__module__, OptimizerConfig.__module__):
             module = cls.__module__.removeprefix(_OWN_FILE)
@@ -129,8 +131,8 @@ def trust_options(config: RunConfig) -> list[str]:
 def to_dict(config: Any) -> dict[str, Any]:
     """A config dataclass as plain JSON values.
 
-    A mixer's `kind`, or that of an optimizer other than AdamW, says which class it is, as
-    `module:Class`.
+    A mixer's `kind`, or that of an MLP or optimizer other than the default, says which class it
+    is, as `module:Class`.
     """
     values: dict[str, Any] = {}
     if _base(type(config)) not in (None, type(config)):
@@ -208,7 +210,7 @@ def _kind(cls: type) -> str:
 
 def _base(cls: type) -> type | None:
     """The base of the configs among which `kind` tells, or None for a config of one kind."""
-    return next((base for base in (MixerConfig, OptimizerConfig) if issubclass(cls, base)), None)
+    return next((base for base in _BASES if issubclass(cls, base)), None)
 
 
 def _loaded(cls: type) -> Iterator[type]:

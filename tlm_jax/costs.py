@@ -11,7 +11,13 @@ exact; activation bytes are an estimate, for the compiler decides.
 import dataclasses
 
 from tlm_jax.config import ModelConfig, RunConfig
-from tlm_jax.mixer_costs import MixerCosts, mixer_costs
+from tlm_jax.mixer_costs import (
+    NORM_PARAMETERS,
+    MixerCosts,
+    MLPCosts,
+    mixer_costs,
+    mlp_costs,
+)
 
 FLOAT32_BYTES = 4
 _BACKWARD = 2  # a backward pass has two products for each forward one
@@ -24,19 +30,30 @@ class LayerCosts:
     layer: int
     """Index from 0."""
     mlp_width: int
-    mlp_levels: int
     d_model: int
     mixer: MixerCosts
+    mlp: tuple[MLPCosts, ...]
+    """One per level."""
+    norm: int
+    """Parameters of one norm of the stream."""
+
+    @property
+    def mlp_levels(self) -> int:
+        return len(self.mlp)
 
     @property
     def mlp_parameters(self) -> int:
-        """SwiGLU: gate, up and down."""
-        return 3 * self.d_model * self.mlp_width
+        return sum(level.parameters for level in self.mlp)
+
+    @property
+    def mlp_flops(self) -> int:
+        """Forward."""
+        return sum(level.flops for level in self.mlp)
 
     @property
     def norm_parameters(self) -> int:
-        """Scales of the RMSNorms of the block: the mixer's and one a level of the MLP."""
-        return (1 + self.mlp_levels) * self.d_model
+        """Of the block's norms: the mixer's and one per level of the MLP."""
+        return (1 + self.mlp_levels) * self.norm
 
     @property
     def parameters(self) -> int:
@@ -45,11 +62,11 @@ class LayerCosts:
     @property
     def forward_flops(self) -> int:
         """Causal."""
-        return self.mixer.projection_flops + self.mixer.mixing_flops + 2 * self.mlp_parameters
+        return self.mixer.projection_flops + self.mixer.mixing_flops + self.mlp_flops
 
     @property
     def forward_flops_full(self) -> int:
-        return self.mixer.projection_flops + self.mixer.mixing_flops_full + 2 * self.mlp_parameters
+        return self.mixer.projection_flops + self.mixer.mixing_flops_full + self.mlp_flops
 
     def recompute_flops(self, remat: str) -> int:
         """Forward FLOPs (full) that the backward pass repeats."""
@@ -169,21 +186,23 @@ def model_costs(config: ModelConfig, seq_len: int) -> ModelCosts:
     compute_dtype "auto" counts as bfloat16, what an accelerator uses.
     """
     table = config.vocab_size * config.d_model
+    norm = NORM_PARAMETERS.get(config.norm, 1) * config.d_model
     return ModelCosts(
         seq_len=seq_len,
         layers=tuple(
             LayerCosts(
                 layer=layer,
                 mlp_width=spec.mlp_width,
-                mlp_levels=len(spec.mlp_widths),
                 d_model=config.d_model,
                 mixer=mixer_costs(spec.mixer, config.d_model, seq_len),
+                mlp=tuple(mlp_costs(config.mlp, config.d_model, w) for w in spec.mlp_widths),
+                norm=norm,
             )
             for layer, spec in enumerate(config.layers)
         ),
         embedding_parameters=table,
         head_parameters=0 if config.tie_embeddings else table,
-        final_norm_parameters=config.d_model,
+        final_norm_parameters=norm,
         head_flops=2 * table,
         remat=config.remat,
         value_bytes=FLOAT32_BYTES if config.compute_dtype == "float32" else 2,
@@ -215,7 +234,7 @@ class MemoryCosts:
 def _accumulated_parameters(config: ModelConfig) -> int:
     """Parameters of the MLP levels whose update period is more than one step."""
     return sum(
-        3 * config.d_model * width + config.d_model
+        mlp_costs(config.mlp, config.d_model, width).parameters + config.d_model
         for spec in config.layers
         for width, period in zip(spec.mlp_widths, config.mlp.periods, strict=True)
         if period > 1

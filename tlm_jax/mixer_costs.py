@@ -1,9 +1,9 @@
-"""Exact parameters and FLOPs of each mixer; `costs` adds them up."""
+"""Exact parameters and FLOPs of a layer's parts; `costs` adds them up."""
 
 import dataclasses
 import functools
 
-from tlm_jax.mixers import AttentionConfig, GatedAttentionConfig, TitansConfig
+from tlm_jax.mixers import AttentionConfig, GatedAttentionConfig, MLPConfig, TitansConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,11 +30,48 @@ class MixerCosts:
     """Values a decoder keeps of each sequence, however long it is."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLPCosts:
+    """Costs of one MLP, without the norm in front of it."""
+
+    parameters: int
+    flops: int
+    """Of the forward pass, per token."""
+
+
+@functools.singledispatch
+def mlp_costs(mlp: object, d_model: int, width: int) -> MLPCosts:
+    """Costs of one level of an MLP, chosen by the type of its config.
+
+    Args:
+      mlp: the config.
+      d_model: width of the residual stream.
+      width: of the level.
+
+    Raises:
+      TypeError: neither costs nor a module are registered for this config.
+    """
+    del d_model, width
+    raise TypeError(f"no costs are registered for {type(mlp).__name__}: see models.registry")
+
+
+@mlp_costs.register
+def _swiglu_costs(mlp: MLPConfig, d_model: int, width: int) -> MLPCosts:
+    del mlp
+    matrices = 3 * d_model * width  # gate, up and down
+    return MLPCosts(parameters=matrices, flops=2 * matrices)
+
+
+NORM_PARAMETERS = {"rms": 1}
+"""Parameters of each kind of norm per dim of the stream."""
+
+
 @functools.singledispatch
 def mixer_costs(mixer: object, d_model: int, seq_len: int) -> MixerCosts:
     """Costs of a mixer, chosen by the type of its config.
 
-    A new mixer adds its own with `@mixer_costs.register`.
+    A new mixer may add its own with `@mixer_costs.register`; otherwise they are counted in its
+    module's program (`models.registry.register`).
 
     Args:
       mixer: the mixer's config.
@@ -42,7 +79,7 @@ def mixer_costs(mixer: object, d_model: int, seq_len: int) -> MixerCosts:
       seq_len: tokens in a sequence.
 
     Raises:
-      TypeError: nobody registered costs for this config.
+      TypeError: neither costs nor a module are registered for this config.
     """
     raise TypeError(f"no costs are registered for {type(mixer).__name__}: see mixer_costs.register")
 

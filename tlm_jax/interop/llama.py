@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 from tlm_jax.config import ModelConfig, UserError
-from tlm_jax.mixers import AttentionConfig
+from tlm_jax.mixers import AttentionConfig, MLPConfig
 from tlm_jax.taper_config import TaperConfig
 
 # What a config.json means where it is silent, by model_type.
@@ -118,6 +118,10 @@ def why_not(model: ModelConfig) -> str | None:
         return "mixer.qk_norm"
     if len(model.mlp.periods) > 1 or model.mlp.online_chunks:
         return "a chain of MLPs, or MLPs that learn inside a sequence (mlp.periods, online_chunks)"
+    if model.norm != "rms":
+        return f"norm={model.norm}"
+    if type(model.mlp) is not MLPConfig:
+        return f"{type(model.mlp).__name__}"
     if model.d_model % first.num_heads:
         return f"d_model={model.d_model}, which is no multiple of num_heads={first.num_heads}"
     return None

@@ -1,7 +1,7 @@
-"""Costs of a mixer that gives none, counted in its traced program."""
+"""Costs of layers' parts that give none, counted in their traced programs."""
 
-import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,27 +10,21 @@ from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
 from tlm_jax import ops
-from tlm_jax.mixer_costs import MixerCosts, mixer_costs
-from tlm_jax.mixers import MixerConfig
-from tlm_jax.models import registry
+from tlm_jax.mixer_costs import MixerCosts, MLPCosts
 
 
-@mixer_costs.register
-@functools.lru_cache(maxsize=1024)
-def counted_costs(mixer: MixerConfig, d_model: int, seq_len: int) -> MixerCosts:
-    """Parameters and FLOPs of the module registered for a mixer, without running it.
+def count_mixer(make: Callable[[], Any], d_model: int, seq_len: int) -> MixerCosts:
+    """Parameters and FLOPs of a mixer, without running it.
 
     Every product counts as projection, in full: the program does not say which of them a causal
     kernel could leave out. Activations are an estimate: the outputs of all products, twice.
 
     Args:
-      mixer: its config.
+      make: makes the module.
       d_model: width of the residual stream.
       seq_len: tokens in a sequence.
     """
-    context = registry.LayerContext(d_model=d_model, norm_eps=1e-6, std=None, out_scale=1.0)
-    module = nnx.eval_shape(lambda: registry.make_mixer(mixer, context, rngs=nnx.Rngs(params=0)))
-    graphdef, params, *rest = nnx.split(module, nnx.Param, ...)
+    graphdef, params, *rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
 
     def run(params: Any, x_BLD: jax.Array, ids_BL: jax.Array) -> jax.Array:
         y_BLD: jax.Array = nnx.merge(graphdef, params, *rest)(x_BLD, ids_BL, ids_BL, None)[0]
@@ -50,7 +44,7 @@ def counted_costs(mixer: MixerConfig, d_model: int, seq_len: int) -> MixerCosts:
         flops, outputs = count_products(jax.make_jaxpr(run)(params, x, ids).jaxpr)
     per_token = cache(2 * seq_len) - cache(seq_len)
     return MixerCosts(
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        parameters=_size(params),
         projection_flops=flops // seq_len,
         mixing_flops=0,
         mixing_flops_full=0,
@@ -60,6 +54,24 @@ def counted_costs(mixer: MixerConfig, d_model: int, seq_len: int) -> MixerCosts:
         cache_values=per_token // seq_len,
         state_values=cache(seq_len) - per_token,
     )
+
+
+def count_mlp(make: Callable[[], Any], d_model: int) -> MLPCosts:
+    """Parameters and FLOPs per token of an MLP, without running it."""
+    graphdef, params, *rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
+
+    def run(params: Any, x_BLD: jax.Array) -> jax.Array:
+        y_BLD: jax.Array = nnx.merge(graphdef, params, *rest)(x_BLD)
+        return y_BLD
+
+    x = jax.ShapeDtypeStruct((1, 1, d_model), jnp.float32)
+    with ops.references():
+        flops, _ = count_products(jax.make_jaxpr(run)(params, x).jaxpr)
+    return MLPCosts(parameters=_size(params), flops=flops)
+
+
+def _size(params: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def count_products(jaxpr: Any) -> tuple[int, int]:

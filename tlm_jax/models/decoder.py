@@ -24,7 +24,7 @@ from flax import nnx
 from tlm_jax import ops
 from tlm_jax.config import LayerSpec, ModelConfig
 from tlm_jax.distributed.sharding import constrain
-from tlm_jax.mixers import AttentionConfig
+from tlm_jax.mixers import AttentionConfig, MLPConfig
 from tlm_jax.models import registry
 from tlm_jax.models.kv_cache import KVCache
 from tlm_jax.models.settings import compute_dtype, scans_layers
@@ -64,14 +64,26 @@ class RMSNorm(nnx.Module):
         return (x_f32 * inverse * self.scale[...]).astype(x.dtype)
 
 
+def rms_norm(dim: int, eps: float, *, rngs: nnx.Rngs) -> RMSNorm:
+    """The norm of the stream that `model.norm="rms"` means."""
+    del rngs
+    return RMSNorm(dim, eps, "norm")
+
+
+registry.register_norm("rms", rms_norm)
+
+
 class MLP(nnx.Module):
     """x + SwiGLU(norm(x)), SwiGLU(h) = (silu(h W_gate) * (h W_up)) W_down (arXiv 2002.05202)."""
 
-    def __init__(self, width: int, context: registry.LayerContext, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: MLPConfig, width: int, context: registry.LayerContext, *, rngs: nnx.Rngs
+    ):
+        del config
         D, std = context.d_model, context.std
         inner, outer = ("embed", "mlp"), ("mlp", "embed")
         self.in_scan = context.in_scan
-        self.norm = RMSNorm(D, context.norm_eps, "norm")
+        self.norm = registry.make_norm(context.norm, D, context.norm_eps, rngs=rngs)
         self.gate = weight(rngs, (D, width), inner, fan_in=D, std=std)
         self.up = weight(rngs, (D, width), inner, fan_in=D, std=std)
         self.down = weight(rngs, (width, D), outer, fan_in=width, std=std, scale=context.out_scale)
@@ -83,6 +95,26 @@ class MLP(nnx.Module):
         """SwiGLU(norm(x)), what the MLP adds to the stream."""
         gate_DF, up_DF, down_FD = self.gate[...], self.up[...], self.down[...]
         return ops.swiglu(self.norm(x_BLD), gate_DF, up_DF, down_FD, in_scan=self.in_scan)
+
+
+registry.register(MLPConfig, MLP)
+
+
+class CustomMLP(nnx.Module):
+    """x + mlp(norm(x)) for an MLP that somebody registered."""
+
+    def __init__(
+        self, config: MLPConfig, width: int, context: registry.LayerContext, *, rngs: nnx.Rngs
+    ):
+        self.norm = registry.make_norm(context.norm, context.d_model, context.norm_eps, rngs=rngs)
+        self.mlp = registry.make_mlp(config, width, context, rngs=rngs)
+
+    def __call__(self, x_BLD: jax.Array) -> jax.Array:
+        return x_BLD + self.branch(x_BLD)
+
+    def branch(self, x_BLD: jax.Array) -> jax.Array:
+        """mlp(norm(x)), what the MLP adds to the stream."""
+        return self.mlp(self.norm(x_BLD)).astype(x_BLD.dtype)
 
 
 class Attention(nnx.Module):
@@ -165,11 +197,19 @@ class Block(nnx.Module):
             out_scale=1.0 / math.sqrt(config.num_layers * (1 + len(spec.mlp_widths))),
             attention_kernel=config.attention_kernel,
             in_scan=scans_layers(config),
+            norm=config.norm,
         )
-        self.mixer_norm = RMSNorm(config.d_model, config.norm_eps, "norm")
+        self.mixer_norm = registry.make_norm(
+            config.norm, config.d_model, config.norm_eps, rngs=rngs
+        )
         self.mixer = registry.make_mixer(spec.mixer, context, rngs=rngs)
-        levels = enumerate(spec.mlp_widths)
-        self.mlp = nnx.Dict({str(level): MLP(width, context, rngs=rngs) for level, width in levels})
+        make = MLP if type(config.mlp) is MLPConfig else CustomMLP
+        self.mlp = nnx.Dict(
+            {
+                str(level): make(config.mlp, width, context, rngs=rngs)
+                for level, width in enumerate(spec.mlp_widths)
+            }
+        )
 
     def init_cache(self, batch: int, length: int, dtype: jnp.dtype) -> Any:
         """The mixer's decoding state for `batch` rows of at most `length` tokens."""
@@ -217,8 +257,8 @@ class LanguageModel(nnx.Module):
             remat=config.remat,
             scan=scans_layers(config),
         )
-        self.final_norm = RMSNorm(D, config.norm_eps, "norm")
         rngs = nnx.Rngs(params=head_key)
+        self.final_norm = registry.make_norm(config.norm, D, config.norm_eps, rngs=rngs)
         tied = config.tie_embeddings
         self.head = None if tied else weight(rngs, (D, V), ("embed", "vocab"), fan_in=D, std=std)
 

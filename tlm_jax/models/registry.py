@@ -1,19 +1,30 @@
-"""Which Flax module runs which mixer config.
+"""Which Flax module runs which config of a layer's part.
 
-A mixer module is built as `Module(config, context, rngs=rngs)`, is called as
-`(x_BLD, positions_BL, segment_ids_BL, cache) -> (y_BLD, cache)` and makes its own
-decoding state in `init_cache(batch, length, dtype)`.
-"""
+| part | config derives from | module is built as | and called as |
+|---|---|---|---|
+| mixer | `MixerConfig` | `Module(config, context, rngs=rngs)` | `y_BLD, cache = module(x_BLD, positions_BL, segment_ids_BL, cache)` |
+| MLP | `MLPConfig` | `Module(config, width, context, rngs=rngs)` | `y_BLD = module(x_BLD)` |
+| norm | (a name) | `make(dim, eps, rngs=rngs)` | `y = norm(x)` |
+
+Inputs of mixers and MLPs are normalised, and the residual is outside. A mixer makes its decoding
+state in `init_cache(batch, length, dtype)`.
+"""  # noqa: E501
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 
-from tlm_jax.mixers import MixerConfig
+from tlm_jax import mixer_costs as costs
+from tlm_jax.mixers import MixerConfig, MLPConfig
+from tlm_jax.models import counted_costs
+from tlm_jax.validation import UserError
 
-_MODULES: dict[type[MixerConfig], Callable[..., nnx.Module]] = {}
+Part = MixerConfig | MLPConfig
+_MODULES: dict[type[Part], Callable[..., Any]] = {}
+_NORMS: dict[str, Callable[..., Any]] = {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,11 +42,27 @@ class LayerContext:
     """See `ops.attention`."""
     in_scan: bool = True
     """Whether layers run inside a loop; see `ops.swiglu`."""
+    norm: str = "rms"
+    """Kind of the stream's norms; see `make_norm`."""
 
 
-def register(config: type[MixerConfig], module: Callable[..., nnx.Module]) -> None:
-    """Has `module` run layers whose mixer is a `config`."""
+def register(config: type[Part], module: Callable[..., Any]) -> None:
+    """Has `module` run the parts of layers whose config is a `config`.
+
+    Costs that nobody registered for the config (`mixer_costs.register`, `mlp_costs.register`)
+    are counted in the module's program.
+    """
     _MODULES[config] = module
+    if issubclass(config, MixerConfig) and config not in costs.mixer_costs.registry:
+        costs.mixer_costs.register(config, _counted_mixer)
+    if issubclass(config, MLPConfig) and config not in costs.mlp_costs.registry:
+        costs.mlp_costs.register(config, _counted_mlp)
+
+
+def register_norm(name: str, make: Callable[..., Any], *, parameters_per_dim: int = 1) -> None:
+    """Has `model.norm=name` mean the norms that `make(dim, eps, rngs=rngs)` returns."""
+    _NORMS[name] = make
+    costs.NORM_PARAMETERS[name] = parameters_per_dim
 
 
 def make_mixer(config: MixerConfig, context: LayerContext, *, rngs: nnx.Rngs) -> Any:
@@ -44,7 +71,49 @@ def make_mixer(config: MixerConfig, context: LayerContext, *, rngs: nnx.Rngs) ->
     Raises:
       TypeError: none is registered.
     """
+    return _module(config)(config, context, rngs=rngs)
+
+
+def make_mlp(config: MLPConfig, width: int, context: LayerContext, *, rngs: nnx.Rngs) -> Any:
+    """The module of one level of an MLP; `branch(x_BLD)` is what it adds to the stream.
+
+    Raises:
+      TypeError: none is registered.
+    """
+    return _module(config)(config, width, context, rngs=rngs)
+
+
+def make_norm(kind: str, dim: int, eps: float, *, rngs: nnx.Rngs) -> Any:
+    """A norm over the stream.
+
+    Raises:
+      UserError: nobody registered this kind.
+    """
+    if kind not in _NORMS:
+        raise UserError(f"model.norm={kind!r} is not one of {', '.join(_NORMS)}")
+    return _NORMS[kind](dim, eps, rngs=rngs)
+
+
+def _module(config: Part) -> Callable[..., Any]:
     for cls in type(config).__mro__:
         if cls in _MODULES:
-            return _MODULES[cls](config, context, rngs=rngs)
+            return _MODULES[cls]
     raise TypeError(f"no module is registered for {type(config).__name__}: see registry.register")
+
+
+def _context(d_model: int) -> LayerContext:
+    return LayerContext(d_model=d_model, norm_eps=1e-6, std=None, out_scale=1.0)
+
+
+@functools.lru_cache(maxsize=1024)
+def _counted_mixer(mixer: MixerConfig, d_model: int, seq_len: int) -> costs.MixerCosts:
+    return counted_costs.count_mixer(
+        lambda: make_mixer(mixer, _context(d_model), rngs=nnx.Rngs(params=0)), d_model, seq_len
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _counted_mlp(mlp: MLPConfig, d_model: int, width: int) -> costs.MLPCosts:
+    return counted_costs.count_mlp(
+        lambda: make_mlp(mlp, width, _context(d_model), rngs=nnx.Rngs(params=0)), d_model
+    )
