@@ -70,8 +70,8 @@ def test_unknown_option_as_a_user_sees_it(encoding: str, train: tuple[str, ...])
         (
             "titans",
             "--model.mixer.variant mac --model.mixer.chunk 48",
-            "chunk=48 does not divide window=128, the segment of variant mac; use one of "
-            "[1, 2, 4, 8, 16, 32, 64, 128], or window=144",
+            "chunk=48 does not divide window=64, the segment of variant mac; use one of "
+            "[1, 2, 4, 8, 16, 32, 64], or window=96",
         ),
         (
             "titans",
@@ -88,7 +88,8 @@ def test_unknown_option_as_a_user_sees_it(encoding: str, train: tuple[str, ...])
         ),
         (
             "titans",
-            "--model.mixer.memory_taper.schedule linear --model.mixer.memory_taper.end 0.7",
+            "--model.mixer.memory_width 192 --model.mixer.memory_taper.schedule linear "
+            "--model.mixer.memory_taper.end 0.7",
             "mixer.memory_taper: a linear curve from start=1.5 to end=0.7 has mean 1.1",
         ),
         ("hope_attention", "--model.mlp.periods 1 0", "every level needs a period of at least 1"),

@@ -59,15 +59,15 @@ def test_a_tapered_memory_has_its_column() -> None:
     mixer = dataclasses.replace(run.model.mixer, memory_taper=TaperConfig())
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, mixer=mixer))
     text = _printed(run)
-    assert "Titans MAG, 16 heads of 64, memory 2 layers x 256" in text
+    assert "Titans MAG, 16 heads of 64, memory 2 layers x 304" in text
     assert "memory" in _row(text, "layers")
     column = _row(text, "layers").index("memory") + 1  # the bars have no heading
-    assert _row(text, "0 ")[column] == "384"
-    assert _row(text, "23 ")[column] == "128"
-    assert str(24 * 256) in _row(text, "all layers")
+    assert _row(text, "0 ")[column] == "464"
+    assert _row(text, "23 ")[column] == "144"
+    assert str(24 * 304) in _row(text, "all layers")
     assert _row(text, "parameters")[-1] == "equal"
     assert _row(text, "forward FLOPs/token")[-1] == "equal"
-    assert _row(text, "decoder state")[2:4] == ["145", "MiB"]
+    assert _row(text, "decoder state")[2:4] == ["172", "MiB"]
 
 
 def test_segments_are_rows() -> None:
