@@ -35,11 +35,11 @@ def run(argv: Sequence[str], prog: str) -> int:
     metadata = importing.import_model(
         command.model, command.out, command.tokenizer, mesh_lib.device_mesh(command.mesh)
     )
-    model = metadata["config"]["model"]
+    model, length = metadata["config"]["model"], metadata["config"]["data"]["seq_len"]
     Console().print(
         f"[green]{command.out} holds {command.model.name}[/]: {metadata['num_params']:,} "
         f"parameters, {model['num_layers']} layers, d_model {model['d_model']}, vocabulary "
-        f"{model['vocab_size']:,}\n"
+        f"{model['vocab_size']:,}, texts of up to {length:,} tokens\n"
         f"  evaluate: tlm eval --checkpoint {command.out}\n"
         f"  write:    tlm generate --checkpoint {command.out} --prompt TEXT",
         highlight=False,
