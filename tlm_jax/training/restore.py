@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -192,27 +192,20 @@ def generate(
     tokenizer = model_tokenizer(config, saved)
     ids = prompt_ids(folder, saved, tokenizer, prompt, as_chat=as_chat)
     model = skeleton(config.model)
+    rows: list[list[int]] = []
     with jax.set_mesh(mesh):
         params = load_params(folder, step, model, tokenizer, mesh)
-        rows: list[list[int]] = [[] for _ in range(num_samples)]
-        ended = [False] * num_samples
-        for tokens in sampling.stream(
+        for rows in continuations(
             model,
             params,
-            np.asarray([ids] * num_samples, np.int32),
+            tokenizer,
+            ids,
             sampling_config,
             num_tokens=num_tokens,
-            vocab_size=tokenizer.vocab_size,
+            num_samples=num_samples,
             seed=seed,
         ):
-            for row, token in enumerate(tokens.tolist()):
-                ended[row] = ended[row] or token in tokenizer.end_ids
-                if not ended[row]:
-                    rows[row].append(token)
-            before = [] if as_chat else ids
-            yield [tokenizer.decode([*before, *row]) for row in rows]
-            if all(ended):
-                break
+            yield [tokenizer.decode(row if as_chat else [*ids, *row]) for row in rows]
     length = len(ids) + max(map(len, rows))
     if length > config.data.seq_len:
         print(
@@ -220,6 +213,38 @@ def generate(
             f"at most {config.data.seq_len:,}",
             file=sys.stderr,
         )
+
+
+def continuations(
+    model: Skeleton,
+    params: Any,
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    sampling_config: sampling.SamplingConfig,
+    *,
+    num_tokens: int,
+    num_samples: int,
+    seed: int,
+) -> Iterator[list[list[int]]]:
+    """Yields the token ids that follow a prompt so far, without the one that ends a text."""
+    rows: list[list[int]] = [[] for _ in range(num_samples)]
+    ended = [False] * num_samples
+    for tokens in sampling.stream(
+        model,
+        params,
+        np.asarray([ids] * num_samples, np.int32),
+        sampling_config,
+        num_tokens=num_tokens,
+        vocab_size=tokenizer.vocab_size,
+        seed=seed,
+    ):
+        for row, token in enumerate(tokens.tolist()):
+            ended[row] = ended[row] or token in tokenizer.end_ids
+            if not ended[row]:
+                rows[row].append(token)
+        yield rows
+        if all(ended):
+            return
 
 
 def prompt_ids(
