@@ -42,7 +42,7 @@ def single(size: int, tokenizer: Tokenizer, rng: random.Random) -> str:
     example = needle.make_example(
         "niah_single_1", size, rng.random(), tokenizer, (), rng, answer_tokens=0
     )
-    return f"{example.prompt} {example.answer}."
+    return f"{example.prompt} {example.answers[0]}."
 
 
 def copies(rng: random.Random) -> str:

@@ -37,13 +37,11 @@ def run(argv: Sequence[str], prog: str) -> int:
     )
     model, length = metadata["config"]["model"], metadata["config"]["data"]["seq_len"]
     files = metadata["source"]["sha256"].items()
-    hashes = "".join(f"
-  SHA-256   {digest} {name}" for name, digest in files)
+    hashes = "".join(f"\n  SHA-256   {digest} {name}" for name, digest in files)
     output.console().print(
         f"{command.out} holds {command.model.name}: {metadata['num_params']:,} "
         f"parameters, {model['num_layers']} layers, d_model {model['d_model']}, vocabulary "
-        f"{model['vocab_size']:,}, texts of up to {length:,} tokens{hashes}
-"
+        f"{model['vocab_size']:,}, texts of up to {length:,} tokens{hashes}\n"
         f"  evaluate: tlm eval --checkpoint {command.out}\n"
         f"  write:    tlm generate --checkpoint {command.out} --prompt TEXT",
         highlight=False,

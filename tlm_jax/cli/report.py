@@ -48,10 +48,12 @@ def run(argv: Sequence[str], prog: str) -> int:
         found = [files.read_json(path) for path in command.runs]
         _show(command, None, alignment.side_by_side(found))
         return 0
-    from tlm_jax.evaluation import records
+    from tlm_jax.evaluation import comparison, records
 
-    suites = [one for folder in command.runs for one in records.read(folder)]
-    _show(command, records.table(suites), records.markdown(suites))
+    results = [one for folder in command.runs for one in records.read(folder)]
+    _show(command, comparison.table(results), comparison.markdown(results))
+    if not command.markdown and (apart := comparison.note(results)):
+        output.console().print(apart, soft_wrap=True)
     return 0
 
 
@@ -61,9 +63,10 @@ def _is_sweep(path: pathlib.Path) -> bool:
 
 def _is_alignment(path: pathlib.Path) -> bool:
     try:
-        return "rho" in json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+    return isinstance(found, dict) and "rho" in found
 
 
 def _show(command: Command, table: Table | None, text: str, sweep: str = "") -> None:
