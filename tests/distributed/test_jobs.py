@@ -85,7 +85,11 @@ def test_processes_that_differ_end_with_what_differs(
                 text=True,
             )
         )
-    errors = [process.communicate(timeout=100)[1] for process in processes]
+    try:
+        errors = [process.communicate(timeout=100)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [1, 1], errors
     first, second = map(only_error, errors)
     assert first == second
