@@ -288,7 +288,7 @@ def _is_finished(sweep: Sweep, cell: Cell, folder: pathlib.Path, console: Consol
 
 
 def _warn(console: Console, text: str) -> None:
-    console.print(f"[yellow]{escape(text)}[/]", highlight=False, soft_wrap=True)
+    console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _result(sweep: Sweep, cell: Cell, folder: pathlib.Path) -> dict[str, Any]:

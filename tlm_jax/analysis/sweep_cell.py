@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from tlm_jax import config_io, files
 from tlm_jax.config import RUN_AGAIN, RunConfig, UserError
@@ -101,9 +100,8 @@ def _wait_until_free(folder: pathlib.Path, console: Console, stop: Stop) -> None
                 return
         except UserError as who:
             if not waiting:
-                console.print(
-                    f"Waiting for {escape(str(who))}, which is still in {folder}.", highlight=False
-                )
+                text = f"Waiting for {who}, which is still in {folder}."
+                console.print(text, markup=False, highlight=False)
             waiting = True
         time.sleep(0.2)
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import tyro
 from rich.console import Console
-from rich.markup import escape
 
 from tlm_jax.cli.parsing import parse, quiet_libraries
 from tlm_jax.config import MeshConfig
@@ -37,15 +36,15 @@ def run(argv: Sequence[str], prog: str) -> int:
         command.model, command.out, command.tokenizer, mesh_lib.device_mesh(command.mesh)
     )
     model = metadata["config"]["model"]
-    files = metadata["source"]["sha256"].items()
-    hashes = "".join(f"\n  SHA-256   {digest} {name}" for name, digest in files)
     Console().print(
         f"[green]{command.out} holds {command.model.name}[/]: {metadata['num_params']:,} "
         f"parameters, {model['num_layers']} layers, d_model {model['d_model']}, vocabulary "
-        f"{model['vocab_size']:,}{escape(hashes)}\n"
+        f"{model['vocab_size']:,}\n"
         f"  evaluate: tlm eval --checkpoint {command.out}\n"
         f"  write:    tlm generate --checkpoint {command.out} --prompt TEXT",
         highlight=False,
         soft_wrap=True,
     )
+    for name, digest in metadata["source"]["sha256"].items():
+        print(f"  SHA-256:  {digest} of {name}")
     return 0
