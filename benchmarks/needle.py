@@ -76,7 +76,7 @@ def main() -> None:
     run(["eval", "--checkpoint", str(workdir), "--tasks", "niah", *wanted, *lengths])
     (record,) = (workdir / "eval").glob("niah-*.json")
     found = json.loads(record.read_text())
-    kept = {key: found[key] for key in ("step", "metrics", "settings", "versions")}
+    kept = {key: found[key] for key in ("step", "metrics", "settings", "conditions", "versions")}
     kept["checkpoint"] = "runs/needle"
     target = ROOT / "docs" / "results" / "needle.json"
     target.write_text(json.dumps(kept, indent=1) + "\n")

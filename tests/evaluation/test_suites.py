@@ -182,7 +182,8 @@ def test_needles_longer_than_the_training(
     folder: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Lengths are those asked for; the table has the trained length beside them."""
-    few = ["--needle.num_depths", "1", "--needle.samples", "1", "--needle.lengths", "1100", "1300"]
+    few = ["--needle.num_depths", "1", "--needle.samples", "1", "--needle.lengths", "1100"]
+    few += ["--mesh.data", "1"]  # else each of the eight devices does everything
     variants = ["--needle.variants", "niah_single_1", "niah_multiquery"]
     assert cli.main(["eval", "--checkpoint", str(folder), "--tasks", "niah", *few, *variants]) == 0
     capsys.readouterr()
@@ -192,7 +193,6 @@ def test_needles_longer_than_the_training(
     cells = [line.split(" | ")[:2] for line in lines]
     for variant in ("niah_single_1", "niah_multiquery"):
         assert [f"| {variant}", "acc@1100"] in cells
-        assert [f"| {variant}", "acc@1300"] in cells
     assert list((folder / "eval").glob("niah-20-needles*.png"))
 
 

@@ -316,6 +316,7 @@ def _share_out(
     advance: Callable[[int], None],
 ) -> None:
     """Has processes write the units `left`."""
+    processes_lib.require_semaphores("use --processes 1")
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
     pool = concurrent.futures.ProcessPoolExecutor(
