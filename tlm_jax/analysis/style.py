@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from tlm_jax import files
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -43,4 +45,5 @@ def house_figure(path: Path, figsize: tuple[float, float]) -> Iterator["Figure"]
         figure = Figure(figsize=figsize, dpi=DPI, layout="constrained")
         yield figure
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, facecolor="white", format="png")
+        with files.named(path):
+            figure.savefig(path, facecolor="white", format="png")

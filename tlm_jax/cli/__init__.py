@@ -85,9 +85,10 @@ def _run(verb: ModuleType, argv: Sequence[str], prog: str) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        if error.filename is None:
+        if error.errno is None:
             raise
-        return _fail(f"{error.filename}: {error.strerror}", 1)
+        where = "" if error.filename is None else f"{error.filename}: "
+        return _fail(f"{where}{error.strerror}", 1)
     except KeyboardInterrupt:
         return _fail("interrupted; nothing after the last checkpoint is kept", 130)
 

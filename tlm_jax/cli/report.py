@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from tlm_jax import files
 from tlm_jax.cli.parsing import parse
 from tlm_jax.config import UserError
 
@@ -78,7 +79,7 @@ def _show(command: Command, table: Table | None, text: str, sweep: str = "") -> 
         new = sweep_report.replace(
             command.page.read_text(encoding="utf-8"), command.part or sweep, text
         )
-        command.page.write_text(new, encoding="utf-8")
+        files.write_text(command.page.resolve(), new)
 
 
 def _sweep(command: Command) -> int:
@@ -91,7 +92,6 @@ def _sweep(command: Command) -> int:
         Console().print(sweep_report.conditions(results), highlight=False)
     if command.out is not None:
         pictures = sweep_plots.draw(results, command.out)
-        (command.out / "report.md").write_text(text + "\n", encoding="utf-8")
-        html = sweep_plots.page(results, pictures)
-        (command.out / "index.html").write_text(html, encoding="utf-8")
+        files.write_text(command.out / "report.md", text + "\n")
+        files.write_text(command.out / "index.html", sweep_plots.page(results, pictures))
     return 0
