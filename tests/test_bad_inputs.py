@@ -191,6 +191,31 @@ def test_config_file(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[]", "it holds no JSON object"),
+        (b"3", "it holds no JSON object"),
+        (b'{"name": "\xff"}', "it is not valid JSON"),
+        (20_000 * b"[", "it is not valid JSON"),
+        (b'{"model": []}', "model is ()"),
+        (b'{"config": 3}', "config is '3'; it must be an object with fields"),
+        (b'{"seed": "1"}', "seed is '1'; it must be a whole number"),
+        (b'{"model": {"num_layers": 1000000000}}', "num_layers is 1000000000; it must be at most"),
+        (b'{"model": {"mixer": {"num_heads": 4}}}', "model.mixer has the kind 'None'"),
+    ],
+)
+def test_config_that_is_json(
+    content: bytes, reason: str, fails: Fails, tmp_path: pathlib.Path
+) -> None:
+    """A config.json that is none is named, with the field."""
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    message = fails("plan", "--config", path, "--png", tmp_path / "out.png")
+    assert str(path) in message
+    assert reason in message
+
+
 def test_verbs_and_their_first_option(fails: Fails) -> None:
     """An unknown verb gets the nearest one; a verb without its file asks for it."""
     assert "did you mean train?" in (message := fails("trian"))

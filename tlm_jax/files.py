@@ -126,6 +126,17 @@ def write_json(path: pathlib.Path, record: dict[str, Any], *, indent: int | None
     write_text(path, json.dumps(sealed(record), indent=indent, ensure_ascii=False) + "\n")
 
 
+@contextlib.contextmanager
+def named(path: pathlib.Path | str) -> Iterator[None]:
+    """Names `path` in what the system refuses without naming a file, such as to a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
 def write_text(path: pathlib.Path, text: str) -> None:
     """Replaces a file in one step: a reader finds the old text or the new one, never a part.
 
@@ -134,7 +145,7 @@ def write_text(path: pathlib.Path, text: str) -> None:
     """
     part = path.with_name(f".{path.name}.{os.getpid()}{_PART}")
     try:
-        with part.open("w", encoding="utf-8") as file:
+        with named(path), part.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

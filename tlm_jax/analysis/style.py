@@ -50,4 +50,5 @@ def house_figure(path: Path, figsize: tuple[float, float]) -> Iterator["Figure"]
         figure = Figure(figsize=figsize, dpi=DPI, layout="constrained")
         yield figure
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, facecolor="white", format="png", metadata={"Software": files.MARK})
+        with files.named(path):
+            figure.savefig(path, facecolor="white", format="png", metadata={"Software": files.MARK})

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from tlm_jax import output
-
 from tlm_jax.validation import UserError
 
 
