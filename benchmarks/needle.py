@@ -42,7 +42,7 @@ def single(size: int, tokenizer: Tokenizer, rng: random.Random) -> str:
     example = needle.make_example(
         "niah_single_1", size, rng.random(), tokenizer, (), rng, answer_tokens=0
     )
-    return f"{example.prompt} {example.answer}."
+    return f"{example.prompt} {example.answers[0]}."
 
 
 def copies(rng: random.Random) -> str:
@@ -76,7 +76,7 @@ def main() -> None:
     run(["eval", "--checkpoint", str(workdir), "--tasks", "niah", *wanted, *lengths])
     (record,) = (workdir / "eval").glob("niah-*.json")
     found = json.loads(record.read_text())
-    kept = {key: found[key] for key in ("step", "metrics", "settings", "versions")}
+    kept = {key: found[key] for key in ("step", "metrics", "settings", "conditions", "versions")}
     kept["checkpoint"] = "runs/needle"
     target = ROOT / "docs" / "results" / "needle.json"
     target.write_text(json.dumps(kept, indent=1) + "\n")

@@ -70,8 +70,8 @@ def test_unknown_option_as_a_user_sees_it(encoding: str, train: tuple[str, ...])
         (
             "titans",
             "--model.mixer.variant mac --model.mixer.chunk 48",
-            "chunk=48 does not divide window=128, the segment of variant mac; use one of "
-            "[1, 2, 4, 8, 16, 32, 64, 128], or window=144",
+            "chunk=48 does not divide window=64, the segment of variant mac; use one of "
+            "[1, 2, 4, 8, 16, 32, 64], or window=96",
         ),
         (
             "titans",
@@ -88,7 +88,8 @@ def test_unknown_option_as_a_user_sees_it(encoding: str, train: tuple[str, ...])
         ),
         (
             "titans",
-            "--model.mixer.memory_taper.schedule linear --model.mixer.memory_taper.end 0.7",
+            "--model.mixer.memory_width 192 --model.mixer.memory_taper.schedule linear "
+            "--model.mixer.memory_taper.end 0.7",
             "mixer.memory_taper: a linear curve from start=1.5 to end=0.7 has mean 1.1",
         ),
         ("hope_attention", "--model.mlp.periods 1 0", "every level needs a period of at least 1"),
@@ -188,6 +189,31 @@ def test_config_file(
         assert str(path) in message
         assert helpful in message
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[]", "it holds no JSON object"),
+        (b"3", "it holds no JSON object"),
+        (b'{"name": "\xff"}', "it is not valid JSON"),
+        (20_000 * b"[", "it is not valid JSON"),
+        (b'{"model": []}', "model is ()"),
+        (b'{"config": 3}', "config is '3'; it must be an object with fields"),
+        (b'{"seed": "1"}', "seed is '1'; it must be a whole number"),
+        (b'{"model": {"num_layers": 1000000000}}', "num_layers is 1000000000; it must be at most"),
+        (b'{"model": {"mixer": {"num_heads": 4}}}', "model.mixer has the kind 'None'"),
+    ],
+)
+def test_config_that_is_json(
+    content: bytes, reason: str, fails: Fails, tmp_path: pathlib.Path
+) -> None:
+    """A config.json that is none is named, with the field."""
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    message = fails("plan", "--config", path, "--png", tmp_path / "out.png")
+    assert str(path) in message
+    assert reason in message
 
 
 def test_verbs_and_their_first_option(fails: Fails) -> None:

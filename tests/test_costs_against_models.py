@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -29,10 +30,40 @@ SMALL = ModelConfig(
 )
 
 
+def _against_the_transformer(name: str, architecture: str) -> tuple[float, float]:
+    """Parameters and causal FLOPs a token, less those of the Transformer, as shares of them."""
+    runs = [config_io.load_config(f"configs/{name}.py:{a}") for a in ("transformer", architecture)]
+    base, other = (costs.model_costs(run.model, run.data.seq_len) for run in runs)
+    parameters = other.parameters / base.parameters - 1
+    return parameters, other.forward_flops / base.forward_flops - 1
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_table_of_budgets_is_true(name: str):
+    """Every figure of a size in docs/architectures.md."""
+    text = pathlib.Path("docs/architectures.md").read_text()
+    table = text.split("<!-- budgets -->")[1].split("<!-- end budgets -->")[0]
+    begin = f"| {name.removeprefix('tlm_')} | "
+    rows = table.splitlines()
+    found = [row.removeprefix(begin) for row in rows if row.startswith(begin)]
+    expected = []
+    for architecture in ARCHITECTURES:
+        run = config_io.load_config(f"configs/{name}.py:{architecture}")
+        planned = costs.model_costs(run.model, run.data.seq_len)
+        parameters, flops = _against_the_transformer(name, architecture)
+        heads, *_, head_dim = run.model.mixer.heads(run.model.d_model)
+        expected.append(
+            f"{architecture} | {heads} x {head_dim} | {run.model.mlp_width:,}"
+            f" | {planned.parameters:,} | {parameters:+.2%}"
+            f" | {planned.forward_flops / 1e6:,.1f} M | {flops:+.2%} |"
+        )
+    assert found == expected
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", SIZES)
-def test_every_architecture_has_the_parameters_of_its_size(name: str, architecture: str):
-    """Within half a multiple of MLP width a layer, and equal to its uniform twin's."""
+def test_every_architecture_has_the_parameters_and_flops_of_its_size(name: str, architecture: str):
+    """Within half a multiple of MLP width a layer and 2%; equal to its uniform twin's."""
     base = config_io.load_config(f"configs/{name}.py")
     run = config_io.load_config(f"configs/{name}.py:{architecture}")
     model, seq_len = run.model, run.data.seq_len
@@ -40,6 +71,8 @@ def test_every_architecture_has_the_parameters_of_its_size(name: str, architectu
     step = 3 * 32 * model.d_model * model.num_layers
     assert abs(costs.model_costs(model, seq_len).parameters - size) <= 0.52 * step
     costs.assert_matched(model, seq_len)
+    ratios = _against_the_transformer(name, architecture)
+    assert all(abs(ratio) < 0.02 for ratio in ratios), ratios
     assert (run == base) == (architecture == "transformer")
 
 

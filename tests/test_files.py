@@ -85,3 +85,24 @@ def test_a_lock_is_held_once_and_freed(tmp_path: pathlib.Path) -> None:
             pass
     with files.locked(path, "in use"):
         pass
+
+
+def test_only_what_tlm_wrote_is_replaced(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "file"
+    files.refuse_foreign(path)
+    for ours in ("", f"<!-- {files.MARK} -->\n" + 10_000 * "x"):
+        path.write_text(ours)
+        files.refuse_foreign(path)
+    files.write_json(path, RECORD | {"long": 10_000 * "x"})
+    files.refuse_foreign(path)
+    for theirs in (
+        "my notes",
+        10_000 * "x" + files.MARK,
+        '{"checksum": "0123456789abcdef", "a": 1}',
+    ):
+        path.write_text(theirs)
+        with pytest.raises(FileExistsError, match="not written by tlm") as error:
+            files.refuse_foreign(path)
+        assert error.value.filename == str(path)
+    path.write_text("[own] mine")
+    files.refuse_foreign(path, "[own]")

@@ -10,12 +10,13 @@ import time
 from typing import Any
 
 import pytest
+from helpers import Fails
 from rich.console import Console
 
 from tlm_jax import config_io
 from tlm_jax.analysis import plan as plan_lib
 from tlm_jax.analysis import plots
-from tlm_jax.config import ModelConfig, RunConfig, TaperConfig
+from tlm_jax.config import MAX_LAYERS, DataConfig, ModelConfig, RunConfig, TaperConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -59,15 +60,15 @@ def test_a_tapered_memory_has_its_column() -> None:
     mixer = dataclasses.replace(run.model.mixer, memory_taper=TaperConfig())
     run = dataclasses.replace(run, model=dataclasses.replace(run.model, mixer=mixer))
     text = _printed(run)
-    assert "Titans MAG, 16 heads of 64, memory 2 layers x 256" in text
+    assert "Titans MAG, 16 heads of 64, memory 2 layers x 304" in text
     assert "memory" in _row(text, "layers")
     column = _row(text, "layers").index("memory") + 1  # the bars have no heading
-    assert _row(text, "0 ")[column] == "384"
-    assert _row(text, "23 ")[column] == "128"
-    assert str(24 * 256) in _row(text, "all layers")
+    assert _row(text, "0 ")[column] == "464"
+    assert _row(text, "23 ")[column] == "144"
+    assert str(24 * 304) in _row(text, "all layers")
     assert _row(text, "parameters")[-1] == "equal"
     assert _row(text, "forward FLOPs/token")[-1] == "equal"
-    assert _row(text, "decoder state")[2:4] == ["145", "MiB"]
+    assert _row(text, "decoder state")[2:4] == ["172", "MiB"]
 
 
 def test_segments_are_rows() -> None:
@@ -107,6 +108,41 @@ def test_summary_is_short_and_complete() -> None:
         assert part in text
     assert "equal to its uniform twin" in text
     assert "uniform" in plan_lib.summary_lines(_run(schedule="uniform"))[2]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--data.batch_size 2147483648", "batch_size is 2147483648; it must be at most 2147483647"),
+        ("--data.batch_size 2147483647 --training.grad_accumulation 2", "a batch of 2147483648"),
+        ("--data.seq_len 2147483646 --training.loss_chunk 4", "use one of [1, 2, 3, 6, 7, 9,"),
+        ("--model.num_layers 1000000000", "num_layers is 1000000000; it must be at most 10000"),
+        ("--model.vocab_size 1000000000000", "it must be at most 2147483647"),
+        ("--model.d_model 1000000000000", "it must be at most 2147483647"),
+        ("--model.mixer.num_heads 1000000000", "does not divide into num_heads=1000000000"),
+        ("--model.mixer.num_heads 2147483647 --model.mixer.num_kv_heads 3", "[1, 2147483647]"),
+        ("--model.mlp_width 10000000000000", "it must be at most 2147483647"),
+        ("--model.num_layers 10000 --model.taper.start 1.9 --model.taper.end 1", "use end=0.1"),
+        ("--model.num_layers 9984 --model.taper.num_segments 3", "use num_segments=None"),
+        ("--training.num_steps 1e12", "--training.num_steps: '1e12' is no whole number"),
+    ],
+)
+def test_huge_numbers_are_refused_at_once(words: str, message: str, fails: Fails) -> None:
+    """A line that stays short, within seconds, and without memory to match."""
+    began = time.process_time()
+    found = fails("plan", "--config", str(ROOT / "configs/tiny.py"), *words.split())
+    assert message in found
+    assert len(found) < 500
+    assert time.process_time() - began < 8
+
+
+def test_the_largest_model_has_a_plan_within_seconds() -> None:
+    layers = TaperConfig(multiple_of=1)
+    model = ModelConfig(num_layers=MAX_LAYERS, d_model=2**30, mlp_width=2**20, taper=layers)
+    began = time.process_time()
+    text = _printed(RunConfig(model=model, data=DataConfig(batch_size=2**31 - 1)))
+    assert time.process_time() - began < 8
+    assert "10,000 layers" in text
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,11 @@ def _request(**changes: Any) -> dict[str, Any]:
         (_request(num_layers=3, base_width=17), "51 is not a multiple of multiple_of=16"),
         (_request(end=0.6), r"mean 1\.05, not 1.*use end=0\.5$"),
         (_request(start=2.5), "use start=1.5"),
+        (_request(num_layers=10_000, num_segments=4), "num_segments=4 for num_layers=10000 would"),
+        (
+            _request(num_layers=500, num_segments=100, base_width=8192),
+            "num_segments=100 for num_layers=500 would",
+        ),
         (_request(end=0.0), "end=0.0 must be positive"),
         (_request(start=math.nan), "start=nan"),
         (_request(num_layers=1), "num_layers=1 cannot run"),

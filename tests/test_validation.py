@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 import pytest
 from helpers import Fails
 
-from tlm_jax import config as config_module
 from tlm_jax import config_io
 from tlm_jax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from tlm_jax.distributed.start import ProcessesConfig
@@ -147,6 +146,7 @@ def test_a_mixer_of_ones_own_is_checked() -> None:
 
 def test_divisors() -> None:
     for n in (1, 2, 12, 36, 97, 1000):
-        assert divisors(n) == [d for d in range(1, n + 1) if n % d == 0]
-    assert len(divisors(2**31 - 2)) == 192
-    assert config_module.MAX_LAYERS < 2**31
+        assert divisors(n) == str([d for d in range(1, n + 1) if n % d == 0])
+    assert divisors(2**16) == (
+        "[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, ..., 16384, 32768, 65536]"
+    )

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 
 from tlm_jax import costs
-from tlm_jax.config import ModelConfig, RunConfig, UserError
+from tlm_jax.config import ModelConfig, RunConfig, TaperConfig, UserError
 from tlm_jax.mixers import (
     AttentionConfig,
     GatedAttentionConfig,
@@ -22,7 +22,15 @@ from tlm_jax.mixers import (
 HOPE_PERIODS = (1, 4)
 """Optimizer steps between updates of the levels of Hope-attention's MLP chain (our choice)."""
 TITANS_WINDOW = 512
-"""Tokens that attention sees in Titans, but at most half a sequence (our choice)."""
+"""Tokens that attention sees in Titans, but at most a quarter of a sequence (our choice)."""
+TITANS_CHUNK = 64
+"""Tokens of a chunk of its memory, but at most a 16th of a sequence (our choice)."""
+TITANS_HEAD_DIM = 64
+"""Dimension of its heads, where it divides them (our choice).
+
+A memory's FLOPs grow with its hidden width times the dimension of its head, so that heads of
+256, which the 1.3B Transformer has, leave no width at the Transformer's FLOPs.
+"""
 _MULTIPLE = 32  # of MLP widths, so that tapers in multiples of 16 have an exact mean
 
 
@@ -58,15 +66,32 @@ def _hope_attention(model: ModelConfig, seq_len: int) -> ModelConfig:
 
 
 def _titans(model: ModelConfig, seq_len: int) -> ModelConfig:
-    """Memory as a gate; with remat, memories of every sqrt(chunks)-th chunk are kept."""
-    attention = _attention(model)
+    """Memory as a gate, as wide as the Transformer's FLOPs allow.
+
+    With remat, memories of every sqrt(chunks)-th chunk are kept.
+    """
+    heads, _, head_dim = _attention(model).heads(model.d_model)
+    if heads * head_dim % TITANS_HEAD_DIM == 0:
+        heads, head_dim = heads * head_dim // TITANS_HEAD_DIM, TITANS_HEAD_DIM
+    chunk = min(TITANS_CHUNK, max(seq_len // 16, 1))
     mixer = TitansConfig(
-        num_heads=attention.num_heads,
-        head_dim=attention.head_dim,
-        window=min(TITANS_WINDOW, max(seq_len // 2, 1)),
+        num_heads=heads,
+        head_dim=None if heads * head_dim == model.d_model else head_dim,
+        chunk=chunk,
+        window=min(TITANS_WINDOW, max(seq_len // 4, 1)),
+        chunks_per_checkpoint=1 if model.remat == "none" else max(math.isqrt(seq_len // chunk), 1),
     )
-    every = 1 if model.remat == "none" else max(math.isqrt(seq_len // mixer.chunk), 1)
-    return dataclasses.replace(model, mixer=dataclasses.replace(mixer, chunks_per_checkpoint=every))
+    uniform = dataclasses.replace(model, taper=TaperConfig(schedule="uniform"))
+    wanted = costs.model_costs(uniform, seq_len).forward_flops
+
+    def with_memory(base: ModelConfig, width: int) -> ModelConfig:
+        return dataclasses.replace(base, mixer=dataclasses.replace(mixer, memory_width=width))
+
+    def error(width: int) -> float:
+        paid = _paid_by_mlp(with_memory(uniform, width), uniform)
+        return abs(costs.model_costs(paid, seq_len).forward_flops - wanted) if paid else math.inf
+
+    return with_memory(model, min(range(16, 8 * head_dim + 1, 16), key=error))
 
 
 def _hybrid(model: ModelConfig, seq_len: int) -> ModelConfig:
@@ -89,11 +114,12 @@ HYBRIDS: dict[str, Callable[[ModelConfig, int], ModelConfig]] = {"hybrid": _hybr
 
 
 def with_architecture(config: RunConfig, name: str) -> RunConfig:
-    """A Transformer's run with another architecture of about as many parameters.
+    """A Transformer's run with another architecture of about as many parameters and FLOPs.
 
     What the new mixer has more than attention is taken off the mean MLP width, in
-    multiples of 32; the paper does not say how it matched architectures (our choice). Only
-    a model and its uniform twin are equal to the last parameter.
+    multiples of 32; the paper does not say how it matched architectures (our choice). Titans' FLOPs
+    follow from its heads and the width of its memory (docs/architectures.md has both figures of
+    each size). Only a model and its uniform twin are equal to the last parameter.
 
     Args:
       config: the run of a Transformer.
@@ -111,12 +137,17 @@ def with_architecture(config: RunConfig, name: str) -> RunConfig:
         return config
     base = config.model
     model = known[name](base, config.data.seq_len)
-    more = costs.model_costs(model, 1).parameters - costs.model_costs(base, 1).parameters
-    width = more / (3 * model.d_model * model.num_layers)
-    mlp_width = model.mlp_width - _MULTIPLE * round(width / _MULTIPLE)
-    if mlp_width <= 0:
+    paid = _paid_by_mlp(model, base)
+    if paid is None:
         raise UserError(
             f"{name} needs all {base.mlp_width} of mlp_width for its mixer; make it wider"
         )
-    model = dataclasses.replace(model, mlp_width=mlp_width)
-    return dataclasses.replace(config, name=f"{config.name}_{name}", model=model)
+    return dataclasses.replace(config, name=f"{config.name}_{name}", model=paid)
+
+
+def _paid_by_mlp(model: ModelConfig, base: ModelConfig) -> ModelConfig | None:
+    """`model` with an MLP that gives it the parameters of `base`; None if none is left."""
+    more = costs.model_costs(model, 1).parameters - costs.model_costs(base, 1).parameters
+    width = more / (3 * model.d_model * model.num_layers)
+    mlp_width = model.mlp_width - _MULTIPLE * round(width / _MULTIPLE)
+    return dataclasses.replace(model, mlp_width=mlp_width) if mlp_width > 0 else None

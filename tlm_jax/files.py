@@ -4,6 +4,7 @@ Standard library only; every other module may use it.
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -20,8 +21,12 @@ from typing import Any
 from tlm_jax.validation import UserError
 
 CHECKSUM = "checksum"
+MARK = "written by tlm-jax"
+"""Stands near the beginning of pictures and pages; see `refuse_foreign`."""
 _PART = ".part"
 _SHOWN = 8
+_HEAD = 4096
+_SEALED = re.compile(rb'"checksum": "[0-9a-f]{16}"\s*\}\s*$')
 
 
 class DamagedFileError(UserError):
@@ -121,6 +126,17 @@ def write_json(path: pathlib.Path, record: dict[str, Any], *, indent: int | None
     write_text(path, json.dumps(sealed(record), indent=indent, ensure_ascii=False) + "\n")
 
 
+@contextlib.contextmanager
+def named(path: pathlib.Path | str) -> Iterator[None]:
+    """Names `path` in what the system refuses without naming a file, such as to a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
 def write_text(path: pathlib.Path, text: str) -> None:
     """Replaces a file in one step: a reader finds the old text or the new one, never a part.
 
@@ -129,13 +145,33 @@ def write_text(path: pathlib.Path, text: str) -> None:
     """
     part = path.with_name(f".{path.name}.{os.getpid()}{_PART}")
     try:
-        with part.open("w", encoding="utf-8") as file:
+        with named(path), part.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def refuse_foreign(path: pathlib.Path, mark: str = MARK) -> None:
+    """Raises an error unless a file may be written at `path` without losing somebody's work.
+
+    That is where there is none, an empty one, or one of ours: with `mark` near its beginning or
+    a checksum at its end. What is not a regular file is left to the writer.
+
+    Raises:
+      FileExistsError: the file was not written by tlm.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        return
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+        file.seek(max(0, path.stat().st_size - _HEAD))
+        tail = file.read()
+    if mark.encode() not in head and not _SEALED.search(tail):
+        reason = "it was not written by tlm and is not replaced; move it or choose another name"
+        raise FileExistsError(errno.EEXIST, reason, str(path))
 
 
 @contextlib.contextmanager

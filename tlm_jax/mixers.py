@@ -289,16 +289,17 @@ class AttentionConfig(MixerConfig):
             raise ValueError(
                 f"mixer.heads_taper: {str(error).replace('base_width', 'num_kv_heads')}"
             ) from None
-        return tuple(
-            dataclasses.replace(
+        distinct = {
+            n: dataclasses.replace(
                 self,
                 num_heads=n * (heads // kv_heads),
                 num_kv_heads=n,
                 head_dim=head_dim,
                 heads_taper=NO_TAPER,
             )
-            for n in groups
-        )
+            for n in set(groups)
+        }
+        return tuple(distinct[n] for n in groups)
 
     def sizes(self) -> dict[str, int]:
         """Query heads."""
@@ -429,9 +430,11 @@ class TitansConfig(MixerConfig):
         except taper_lib.TaperError as error:
             text = str(error).replace("base_width", "mixer.memory_width")
             raise ValueError(f"mixer.memory_taper: {text}") from None
-        return tuple(
-            dataclasses.replace(self, memory_width=width, memory_taper=NO_TAPER) for width in widths
-        )
+        distinct = {
+            width: dataclasses.replace(self, memory_width=width, memory_taper=NO_TAPER)
+            for width in set(widths)
+        }
+        return tuple(distinct[width] for width in widths)
 
     def sizes(self) -> dict[str, int]:
         """Hidden width of a head's memory."""

@@ -24,6 +24,7 @@ Schedule = Literal[
 Third = Literal["early", "middle", "late"]
 
 _THIRDS = ("early", "middle", "late")
+_MOST_FITTED, _MOST_STAIRS = 1_000, 10_000  # some seconds, and 32 MB (our choice)
 _DECIMALS = 9  # of a unit; removes the noise of cos() so that ties are ties
 
 
@@ -330,6 +331,12 @@ def _curve(r: _Request) -> tuple[list[float], tuple[int, ...]]:
 def _approximate(r: _Request, ideal: list[float], exact: tuple[int, ...]) -> tuple[int, ...]:
     """At most `num_segments` stairs nearest the ideal curve, with the exact budget."""
     assert r.num_segments is not None
+    if r.num_layers > _MOST_FITTED or r.num_segments * r.num_layers > _MOST_STAIRS:
+        raise _Impossible(
+            f"num_segments={r.num_segments} for num_layers={r.num_layers} would take too long to "
+            f"find: at most {_MOST_FITTED} layers, and {_MOST_STAIRS} as their product, are fitted",
+            [{"num_segments": None}],
+        )
     falls = all(a >= b for a, b in itertools.pairwise(exact))
     rises = all(a <= b for a, b in itertools.pairwise(exact))
     if not (falls or rises):

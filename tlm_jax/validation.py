@@ -190,7 +190,10 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def divisors(n: int) -> list[int]:
-    """All divisors of n, ascending."""
+def divisors(n: int) -> str:
+    """The divisors of n, ascending, for a message: the middle of a long list is left out."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
-    return small + [n // d for d in reversed(small) if d * d != n]
+    found = [*map(str, small), *(str(n // d) for d in reversed(small) if d * d != n)]
+    if len(found) > 16:
+        found[12:-3] = ["..."]
+    return f"[{', '.join(found)}]"

@@ -8,11 +8,13 @@ Expected:  no figures yet
 The mixer's budget is kept by itself, as the MLP's is (docs/concepts.md).
 """
 
+import dataclasses
 import pathlib
 
 from tlm_jax import config_io
 from tlm_jax.analysis.sweep import Arm, Sweep
 from tlm_jax.architectures import with_architecture
+from tlm_jax.mixers import TitansConfig
 
 STUDY = pathlib.Path(__file__).parents[1] / "study.py"
 UNIFORM = {"model.taper.schedule": "uniform"}
@@ -24,6 +26,9 @@ def cosine(field: str) -> dict[str, object]:
 
 def get_sweep(architecture: str = "transformer") -> Sweep:
     base = with_architecture(config_io.load_config(STUDY), architecture)
+    if isinstance(base.model.mixer, TitansConfig):  # wide enough to taper; 4 head_dim
+        mixer = dataclasses.replace(base.model.mixer, memory_width=None)
+        base = dataclasses.replace(base, model=dataclasses.replace(base.model, mixer=mixer))
     field, what = {
         "transformer": ("model.mixer.heads_taper", "heads"),
         "titans": ("model.mixer.memory_taper", "memory"),

@@ -6,6 +6,7 @@ import lzma
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -131,6 +132,32 @@ def test_documents_come_in_order_and_are_counted(expected: pathlib.Path) -> None
         ["manifest.json", "plan.json"]
         + [shard.file for shards in manifest.shards.values() for shard in shards]
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"[]", "it holds no JSON object"),
+        (b"\xff{}", "it is not valid JSON"),
+        (b"{", "it is not valid JSON"),
+        (b'{"key": []}', "it holds no plan"),
+    ],
+)
+def test_damaged_plans(
+    content: bytes, reason: str, expected: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """A plan.json that is no plan is named."""
+    folder = tmp_path / "copy"
+    shutil.copytree(expected, folder)
+    plan = folder / "plan.json"
+    values = json.loads(plan.read_text())
+    plan.write_bytes(content)
+    lines = values["key"]["source"]
+    with pytest.raises(UserError, match=f"^{re.escape(str(plan))} is damaged: {reason}"):
+        make(lines, folder)
+    plan.write_text(json.dumps(values | {"units": [content.decode(errors="replace")]}))
+    with pytest.raises(UserError, match=f"^{re.escape(str(plan))} is damaged: its units"):
+        make(lines, folder)
 
 
 @pytest.mark.parametrize("kind", ["gz", "zst", "xz", "parquet", "tfds", "hf"])

@@ -10,6 +10,7 @@ import time
 import pytest
 from helpers import DRIVER, ROOT, command, environment, only_error, run
 
+from tlm_jax.config import UserError
 from tlm_jax.distributed.agreement import differences
 from tlm_jax.distributed.start import ProcessesConfig, expected
 
@@ -85,7 +86,11 @@ def test_processes_that_differ_end_with_what_differs(
                 text=True,
             )
         )
-    errors = [process.communicate(timeout=100)[1] for process in processes]
+    try:
+        errors = [process.communicate(timeout=100)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [1, 1], errors
     first, second = map(only_error, errors)
     assert first == second
@@ -120,6 +125,16 @@ def test_what_the_environment_says_of_other_processes() -> None:
     assert expected(auto, {"JAX_COORDINATOR_ADDRESS": "host:1"})
     assert expected(ProcessesConfig(count=2, index=0), {})
     assert not expected(ProcessesConfig(join="never"), {"JAX_COORDINATOR_ADDRESS": "host:1"})
+
+
+@pytest.mark.parametrize(
+    "name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES"]
+)
+@pytest.mark.parametrize("value", ["many", "", "-1", "2(x3)", "1e3", "²"])
+def test_counts_in_the_environment_that_are_none(name: str, value: str) -> None:
+    with pytest.raises(UserError, match=f"^the environment variable {name}=.* is not a number"):
+        expected(ProcessesConfig(), {name: value})
+    assert not expected(ProcessesConfig(join="never"), {name: value})
 
 
 def test_a_folder_in_use_is_one_line(config_file: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -1,6 +1,7 @@
 """Answers on disk: kept, found again, and not taken for those of another model."""
 
 import pathlib
+import random
 
 from tlm_jax.evaluation.journal import Journal
 
@@ -35,3 +36,31 @@ def test_one_of_several_processes_writes(tmp_path: pathlib.Path) -> None:
     reader.add("b", 2)
     assert reader.known(["a", "b"]) == {"a": 1, "b": 2}
     assert Journal(path, {}).known(["a", "b"]) == {"a": 1}
+
+
+def test_no_flipped_byte_changes_an_answer(tmp_path: pathlib.Path) -> None:
+    """A line that was damaged is dropped and counted; the others, and what is added, stay."""
+    path = tmp_path / "answers.jsonl"
+    answers = {f"request {i}": [-1.25 * i, i % 2 == 0] for i in range(20)}
+    journal = Journal(path, {"step": 1})
+    for key, answer in answers.items():
+        journal.add(key, answer)
+    journal.close()
+    whole = path.read_bytes()
+    header = whole.index(b"\n")
+    rng = random.Random(0)
+    for position in [header, len(whole) - 1, *rng.sample(range(len(whole)), 100)]:
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        again = Journal(path, {"step": 1})
+        found = again.known(list(answers))
+        assert found.items() <= answers.items()
+        if position > header:
+            assert len(found) >= 18
+            assert again.damaged or position == len(whole) - 1
+        again.add("new", 7)
+        again.close()
+        third = Journal(path, {"step": 1})
+        assert third.known([*answers, "new"]) == {**found, "new": 7}
+        assert third.damaged == 0

@@ -2,7 +2,10 @@
 
 import pathlib
 import random
+import re
+from collections.abc import Mapping
 
+import numpy as np
 import pytest
 
 from tlm_jax.config import UserError
@@ -23,8 +26,8 @@ def examples(**changes) -> list[needle.Example]:
 def test_examples_are_reproducible() -> None:
     """Equal seeds give equal examples, others others."""
     assert examples() == examples()
-    assert [e.answer for e in examples()] != [e.answer for e in examples(seed=1)]
-    assert len({e.answer for e in examples()}) == 3 * 2 * 3 * 2
+    assert [e.answers for e in examples()] != [e.answers for e in examples(seed=1)]
+    assert len({a for e in examples() for a in e.answers}) == (3 + needle.QUERIES) * 2 * 3 * 2
 
 
 def test_lengths_depths_and_answers() -> None:
@@ -33,12 +36,14 @@ def test_lengths_depths_and_answers() -> None:
         size = len(TOKENIZER.encode(example.prompt))
         room = example.length - needle.ANSWER_TOKENS
         assert room - 40 < size <= room
-        assert example.prompt.count(example.answer) == 1
+        assert [example.prompt.count(answer) for answer in example.answers] in ([1], [1] * 4)
         hay = example.prompt.split("\n", 1)[1].rsplit("\n", 1)[0]
-        at = hay.index("One of the special") / (len(hay) - len("One of the special magic"))
-        assert at == pytest.approx(example.depth, abs=0.12)
-        kind = {"1": str.isdigit, "2": str.isdigit, "3": lambda a: len(a) == 36}
-        assert kind[example.variant[-1]](example.answer)
+        first = re.search(rf"One of the special magic \S+ for \S+ is: {example.answers[0]}", hay)
+        assert first is not None
+        at = first.start() / (len(hay) - len("One of the special magic"))
+        assert at == pytest.approx(example.depth, abs=0.3 if len(example.answers) > 1 else 0.12)
+        for answer in example.answers:
+            assert len(answer) == 36 if example.variant == "niah_single_3" else answer.isdigit()
         noise = "The grass is green." in example.prompt
         assert noise == (example.variant == "niah_single_1")
 
@@ -50,30 +55,57 @@ def test_too_short_a_length_is_an_error() -> None:
         needle.make_example("niah_single_1", 150, 0.5, TOKENIZER, (), rng)
 
 
-class Parrot:
-    """Stands for a model: repeats the words around the needle, for some prompts only."""
+def test_several_values_are_asked_for_at_once() -> None:
+    """RULER's multi-query: four keys in one question, each with a needle of its own."""
+    (example, *_) = examples(variants=("niah_multiquery",))
+    question = example.prompt.rsplit("\n", 1)[1]
+    keys = re.findall(r"[a-z]+-[a-z]+", question.split("?")[0])
+    assert len(set(keys)) == 4
+    assert question.endswith(f"for {', '.join(keys[:3])}, and {keys[3]} are:")
+    for key, answer in zip(keys, example.answers, strict=True):
+        sentence = f"One of the special magic numbers for {key} is: {answer}."
+        assert example.prompt.count(sentence) == 1
+    orders = set()
+    for one in examples(variants=("niah_multiquery",)):
+        hay = one.prompt
+        orders.add(tuple(sorted(range(4), key=lambda i: hay.index(one.answers[i]))))
+    assert len(orders) > 1  # where they stand says nothing of which was asked first
 
-    def __init__(self, knows: set[int]) -> None:
-        self.knows, self.asked = knows, 0
+
+def test_forty_depths_as_ruler_has_them() -> None:
+    """np.linspace(0, 100, 40) percent, to its rounding."""
+    config = NeedleConfig(num_depths=40, samples=1, variants=("niah_single_1",))
+    depths = [e.depth for e in needle.make_examples(config, (512,), TOKENIZER, PROSE)]
+    assert np.round(np.linspace(0, 100, 40)) == pytest.approx(100 * np.array(depths), abs=0.5)
+
+
+class Parrot:
+    """Stands for a model: repeats so many of the needles in the prompt, in capitals."""
+
+    def __init__(self, known: Mapping[int, int]) -> None:
+        self.known = known
 
     def generate(self, prompts, *, max_tokens, stops, keep_stop):
         assert keep_stop
         assert set(max_tokens) <= {needle.ANSWER_TOKENS}
-        for index, ((answer,), prompt) in enumerate(zip(stops, prompts, strict=True)):
-            self.asked += 1
+        for index, (stop, prompt) in enumerate(zip(stops, prompts, strict=True)):
             assert prompt[0] == 7  # the prefix
-            yield index, f" it is {answer.upper()}." if index in self.knows else " no idea"
+            found = re.findall(r"is: (\S+)\.", TOKENIZER.decode(prompt[1:]))
+            assert list(stop) == (found if len(found) == 1 else [])
+            yield index, f" {' and '.join(found[: self.known.get(index, 0)])}.".upper()
 
 
 def test_scoring_by_containment(tmp_path: pathlib.Path) -> None:
     """An answer counts wherever it stands and in any case; answers that are known are kept."""
     some = examples()
-    parrot = Parrot(set(range(0, len(some), 3)))
+    parrot = Parrot(dict.fromkeys(range(0, len(some), 3), 1) | {len(some) - 1: 3})
     journal = Journal(tmp_path / "a.jsonl", {})
     answers = needle.run(parrot, TOKENIZER, some, prefix=(7,), journal=journal, advance=_nothing)
-    assert [a["correct"] for a in answers] == [i % 3 == 0 for i in range(len(some))]
+    share = [1 / len(e.answers) if i % 3 == 0 else 0 for i, e in enumerate(some)]
+    assert [a["score"] for a in answers] == [*share[:-1], 0.75]
+    assert [a["prompt"] for a in answers] == [e.prompt for e in some]
     again = needle.run(
-        Parrot(set()),
+        Parrot({}),
         TOKENIZER,
         some,
         prefix=(7,),

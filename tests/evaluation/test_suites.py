@@ -2,20 +2,23 @@
 
 import json
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
 import pytest
 import rows
-from helpers import command, environment, run
+from helpers import Fails, command, environment, run
 
-from tlm_jax import cli
+from tlm_jax import cli, files
 from tlm_jax.config import UserError
 from tlm_jax.evaluation import suites
+from tlm_jax.evaluation.journal import Journal
 from tlm_jax.evaluation.suites import Metric
 
 pytest.importorskip("lm_eval", reason="lm-eval is in the extra eval")
@@ -35,9 +38,13 @@ def folder(tmp_path: pathlib.Path, finished_run: pathlib.Path) -> pathlib.Path:
     return pathlib.Path(shutil.copytree(finished_run, tmp_path / "finished"))
 
 
-def metrics(folder: pathlib.Path, name: str = "paper-20") -> dict[tuple[str, str], float]:
-    found = json.loads((folder / "eval" / f"{name}.json").read_text())["metrics"]
-    return {(m["task"], m["name"]): m["value"] for m in found}
+def record(folder: pathlib.Path, name: str = "paper-20*") -> dict[str, Any]:
+    (file,) = (folder / "eval").glob(f"{name}.json")
+    return files.read_json(file)
+
+
+def metrics(folder: pathlib.Path, name: str = "paper-20*") -> dict[tuple[str, str], float]:
+    return {(m["task"], m["name"]): m["value"] for m in record(folder, name)["metrics"]}
 
 
 def test_all_columns_offline_and_resumed_after_a_kill(
@@ -51,16 +58,21 @@ def test_all_columns_offline_and_resumed_after_a_kill(
     assert expected.keys() >= PAPER_METRICS
     assert not list((folder / "eval").glob("*.answers.jsonl"))
     assert "scored" in whole.stderr
-    record = json.loads((folder / "eval" / "paper-20.json").read_text())
     accuracies = [v for (t, n), v in expected.items() if (t, n) in PAPER_METRICS and "acc" in n]
-    assert record["average"] == pytest.approx(np.mean(accuracies))
-    assert record["config"]["model"]["num_layers"] == 4
-    assert record["versions"]["lm_eval"]
+    found = record(folder)
+    assert found["average"] == pytest.approx(np.mean(accuracies))
+    assert found["config"]["model"]["num_layers"] == 4
+    assert found["versions"]["lm_eval"]
 
-    # The log-likelihoods of the samples are those of the model.
-    lines = (folder / "eval" / "paper-20.samples.jsonl").read_text().splitlines()
-    samples = [json.loads(line) for line in lines]
+    # The samples say what was asked, and of which document.
+    (file,) = (folder / "eval").glob("paper-20*.samples.jsonl")
+    samples = [json.loads(line) for line in file.read_text().splitlines()]
     assert {s["task"] for s in samples} == set(suites.SUITES["paper"])
+    (first,) = [s for s in samples if s["task"] == "piqa" and s["doc_id"] == 0]
+    assert first["doc"]["goal"] == "What is layer two?"
+    assert first["arguments"] == [
+        ["Question: What is layer two?\nAnswer:", f" {choice}"] for choice in ("wide", "width")
+    ]
 
     # Killed after some answers are on disk, and begun again.
     again = folder.with_name("again")
@@ -95,8 +107,8 @@ def test_report_puts_checkpoints_side_by_side(
         how = ["--step", str(step), "--tasks", "lambada", "piqa", "--data_dir", str(data_dir)]
         assert cli.main(["eval", "--checkpoint", str(folder), *how]) == 0
     capsys.readouterr()
-    files = sorted((folder / "eval").glob("*.json"))
-    assert [f.name for f in files] == ["lambada+piqa-10.json", "lambada+piqa-20.json"]
+    names = sorted(file.name for file in (folder / "eval").glob("*.json"))
+    assert [name.partition("-data")[0] for name in names] == ["lambada+piqa-10", "lambada+piqa-20"]
     assert cli.main(["report", str(folder)]) == 0
     out = capsys.readouterr().out
     assert "step 10" in out
@@ -133,32 +145,156 @@ def test_average_is_the_plain_mean_of_eight() -> None:
     assert suites.average(some[1:]) is None
 
 
-def fails(capsys: pytest.CaptureFixture[str], *words: object) -> str:
-    assert cli.main([str(word) for word in words]) == 1
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
-    return line.removeprefix("error: ")
-
-
-def test_mistakes_are_one_line(
+def test_a_quick_look_replaces_no_full_evaluation(
     folder: pathlib.Path, data_dir: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Unknown tasks, missing and broken files."""
+    """Limit and data stand in the names and the table; a path more is no column more."""
+    tasks = ("eval", "--checkpoint", str(folder), "--tasks", "boolq", "--data_dir")
+    assert cli.main([*tasks, str(data_dir)]) == 0
+    whole = {file: file.read_bytes() for file in (folder / "eval").glob("*.json")}
+    other = shutil.copytree(data_dir, data_dir.with_name("other"))
+    boolq = other / "boolq" / "validation.jsonl"
+    boolq.write_text(boolq.read_text().replace("early", "late"))
+    assert cli.main([*tasks, str(data_dir), "--limit", "1"]) == 0
+    assert cli.main([*tasks, str(other)]) == 0
+    assert {file: file.read_bytes() for file in whole} == whole
+    names = sorted(file.name.split("-data")[0] for file in (folder / "eval").glob("*.json"))
+    assert names == ["boolq-20", "boolq-20", "boolq-20-limit1"]
+    link = folder.with_name("link")
+    link.symlink_to(folder)
+    (before,) = whole
+    known = json.loads(before.read_text())["conditions"]
+    assert known["data"].keys() == {"boolq"}
+    assert known["max_length"] == known["trained_length"] == 64
+    assert known["precision"] == "float32"
+    capsys.readouterr()
+    assert cli.main(["report", "--markdown", str(folder), str(link)]) == 0
+    out = capsys.readouterr().out
+    (limits,) = [line for line in out.splitlines() if "| limit |" in line]
+    assert sorted(limits.strip("| ").split(" | ")[2:]) == ["1", "all", "all"]
+    (apart,) = [line for line in out.splitlines() if "measured alike" in line]
+    assert "limit: " in apart
+    assert "data: " in apart
+    assert "**" not in out
+
+
+def test_needles_longer_than_the_training(
+    folder: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lengths are those asked for; the table has the trained length beside them."""
+    few = ["--needle.num_depths", "1", "--needle.samples", "1", "--needle.lengths", "1100"]
+    few += ["--mesh.data", "1"]  # else each of the eight devices does everything
+    variants = ["--needle.variants", "niah_single_1", "niah_multiquery"]
+    assert cli.main(["eval", "--checkpoint", str(folder), "--tasks", "niah", *few, *variants]) == 0
+    capsys.readouterr()
+    assert cli.main(["report", "--markdown", str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "| setting | trained length | 64 |" in lines
+    cells = [line.split(" | ")[:2] for line in lines]
+    for variant in ("niah_single_1", "niah_multiquery"):
+        assert [f"| {variant}", "acc@1100"] in cells
+    assert list((folder / "eval").glob("niah-20-needles*.png"))
+
+
+def test_a_model_imported_anew_is_asked_anew(
+    finished_run: pathlib.Path,
+    data_dir: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Answers that another model of equal step and shapes left in the folder are not used."""
+    model, kept = tmp_path / "model", tmp_path / "kept"
+    answers = model / "eval" / "lambada-0.answers.jsonl"
+    words = ["eval", "--checkpoint", str(model), "--tasks", "lambada", "--data_dir", str(data_dir)]
+    for step in ("10", "20"):
+        exported = tmp_path / f"exported-{step}"
+        export = ["--checkpoint", str(finished_run), "--step", step, "--out", str(exported)]
+        assert cli.main(["export", *export]) == 0
+        shutil.rmtree(model, ignore_errors=True)
+        assert cli.main(["import", "--model", str(exported), "--out", str(model)]) == 0
+        if step == "10":
+            with monkeypatch.context() as patch:  # as a kill would leave it
+                patch.setattr(Journal, "close", lambda _: shutil.copy(answers, kept))
+                assert cli.main(words) == 0
+    answers.parent.mkdir()
+    kept.rename(answers)
+    assert cli.main(words) == 0
+    found = metrics(model, "lambada-0*")
+    assert cli.main(words) == 0
+    assert metrics(model, "lambada-0*") == found
+
+
+def test_a_second_evaluation_is_refused_at_its_start(
+    folder: pathlib.Path, data_dir: pathlib.Path, fails: Fails
+) -> None:
+    """Not at its end, when the first one has taken the answers away."""
+    words = ("eval", "--checkpoint", folder, "--tasks", "lambada", "--data_dir", data_dir)
+    (folder / "eval").mkdir()
+    with files.locked(folder / "eval" / ".lambada-20.lock", "in use"):
+        message = fails(*words)
+    assert message.startswith(f"{folder} is in use: process ")
+    assert "evaluates the same tasks there (lambada-20); wait for it" in message
+    assert not list((folder / "eval").glob("*.json*"))
+
+
+def _set(column: str, value: object, row: int = 1) -> Callable[[list[dict[str, Any]]], None]:
+    return lambda rows: rows[row].__setitem__(column, value)
+
+
+def _without(column: str, first: int = 0) -> Callable[[list[dict[str, Any]]], None]:
+    return lambda rows: [row.pop(column) for row in rows[first:]] and None
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "said"),
+    [
+        ("piqa", _without("sol1"), "piqa has no column 'sol1'"),
+        ("piqa", _without("label"), "piqa has no column 'label'"),
+        ("piqa", _without("sol1", 1), "validation.jsonl, line 2: it has no column 'sol1', which"),
+        ("piqa", _set("label", 7), "piqa, document 2: its label is 7, which is none of its 2"),
+        ("piqa", _set("label", -1), "piqa, document 2: its label is -1, which is none of its 2"),
+        ("piqa", _set("label", None), "piqa, document 2: its label is None, which is none of"),
+        ("piqa", _set("label", "x"), "piqa does not hold the rows of piqa (ArrowInvalid: "),
+        ("hellaswag", _without("endings"), "does not hold the rows of hellaswag (KeyError: 'endi"),
+        ("winogrande", _set("answer", "3"), "winogrande, document 2: it cannot be asked (KeyError"),
+        ("wikitext", _without("page"), "does not hold the rows of wikitext"),
+    ],
+)
+def test_rows_that_do_not_fit_a_task(
+    task: str,
+    change: Callable[[list[dict[str, Any]]], None],
+    said: str,
+    data_dir: pathlib.Path,
+) -> None:
+    """A missing column or label is an error, not a stack trace or a wrong answer of the model."""
+    (file,) = (data_dir / task).glob("*.jsonl")
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    change(found)
+    file.write_text("".join(json.dumps(row) + "\n" for row in found))
+    with pytest.raises(UserError, match=re.escape(said)):
+        suites.load_tasks([task], data_dir)
+
+
+def test_mistakes_are_one_line(folder: pathlib.Path, data_dir: pathlib.Path, fails: Fails) -> None:
+    """Unknown tasks, missing and broken files, numbers that mean nothing."""
     base = ("eval", "--checkpoint", folder, "--data_dir", data_dir, "--tasks")
-    unknown = fails(capsys, *base, "lambda")
+    assert "limit must be at least 1, or None" in fails(*base, "piqa", "--limit", "0")
+    assert "it is -3" in fails(*base, "piqa", "--limit", "-3")
+    unknown = fails(*base, "lambda")
     assert unknown.startswith("unknown task or suite 'lambda'; did you mean lambada, ")
-    assert "has no SPLIT.jsonl" in fails(capsys, *base, "openbookqa")
+    assert "has no SPLIT.jsonl" in fails(*base, "openbookqa")
     (data_dir / "piqa" / "validation.jsonl").write_text('{"goal": "x"}\n{"goal"\n')
-    assert "validation.jsonl, line 2: not JSON" in fails(capsys, *base, "piqa")
+    assert "validation.jsonl, line 2: not JSON" in fails(*base, "piqa")
     (data_dir / "boolq" / "validation.jsonl").write_text("[1]\n")
-    assert "line 1: not an object" in fails(capsys, *base, "boolq")
+    assert "line 1: not an object" in fails(*base, "boolq")
     (data_dir / "piqa" / "validation.jsonl").rename(data_dir / "piqa" / "train.jsonl")
     (data_dir / "piqa" / "train.jsonl").write_text('{"goal": "x"}\n')
-    assert "neither the test nor the validation split of piqa" in fails(capsys, *base, "piqa")
+    assert "neither the test nor the validation split of piqa" in fails(*base, "piqa")
     nowhere = ("eval", "--checkpoint", folder, "--tasks", "piqa", "--data_dir", data_dir / "no")
-    assert "is not a folder" in fails(capsys, *nowhere)
-    assert "has no results" in fails(capsys, "report", folder)
+    assert "is not a folder" in fails(*nowhere)
+    assert "has no results" in fails("report", folder)
     short = ("eval", "--checkpoint", folder, "--tasks", "niah")
-    assert "does not fit into 64 tokens" in fails(capsys, *short)
+    assert "does not fit into 64 tokens" in fails(*short)
 
 
 def test_suites_while_training(
@@ -182,7 +318,6 @@ def test_tasks_that_draw_at_random_are_refused() -> None:
 
     from tlm_jax.data import load_tokenizer
     from tlm_jax.evaluation.harness import HarnessModel
-    from tlm_jax.evaluation.journal import Journal
 
     model: Any = HarnessModel(
         cast(Any, None),

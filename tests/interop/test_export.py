@@ -210,3 +210,7 @@ def test_a_folder_in_use_is_left_alone(
     assert cli.main(words) == 1
     assert "already holds a run" in only_error(capsys.readouterr().err)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
+    (tmp_path / "run" / "config.json").write_text("mine")
+    assert cli.main(words) == 1
+    assert "is not an empty folder" in only_error(capsys.readouterr().err)
+    assert (tmp_path / "run" / "config.json").read_text() == "mine"

@@ -23,7 +23,7 @@ TEMPLATE = (
 )
 CONFIG = {
     "bos_token": "<|im_start|>",
-    "eos_token": {"content": "<|im_end|>", "special": True},
+    "eos_token": {"__type": "AddedToken", "content": "<|im_end|>", "special": True},
     "pad_token": "<|im_end|>",
 }
 

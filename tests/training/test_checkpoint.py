@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import resource
+import shutil
 import socket
 import subprocess
 import sys
@@ -109,6 +110,15 @@ def _other_position(saved: pathlib.Path) -> None:
     path.write_text(path.read_text().replace('"place": 2', '"place": 3'))
 
 
+def _other_checksum(saved: pathlib.Path) -> None:
+    path = saved / "2" / "checksums" / "checksums.json"
+    path.write_text(path.read_text().replace("000", "001", 1))
+
+
+def _no_checksums(saved: pathlib.Path) -> None:
+    shutil.rmtree(saved / "2" / "checksums")
+
+
 def _position_without_checksum(saved: pathlib.Path) -> None:
     (saved / "2" / "data" / "position.json").write_text('{"place": 3}')
 
@@ -118,6 +128,8 @@ def _position_without_checksum(saved: pathlib.Path) -> None:
     [
         (_other_arrays, "params/embedding does not match its checksum, nor do 1 other arrays"),
         (_other_config, "its metadata is damaged"),
+        (_other_checksum, "its list of checksums is damaged"),
+        (_no_checksums, "No such file or directory"),
         (_other_position, "the data's position is damaged"),
         (_position_without_checksum, "the checksum over the data's position is missing"),
     ],
@@ -147,9 +159,9 @@ def test_checkpoints_from_before_there_were_checksums(saved: pathlib.Path) -> No
     """They load; a state of another kind is still refused, not taken for damage."""
     path = saved / "2" / "_CHECKPOINT_METADATA"
     record = json.loads(path.read_text())
-    for name in ("checksums", "state_shapes", files.CHECKSUM):
-        del record["custom_metadata"][name]
+    del record["custom_metadata"]["state_shapes"], record["custom_metadata"][files.CHECKSUM]
     path.write_text(json.dumps(record))
+    shutil.rmtree(saved / "2" / "checksums")
     position = saved / "2" / "data" / "position.json"
     position.write_text('{"place": 2}')
     state, iterator = _restore(saved, 2)

@@ -243,7 +243,7 @@ def test_eval_gives_the_loss_that_training_printed(
     assert found["tokens"] == trained["tokens"]
     printed = finished_run.with_suffix(".out").read_text()
     assert f"complete at step {NUM_STEPS}, validation loss {found['loss']:.4f}." in printed
-    assert json.loads((finished / "eval.json").read_text()) == found
+    assert files.read_json(finished / "eval.json") == found
 
 
 @pytest.mark.parametrize(

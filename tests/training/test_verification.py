@@ -49,7 +49,7 @@ def test_verify_says_what_is_damaged(
 
     metadata = finished / "checkpoints" / "20" / "_CHECKPOINT_METADATA"
     record = json.loads(metadata.read_text())
-    del record["custom_metadata"]["checksums"], record["custom_metadata"]["checksum"]
+    del record["custom_metadata"]["state_shapes"], record["custom_metadata"]["checksum"]
     metadata.write_text(json.dumps(record))
     _, found = _verify(finished, capsys)
     assert found["checkpoints/20"] == "not checked (it was saved without checksums)"

@@ -60,10 +60,10 @@ def plot_needles(answers: Sequence[dict[str, Any]], path: Path) -> None:
     with house_figure(path, (1.8 + 3.2 * len(variants), 3.6)) as figure:
         all_axes = figure.subplots(1, len(variants), sharey=True, squeeze=False)[0]
         for axes, variant in zip(all_axes, variants, strict=True):
-            found: dict[tuple[float, int], list[bool]] = {}
+            found: dict[tuple[float, int], list[float]] = {}
             for a in answers:
                 if a["variant"] == variant:
-                    found.setdefault((a["depth"], a["length"]), []).append(a["correct"])
+                    found.setdefault((a["depth"], a["length"]), []).append(a["score"])
             share = [
                 [sum(c) / len(c) if (c := found.get((d, n))) else math.nan for n in lengths]
                 for d in depths

@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from tlm_jax import files
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -35,12 +37,18 @@ def house_figure(path: Path, figsize: tuple[float, float]) -> Iterator["Figure"]
     """A figure in the house style, saved to `path` on leaving.
 
     It is made without pyplot, so nothing asks for a window system or keeps state.
+
+    Raises:
+      OSError: it cannot be written, or a file that tlm did not write is there.
     """
+    path = pathlib.Path(path)
+    files.refuse_foreign(path)
     import matplotlib as mpl  # slow to import, and few commands draw
     from matplotlib.figure import Figure
 
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=figsize, dpi=DPI, layout="constrained")
         yield figure
-        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, facecolor="white", format="png")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with files.named(path):
+            figure.savefig(path, facecolor="white", format="png", metadata={"Software": files.MARK})

@@ -194,6 +194,7 @@ def run(
     """
     sweep.check()
     folder.mkdir(parents=True, exist_ok=True)
+    files.refuse_foreign(folder / RESULTS, '{"sweep": "')
     in_use = f"{folder} is in use: {{who}} runs this sweep there; wait for it, or use another --out"
     with (
         files.locked(folder / f".lock-{index}-of-{count}", in_use),

@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tlm_jax import files
 from tlm_jax.analysis import sweep_report
 from tlm_jax.analysis.style import EVAL, GRID, INK, MUTED, NARROW, WIDE, Path, house_figure
 from tlm_jax.analysis.sweep_report import Finding, Record
@@ -207,6 +208,7 @@ def page(records: Sequence[Record], pictures: Sequence[pathlib.Path]) -> str:
     )
     losses = ", ".join(f"{math.exp(f.losses.mean):.2f} ({html.escape(f.arm)})" for f in found)
     return f"""<!doctype html>
+<!-- {files.MARK} -->
 <html lang="en"><meta charset="utf-8"><title>{title}</title>
 <style>
 body {{ font: 16px/1.5 system-ui, sans-serif; color: {INK}; max-width: 60rem; margin: 2rem auto;

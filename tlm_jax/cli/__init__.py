@@ -97,7 +97,7 @@ def _run(verb: ModuleType, argv: Sequence[str], prog: str) -> int:
     except BrokenPipeError:  # what reads our output, such as head, has seen enough
         return 141
     except OSError as error:
-        if error.filename is None and not lacks_resources(error):
+        if error.errno is None and not lacks_resources(error):
             raise
         where = "" if error.filename is None else f"{error.filename}: "
         return _fail(f"{where}{error.strerror}", RUN_AGAIN if lacks_resources(error) else 1)

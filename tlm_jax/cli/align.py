@@ -1,12 +1,13 @@
 """tlm align."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Sequence
 
 import tyro
 
-from tlm_jax import output
+from tlm_jax import files, output
 from tlm_jax.cli.parsing import parse, quiet_libraries
 from tlm_jax.config import UserError
 
@@ -32,6 +33,9 @@ def run(argv: Sequence[str], prog: str) -> int:
     command = parse(Command, argv, prog, checkpoint=tyro.MISSING)
     if command.tokens < 1:
         raise UserError("--tokens must be at least 1")
+    out = command.out or command.checkpoint
+    files.refuse_foreign(out / "alignment.json", '"mlp_widths": ')
+    files.refuse_foreign(out / "alignment.png")
     quiet_libraries()
     from tlm_jax.analysis import alignment, evaluation_plots
     from tlm_jax.training import restore
@@ -44,7 +48,6 @@ def run(argv: Sequence[str], prog: str) -> int:
     console = output.console()
     title = f"{config.name}, step {step}" if step else config.name
     console.print(alignment.table(title, result))
-    out = command.out or command.checkpoint
     text = alignment.record(
         result,
         checkpoint=str(command.checkpoint),
@@ -53,10 +56,10 @@ def run(argv: Sequence[str], prog: str) -> int:
     )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "alignment.json").write_text(text, encoding="utf-8")
+        files.write_json(out / "alignment.json", json.loads(text), indent=2)
         evaluation_plots.plot_alignment(result.rho, result.pearson, title, out / "alignment.png")
     except OSError as error:
-        raise UserError(f"cannot write into {out}: {error.strerror}") from error
+        raise UserError(f"cannot write {error.filename or out}: {error.strerror}") from error
     widths = alignment.proposed_widths(
         result.rho["h"], config.model.base_mlp_width, config.model.taper.multiple_of
     )

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from tlm_jax import output
+from tlm_jax import files, output
 from tlm_jax.cli.parsing import (
     Run,
     option_value,
@@ -75,10 +75,9 @@ def _held_out(folder: pathlib.Path, step: int, command: Command) -> int:
         return 0
     output.console().print(report.table(folder, step, result))
     record = {"checkpoint": str(folder), "step": step} | dataclasses.asdict(result)
-    text = json.dumps(record)
     with contextlib.suppress(OSError):  # a read-only run can still be evaluated
-        (folder / "eval.json").write_text(text + "\n", encoding="utf-8")
-    print(text)
+        files.write_json(folder / "eval.json", record, indent=None)
+    print(json.dumps(record))
     return 0
 
 
@@ -86,36 +85,43 @@ def _suites(folder: pathlib.Path, step: int, command: Command) -> int:
     import jax
 
     from tlm_jax.analysis import evaluation_plots
-    from tlm_jax.evaluation import records
+    from tlm_jax.evaluation import comparison, records
     from tlm_jax.training import restore
 
     how = command.suites
     if how.data_dir is not None and not how.data_dir.is_dir():
         raise UserError(f"--data_dir {how.data_dir} is not a folder")
-    outcome = restore.evaluate_suites(folder, step, command.run, how)
+    outcome, conditions = restore.evaluate_suites(folder, step, command.run, how)
     if jax.process_index():
         return 0
     for notice in outcome.notices:
         print(f"note: {notice}", file=sys.stderr)
     console = output.console()
-    record = records.record(outcome, checkpoint=str(folder), step=step, run=command.run, how=how)
-    target = folder / records.FOLDER / records.file_name(how.tasks, step)
+    record = records.record(
+        outcome,
+        checkpoint=str(folder),
+        step=step,
+        run=command.run,
+        how=how,
+        conditions=conditions,
+    )
+    name = records.file_name(how, step, conditions)
+    target = folder / records.FOLDER / f"{name}.json"
     try:
         target.parent.mkdir(exist_ok=True)
-        target.with_suffix(".json").write_text(
-            json.dumps(record, indent=1) + "\n", encoding="utf-8"
-        )
+        files.write_json(target, record)
         if how.log_samples:
             lines = (
                 json.dumps({"task": task, **sample}) + "\n"
                 for task, samples in outcome.samples.items()
                 for sample in samples
             )
-            target.with_suffix(".samples.jsonl").write_text("".join(lines), encoding="utf-8")
+            files.write_text(target.with_name(f"{name}.samples.jsonl"), "".join(lines))
         if needles := outcome.samples.get("niah"):
-            evaluation_plots.plot_needles(needles, target.with_suffix(".png"))
-            console.print(f"Drawn in {target.with_suffix('.png')}", highlight=False)
+            picture = target.with_name(f"{name}.png")
+            evaluation_plots.plot_needles(needles, picture)
+            console.print(f"Drawn in {picture}")
     except OSError as error:  # a read-only run can still be evaluated
-        console.print(f"{target}.json is not written: {error.strerror}", style="yellow")
-    console.print(records.table([records.parsed(record)]))
+        console.print(f"{target} is not written: {error.strerror}", style="yellow")
+    console.print(comparison.table([records.parsed(record)]))
     return 0

@@ -7,7 +7,7 @@ from typing import Literal
 
 import tyro
 
-from tlm_jax import output
+from tlm_jax import files, output
 from tlm_jax.cli.parsing import parse, quiet_libraries
 
 
@@ -34,13 +34,14 @@ def run(argv: Sequence[str], prog: str) -> int:
     quiet_libraries()
     from tlm_jax.interop import exporting
 
-    form = exporting.export_model(
-        command.checkpoint,
-        command.out,
-        step=command.step,
-        form=command.format,
-        dtype=command.dtype,
-    )
+    with files.named(command.out):
+        form = exporting.export_model(
+            command.checkpoint,
+            command.out,
+            step=command.step,
+            form=command.format,
+            dtype=command.dtype,
+        )
     output.console().print(
         f"{command.out} holds the model, format {form}, {command.dtype}; "
         f"its card is {command.out / 'README.md'}",

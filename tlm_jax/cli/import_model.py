@@ -35,16 +35,15 @@ def run(argv: Sequence[str], prog: str) -> int:
     metadata = importing.import_model(
         command.model, command.out, command.tokenizer, mesh_lib.device_mesh(command.mesh)
     )
-    model = metadata["config"]["model"]
-    files = metadata["source"]["sha256"].items()
-    hashes = "".join(f"\n  SHA-256   {digest} {name}" for name, digest in files)
+    model, length = metadata["config"]["model"], metadata["config"]["data"]["seq_len"]
     output.console().print(
         f"{command.out} holds {command.model.name}: {metadata['num_params']:,} "
         f"parameters, {model['num_layers']} layers, d_model {model['d_model']}, vocabulary "
-        f"{model['vocab_size']:,}{hashes}\n"
+        f"{model['vocab_size']:,}, texts of up to {length:,} tokens\n"
         f"  evaluate: tlm eval --checkpoint {command.out}\n"
         f"  write:    tlm generate --checkpoint {command.out} --prompt TEXT",
-        highlight=False,
         soft_wrap=True,
     )
+    for name, digest in metadata["source"]["sha256"].items():
+        print(f"  SHA-256:  {digest} of {name}")
     return 0

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 from rich.table import Table
 
-from tlm_jax import output
+from tlm_jax import files, output
 from tlm_jax.cli.parsing import parse
 from tlm_jax.config import UserError
 
@@ -45,13 +45,15 @@ def run(argv: Sequence[str], prog: str) -> int:
     if all(_is_alignment(path) for path in command.runs):
         from tlm_jax.analysis import alignment
 
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in command.runs]
+        found = [files.read_json(path) for path in command.runs]
         _show(command, None, alignment.side_by_side(found))
         return 0
-    from tlm_jax.evaluation import records
+    from tlm_jax.evaluation import comparison, records
 
-    suites = [one for folder in command.runs for one in records.read(folder)]
-    _show(command, records.table(suites), records.markdown(suites))
+    results = [one for folder in command.runs for one in records.read(folder)]
+    _show(command, comparison.table(results), comparison.markdown(results))
+    if not command.markdown and (apart := comparison.note(results)):
+        output.console().print(apart, soft_wrap=True)
     return 0
 
 
@@ -61,9 +63,10 @@ def _is_sweep(path: pathlib.Path) -> bool:
 
 def _is_alignment(path: pathlib.Path) -> bool:
     try:
-        return "rho" in json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+    return isinstance(found, dict) and "rho" in found
 
 
 def _show(command: Command, table: Table | None, text: str, sweep: str = "") -> None:
@@ -78,7 +81,7 @@ def _show(command: Command, table: Table | None, text: str, sweep: str = "") -> 
         new = sweep_report.replace(
             command.page.read_text(encoding="utf-8"), command.part or sweep, text
         )
-        command.page.write_text(new, encoding="utf-8")
+        files.write_text(command.page.resolve(), new)
 
 
 def _sweep(command: Command) -> int:
@@ -90,8 +93,10 @@ def _sweep(command: Command) -> int:
     if not command.markdown:
         output.console().print(sweep_report.conditions(results), highlight=False)
     if command.out is not None:
+        page, summary = command.out / "index.html", command.out / "report.md"
+        for target in (page, summary):
+            files.refuse_foreign(target)
         pictures = sweep_plots.draw(results, command.out)
-        (command.out / "report.md").write_text(text + "\n", encoding="utf-8")
-        html = sweep_plots.page(results, pictures)
-        (command.out / "index.html").write_text(html, encoding="utf-8")
+        files.write_text(summary, f"<!-- {files.MARK} -->\n{text}\n")
+        files.write_text(page, sweep_plots.page(results, pictures))
     return 0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from tlm_jax import config_io, output
+from tlm_jax import config_io, files, output
 from tlm_jax.cli.parsing import Run, parse, path_after, quiet_libraries
 from tlm_jax.config import RUN_AGAIN, UserError
 from tlm_jax.distributed import start
@@ -37,6 +37,8 @@ def run(argv: Sequence[str], prog: str) -> int:
     workdir = command.workdir or pathlib.Path("runs") / command.run.name
     if re.match(r"\w+:/", str(workdir)):
         raise UserError(f"--workdir {workdir} is no path; mount the bucket (gcsfuse) and name that")
+    if not (workdir / "checkpoints").exists():  # a new run
+        files.refuse_foreign(workdir / "config.json", '"tlm_jax": "')
     quiet_libraries()
     start.keep_programs()
     start.join(command.processes)

@@ -191,6 +191,7 @@ class Dataset:
             mixed = grain.IterDataset.mix(rows, [part.weight for part in self.parts])
         batches = mixed.batch(self.config.batch_size, drop_remainder=True)
         if self.config.num_workers:
+            processes_lib.require_semaphores("use --data.num_workers 0")
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags; we have none
             batches = batches.mp_prefetch(

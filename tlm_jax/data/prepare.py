@@ -11,7 +11,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
-import json
 import multiprocessing
 import os
 import pathlib
@@ -22,6 +21,7 @@ from typing import Any
 
 import rich.progress
 
+from tlm_jax import files
 from tlm_jax.config import UserError
 from tlm_jax.data import processes as processes_lib
 from tlm_jax.data import store
@@ -71,7 +71,12 @@ def prepare(job: Job, folder: pathlib.Path, *, processes: int = 1) -> Manifest:
     """
     tokenizer = load_tokenizer(job.tokenizer)
     plan = _settle_plan(job, tokenizer, folder)
-    units = [Unit(**unit) for unit in plan["units"]]
+    try:
+        units = [Unit(**unit) for unit in plan["units"]]
+    except (TypeError, KeyError) as error:
+        raise UserError(
+            f"{folder / PLAN} is damaged: its units are none; choose another folder"
+        ) from error
     if not store.is_complete(folder):
         (folder / PARTS).mkdir(exist_ok=True)
         left = [i for i in range(len(units)) if not _is_done(folder, i)]
@@ -103,11 +108,10 @@ def _settle_plan(job: Job, tokenizer: Tokenizer, folder: pathlib.Path) -> dict[s
         **{f"input {name}": value for name, value in job.source.identity.items()},
     }
     if path.is_file():
-        try:
-            plan: dict[str, Any] = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path} is damaged; choose another folder") from error
-        old = plan["key"]
+        plan = files.read_json(path)
+        old = plan.get("key")
+        if not isinstance(old, dict):
+            raise UserError(f"{path} is damaged: it holds no plan; choose another folder")
         for name in dict.fromkeys([*old, *key]):
             if old.get(name, "absent") != key.get(name, "absent"):
                 raise UserError(
@@ -129,7 +133,7 @@ def _parts(folder: pathlib.Path, index: int) -> list[dict[str, Any]]:
     """What the parts of a unit that are whole say, in order."""
     parts: list[dict[str, Any]] = []
     while (path := _part_file(folder, index, len(parts))).is_file():
-        parts.append(json.loads(path.read_text()))
+        parts.append(files.read_json(path))
     return parts
 
 
@@ -316,6 +320,7 @@ def _share_out(
     advance: Callable[[int], None],
 ) -> None:
     """Has processes write the units `left`."""
+    processes_lib.require_semaphores("use --processes 1")
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
     pool = concurrent.futures.ProcessPoolExecutor(

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from rich.console import Console
 
 from tlm_jax import output
+from tlm_jax.validation import UserError
 
 
 def stderr_console() -> Console:
@@ -42,6 +43,25 @@ def lock(path: pathlib.Path, waiting: str | None) -> Iterator[bool]:
         except OSError:
             locked = False  # no locks on this file system: work is done twice, not wrongly
         yield locked
+
+
+def require_semaphores(instead: str) -> None:
+    """Makes sure that processes can share a lock, which they cannot without /dev/shm.
+
+    Args:
+      instead: what works without, for the error.
+
+    Raises:
+      UserError: they cannot.
+    """
+    try:
+        multiprocessing.get_context("spawn").Lock()
+    except (OSError, ImportError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise UserError(
+            f"worker processes need semaphores in shared memory, which this machine does not give "
+            f"them ({reason}; is /dev/shm mounted?); {instead}"
+        ) from error
 
 
 def end_with_parent() -> None:

@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from tlm_jax import files
 from tlm_jax.config import UserError
 
 Split = Literal["train", "validation"]
@@ -143,7 +144,7 @@ def open_manifest(folder: pathlib.Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        values = json.loads(path.read_text())
+        values = files.read_json(path)
         if values["format_version"] != FORMAT_VERSION:
             raise UserError(
                 f"{path} has format {values['format_version']}, this version of tlm-jax reads "
@@ -153,8 +154,6 @@ def open_manifest(folder: pathlib.Path) -> Manifest:
             split: tuple(Shard(**shard) for shard in values["shards"][split]) for split in SPLITS
         }
         manifest = Manifest(**values | {"skipped_places": tuple(values["skipped_places"])})
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); prepare the text again") from error
     for shard in [s for shards in manifest.shards.values() for s in shards]:

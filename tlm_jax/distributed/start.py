@@ -56,7 +56,11 @@ class ProcessesConfig(Checked):
 
 
 def expected(config: ProcessesConfig, environment: dict[str, str]) -> bool:
-    """Whether there are other processes to join."""
+    """Whether there are other processes to join.
+
+    Raises:
+      UserError: a variable that counts them is not a number.
+    """
     if config.join != "auto":
         return config.join == "always"
     if config.count is not None:
@@ -64,10 +68,20 @@ def expected(config: ProcessesConfig, environment: dict[str, str]) -> bool:
     if config.coordinator or "JAX_COORDINATOR_ADDRESS" in environment:
         return True
     counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "JAX_NUM_PROCESSES")
-    if any(int(environment.get(name, 1)) > 1 for name in counts):
+    if any(_number(environment, name, 1) > 1 for name in counts):
         return True
     hosts = environment.get("TPU_WORKER_HOSTNAMES", "")
     return "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in environment
+
+
+def _number(environment: dict[str, str], name: str, default: int) -> int:
+    text = environment.get(name, str(default))
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise UserError(
+            f"the environment variable {name}={text[:40]!r} is not a number of processes; unset "
+            "it, or use --processes.join never for a run of its own"
+        )
+    return int(text)
 
 
 def keep_programs() -> None:
@@ -99,8 +113,8 @@ def join(config: ProcessesConfig) -> None:
 
     count, index = config.count, config.index
     if count is None and "JAX_NUM_PROCESSES" in environment:
-        count = int(environment["JAX_NUM_PROCESSES"])
-        index = int(environment.get("JAX_PROCESS_ID", 0))
+        count = _number(environment, "JAX_NUM_PROCESSES", 1)
+        index = _number(environment, "JAX_PROCESS_ID", 0)
     if environment.get("JAX_PLATFORMS") == "cpu":
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     coordinator = config.coordinator or environment.get("JAX_COORDINATOR_ADDRESS")

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -59,9 +61,11 @@ class Evaluator:
             self._harness_tasks = suites.load_tasks(others, config.data_dir)
         longest = config.max_length or max_length
         self._examples: list[needle.Example] = []
+        self._needle_data: dict[str, str] = {}
         lengths = config.needle.lengths or needle.default_lengths(longest)
         if "niah" in names:
             prose = needle.read_prose(config.needle.haystack)
+            self._needle_data = needle.fingerprints(config.needle, prose)
             self._examples = list(
                 needle.make_examples(config.needle, lengths, tokenizer, prose, len(self.prefix))
             )
@@ -71,6 +75,15 @@ class Evaluator:
         self._generator = Generator(
             skeleton, params, tokenizer, mesh, max_length=max(longest, *lengths)
         )
+
+    @functools.cached_property
+    def data(self) -> dict[str, str]:
+        """Fingerprint of each task's documents."""
+        found = {
+            task.config.task: suites.fingerprint(task, self.config.num_fewshot)
+            for task in self._harness_tasks
+        }
+        return found | self._needle_data
 
     @property
     def params(self) -> Any:
@@ -126,16 +139,16 @@ class Evaluator:
 
 
 def _needle_metrics(answers: Sequence[dict[str, Any]]) -> Iterator[Metric]:
-    cells: dict[tuple[str, int], list[bool]] = {}
+    cells: dict[tuple[str, int], list[float]] = {}
     for a in answers:
-        cells.setdefault((a["variant"], a["length"]), []).append(a["correct"])
-    for (variant, length), correct in cells.items():
-        share, rows = sum(correct) / len(correct), len(correct)
+        cells.setdefault((a["variant"], a["length"]), []).append(a["score"])
+    for (variant, length), scores in cells.items():
+        rows = len(scores)
         yield Metric(
             task=variant,
             name=f"acc@{length}",
-            value=share,
-            standard_error=math.sqrt(share * (1 - share) / (rows - 1)) if rows > 1 else None,
+            value=statistics.fmean(scores),
+            standard_error=statistics.stdev(scores) / math.sqrt(rows) if rows > 1 else None,
             rows=rows,
         )
 

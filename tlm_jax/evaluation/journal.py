@@ -1,43 +1,55 @@
 """Answers on disk, so that an evaluation that was killed goes on where it was."""
 
-import contextlib
 import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from tlm_jax import files
+from tlm_jax.config import UserError
+
 
 class Journal:
-    """A file of JSON lines {key: answer}; keys are hashed.
+    """A file of JSON lines, an answer and a checksum in each; keys are hashed.
 
-    A line that was cut off by a kill is left out. Two evaluations of the same model may
-    share a file.
+    A line that a kill cut off, and one whose checksum does not match, are removed: their
+    requests have no answer.
 
     Args:
       path: the file; None keeps answers in memory only.
-      about: what the answers depend on besides the requests (the checkpoint, limits); a file
-        that is about something else is begun anew.
+      about: what the answers depend on besides the requests (the parameters, the tokenizer), as
+        JSON values; a file that is about something else is begun anew.
       writes: whether this process writes (one of several does).
     """
 
     def __init__(self, path: pathlib.Path | None, about: dict[str, Any], *, writes: bool = True):
+        self.damaged = 0
+        """Whole lines that were not as they were written."""
         self._answers: dict[str, Any] = {}
         self._file = None
         if path is None:
             return
-        header = json.dumps(about, sort_keys=True)
-        lines = path.read_text(encoding="utf-8").split("\n") if path.is_file() else []
-        usable = lines[:1] == [header]
-        if usable:
+        header = _line({"about": about})
+        content = path.read_bytes() if path.is_file() else b""
+        lines = content.split(b"\n")[:-1]  # what a kill cut off has no end
+        kept = [header]
+        if lines[:1] == [header]:
             for line in lines[1:]:
-                with contextlib.suppress(ValueError):
-                    self._answers.update(json.loads(line))
+                record = _record(line)
+                if record is None:
+                    self.damaged += 1
+                else:
+                    self._answers[record["key"]] = record["answer"]
+                    kept.append(line)
+        elif lines and _record(lines[0]) is None:
+            self.damaged = 1
         if writes:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = path.open("a" if usable else "w", encoding="utf-8")
-            # After a line that was cut off, the next one must begin anew.
-            self._file.write("\n" if usable else header + "\n")
+            whole = b"\n".join([*kept, b""])
+            if content != whole:
+                files.write_text(path, whole.decode())
+            self._file = path.open("ab")
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -48,16 +60,35 @@ class Journal:
         return {key: self._answers[h] for key, h in hashed.items() if h in self._answers}
 
     def add(self, key: str, answer: Any) -> None:
-        """Keeps an answer."""
-        self._answers[_hash(key)] = answer
+        """Remembers an answer (JSON values); a kill after this does not lose it."""
+        hashed = _hash(key)
+        self._answers[hashed] = answer
         if self._file is not None:
-            self._file.write(json.dumps({_hash(key): answer}) + "\n")
+            self._file.write(_line({"key": hashed, "answer": answer}) + b"\n")
             self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
         if self._file is not None:
             self._file.close()
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(files.sealed(record)).encode()
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """What a line holds, if it is as it was written."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # also what is not UTF-8
+        return None
+    if not isinstance(record, dict) or files.CHECKSUM not in record:
+        return None
+    try:
+        return files.verified(record, "a line")
+    except UserError:
+        return None
 
 
 def _hash(key: str) -> str:

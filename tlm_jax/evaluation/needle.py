@@ -1,10 +1,13 @@
-"""A needle in a haystack: one fact hidden in a long text, asked for at its end.
+"""Needles in a haystack: facts hidden in a long text, asked for at its end.
 
-In the manner of RULER's S-NIAH-1, 2 and 3 (arXiv 2404.06654): a number in noise, a number in
-prose, a UUID in prose. The wording is ours; for RULER's own, use lm-eval's niah_single_1.
+In the manner of RULER's S-NIAH-1, 2 and 3 and its multi-query variant (arXiv 2404.06654): a
+number in noise, a number in prose, a UUID in prose; four numbers in prose, all asked for at once.
+A text scores the share of answers that it contains, in any case of letters (RULER's
+string_match_all). The wording is ours; for RULER's own, use lm-eval's niah_single_1.
 """
 
 import dataclasses
+import hashlib
 import itertools
 import pathlib
 import random
@@ -22,6 +25,8 @@ from tlm_jax.evaluation.options import NeedleConfig, Variant
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 """Tokens of prompt and answer."""
 ANSWER_TOKENS = 128
+QUERIES = 4
+"""Keys that niah_multiquery asks for, as in RULER's synthetic.yaml."""
 
 NOISE = (
     "The grass is green.",
@@ -37,14 +42,15 @@ WORDS = tuple(f"{a}-{b}" for a in _FIRST.split() for b in _SECOND.split())
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
-    """One question and its answer."""
+    """One question and what answers it."""
 
     variant: Variant
     length: int
     depth: float
-    """Where the needle is: 0 at the beginning, 1 at the end."""
+    """Where the needle of the first answer is: 0 at the beginning, 1 at the end."""
     prompt: str
-    answer: str
+    answers: tuple[str, ...]
+    """One, or that of each key in the order asked."""
 
 
 def make_examples(
@@ -56,7 +62,7 @@ def make_examples(
       config: which examples.
       lengths: tokens of prompt and answer.
       tokenizer: counts them.
-      prose: the haystack of variants 2 and 3.
+      prose: the haystack of all variants but niah_single_1.
       taken: tokens of each length that something else needs.
 
     Raises:
@@ -82,15 +88,40 @@ def make_example(
     taken: int = 0,
     answer_tokens: int = ANSWER_TOKENS,
 ) -> Example:
-    """An example whose prompt leaves room for `taken` and `answer_tokens` in `length` tokens."""
-    key = rng.choice(WORDS)
+    """An example whose prompt leaves room for `taken` and `answer_tokens` in `length` tokens.
+
+    The first needle is at `depth`; further ones are anywhere (our choice: RULER draws all
+    depths).
+    """
     what = "UUID" if variant == "niah_single_3" else "number"
-    answer = (
-        str(uuid.UUID(int=rng.getrandbits(128), version=4))
-        if what == "UUID"
-        else str(rng.randint(10**6, 10**7 - 1))
-    )
-    needle = f"One of the special magic {what}s for {key} is: {answer}."
+    if variant == "niah_multiquery":
+        keys = rng.sample(WORDS, QUERIES)
+        answers = tuple(map(str, rng.sample(range(10**6, 10**7), QUERIES)))
+        depths = [depth, *(rng.random() for _ in keys[1:])]
+        it, them = f"Some special magic {what}s are", "them"
+        asked = f"{', '.join(keys[:-1])}, and {keys[-1]}"
+        question = (
+            f"What are all the special magic {what}s for {asked}? "
+            f"The special magic {what}s for {asked} are:"
+        )
+    else:
+        keys = [rng.choice(WORDS)]
+        number = what == "number"
+        answers = (
+            str(rng.randint(10**6, 10**7 - 1))
+            if number
+            else str(uuid.UUID(int=rng.getrandbits(128), version=4)),
+        )
+        depths = [depth]
+        it, them = f"A special magic {what} is", "it"
+        question = (
+            f"What is the special magic {what} for {keys[0]}? "
+            f"The special magic {what} for {keys[0]} is:"
+        )
+    needles = [
+        f"One of the special magic {what}s for {key} is: {answer}."
+        for key, answer in zip(keys, answers, strict=True)
+    ]
     noise = variant == "niah_single_1"
     separator = "\n" if noise else " "
     first = rng.randrange(len(sentences)) if sentences else 0
@@ -100,11 +131,12 @@ def make_example(
             hay = [NOISE[i % len(NOISE)] for i in range(count)]
         else:
             hay = [sentences[(first + i) % len(sentences)] for i in range(count)]
-        hay.insert(round(depth * count), needle)
+        # The deepest first, so that those before it stay where they are.
+        for where, needle in sorted(zip(depths, needles, strict=True), reverse=True):
+            hay.insert(round(where * count), needle)
         return (
-            f"A special magic {what} is hidden in the following text. Remember it; there will be "
-            f"a question about it.\n{separator.join(hay)}\n"
-            f"What is the special magic {what} for {key}? The special magic {what} for {key} is:"
+            f"{it} hidden in the following text. Remember {them}; there will be "
+            f"a question about {them}.\n{separator.join(hay)}\n{question}"
         )
 
     room = length - taken - answer_tokens
@@ -122,7 +154,7 @@ def make_example(
         middle = (low + high) // 2
         fits = len(tokenizer.encode(prompt(middle))) <= room
         low, high = (middle, high) if fits else (low, middle)
-    return Example(variant=variant, length=length, depth=depth, prompt=prompt(low), answer=answer)
+    return Example(variant=variant, length=length, depth=depth, prompt=prompt(low), answers=answers)
 
 
 def read_prose(path: pathlib.Path | None) -> str:
@@ -143,6 +175,17 @@ def read_prose(path: pathlib.Path | None) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
 
 
+def fingerprints(config: NeedleConfig, prose: str) -> dict[str, str]:
+    """16 hex digits for each variant that change with its examples (of whatever lengths)."""
+    about = f"{config.seed} {config.num_depths} {config.samples}"
+    return {
+        variant: hashlib.sha256(
+            f"{about} {'' if variant == 'niah_single_1' else prose}".encode()
+        ).hexdigest()[:16]
+        for variant in config.variants
+    }
+
+
 def default_lengths(longest: int) -> tuple[int, ...]:
     """1024 to 16384 tokens, as far as `longest`; that alone where it is less."""
     return tuple(n for n in LENGTHS if n <= longest) or (longest,)
@@ -157,7 +200,7 @@ def run(
     journal: Journal,
     advance: Callable[[str, int, int], None],
 ) -> list[dict[str, Any]]:
-    """Asks a model and says of each example whether its text contains the answer.
+    """Asks a model and says of each example which share of the answers its text contains.
 
     Args:
       generator: the model.
@@ -167,14 +210,15 @@ def run(
       journal: texts that are known already, and where new ones are kept.
       advance: told of progress.
     """
-    keys = [f"needle {e.prompt} {e.answer}" for e in examples]
+    keys = [" ".join(("needle", e.prompt, *e.answers)) for e in examples]
     found = journal.known(keys)
     missing = [i for i, key in enumerate(keys) if key not in found]
     advance("needles", len(found), len(examples))
     for index, text in generator.generate(
         [(*prefix, *tokenizer.encode(examples[i].prompt)) for i in missing],
         max_tokens=[ANSWER_TOKENS] * len(missing),
-        stops=[[examples[i].answer] for i in missing],
+        # With one answer, its end is the end; of several, none is.
+        stops=[examples[i].answers if len(examples[i].answers) == 1 else () for i in missing],
         keep_stop=True,
     ):
         key = keys[missing[index]]
@@ -186,9 +230,10 @@ def run(
             "variant": e.variant,
             "length": e.length,
             "depth": e.depth,
-            "answer": e.answer,
+            "prompt": e.prompt,
+            "answers": list(e.answers),
             "text": found[key],
-            "correct": e.answer.lower() in found[key].lower(),
+            "score": sum(a.lower() in found[key].lower() for a in e.answers) / len(e.answers),
         }
         for e, key in zip(examples, keys, strict=True)
     ]

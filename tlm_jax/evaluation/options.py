@@ -4,8 +4,15 @@ import dataclasses
 import pathlib
 from typing import Literal
 
-Variant = Literal["niah_single_1", "niah_single_2", "niah_single_3"]
-VARIANTS: tuple[Variant, ...] = ("niah_single_1", "niah_single_2", "niah_single_3")
+from tlm_jax.validation import require
+
+Variant = Literal["niah_single_1", "niah_single_2", "niah_single_3", "niah_multiquery"]
+VARIANTS: tuple[Variant, ...] = (
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multiquery",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -13,15 +20,17 @@ class NeedleConfig:
     """Which needles are looked for."""
 
     variants: tuple[Variant, ...] = VARIANTS
-    """niah_single_1: a number in noise; 2: a number in prose; 3: a UUID in prose."""
+    """niah_single_1: a number in noise; 2: a number in prose; 3: a UUID in prose;
+    niah_multiquery: four numbers in prose, all asked for at once."""
     lengths: tuple[int, ...] = ()
-    """Tokens of prompt and answer; () is 1024 to 16384, as far as the model was trained."""
+    """Tokens of prompt and answer, whatever length the model was trained with (the paper's: 4096
+    8192 16384); () is 1024 to 16384, as far as it was trained."""
     num_depths: int = 10
-    """Places of the needle, evenly from the beginning to the end."""
+    """Places of the needle, evenly from the beginning to the end; RULER has 40."""
     samples: int = 2
     """Examples of each variant, length and depth."""
     haystack: pathlib.Path | None = None
-    """UTF-8 text to hide the needle in, for 2 and 3; None is prose that the package carries."""
+    """UTF-8 text to hide needles in, for all but 1; None is prose that the package carries."""
     seed: int = 0
     """Seed of keys, values and of where in the prose a haystack begins."""
 
@@ -49,3 +58,16 @@ class SuiteConfig:
     log_samples: bool = False
     """Write what was asked and answered, with log-likelihoods, to eval/*.samples.jsonl."""
     needle: NeedleConfig = dataclasses.field(default_factory=NeedleConfig)
+
+    def __post_init__(self) -> None:
+        for name, least, none in (
+            ("limit", 1, "all documents"),
+            ("num_fewshot", 0, "what the task says"),
+            ("max_length", 1, "data.seq_len"),
+            ("batch_tokens", 1, "what the memory allows"),
+        ):
+            value = getattr(self, name)
+            require(
+                value is None or value >= least,
+                f"{name} must be at least {least}, or None for {none}; it is {value}",
+            )

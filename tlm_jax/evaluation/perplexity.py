@@ -63,8 +63,8 @@ def score(
       params: the model's parameters.
       batches: with int32 (B, L) `inputs`, `targets`, `segment_ids`, `positions`.
       bytes_per_token: UTF-8 bytes of the text for each target of the split.
-      between: called after each batch whose answer has come, but the last; what it raises ends
-        the evaluation.
+      between: called once the device has a batch and the answer to the one before it has come;
+        what it raises ends the evaluation.
 
     Raises:
       ValueError: no token was scored.
@@ -81,8 +81,8 @@ def score(
         answer = step(params, batch)
         if pending is not None:  # read one batch late, so that the device never waits
             read(pending)
-            between()
         pending = answer
+        between()
     if pending is None:
         raise ValueError("there is nothing to score: no batches")
     read(pending)

@@ -1,29 +1,49 @@
-"""Results of evaluations: as JSON in a run folder, and as a table of several checkpoints."""
+"""Results of evaluations as JSON in a run folder, with what they depend on."""
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 import pathlib
 import platform
-from collections.abc import Sequence
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
 import tlm_jax
-from tlm_jax import config_io
+from tlm_jax import config_io, files
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.evaluation import suites
-from tlm_jax.evaluation.options import SuiteConfig
+from tlm_jax.evaluation.options import NeedleConfig, SuiteConfig
 from tlm_jax.evaluation.suites import Metric, Outcome
 
 FOLDER = "eval"
-_SMALLER_IS_BETTER = ("perplexity", "bits_per_byte")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conditions:
+    """What figures depend on besides the tasks and the options."""
+
+    params_id: str
+    """Names the parameters."""
+    max_length: int
+    """Most tokens that the model read."""
+    trained_length: int
+    """Tokens of a training sequence."""
+    precision: str
+    """Dtype of the layers' arithmetic."""
+    tokenizer: str
+    """Fingerprint."""
+    data: dict[str, str]
+    """Fingerprint of each task's documents."""
 
 
 def record(
-    outcome: Outcome, *, checkpoint: str, step: int, run: RunConfig, how: SuiteConfig
+    outcome: Outcome,
+    *,
+    checkpoint: str,
+    step: int,
+    run: RunConfig,
+    how: SuiteConfig,
+    conditions: Conditions,
 ) -> dict[str, Any]:
     """Everything that the figures depend on, as JSON values.
 
@@ -33,6 +53,7 @@ def record(
       step: of the checkpoint.
       run: the resolved config.
       how: what was evaluated.
+      conditions: under which.
     """
     packages = ("jax", "jaxlib", "flax", "numpy", "lm_eval", "datasets", "tokenizers")
     return {
@@ -41,6 +62,7 @@ def record(
         "metrics": [dataclasses.asdict(m) for m in outcome.metrics],
         "average": suites.average(outcome.metrics),
         "settings": json.loads(json.dumps(dataclasses.asdict(how), default=str)),
+        "conditions": dataclasses.asdict(conditions),
         "task_versions": outcome.versions,
         "versions": {
             "tlm_jax": tlm_jax.__version__,
@@ -58,104 +80,114 @@ def _version(package: str) -> str | None:
         return None
 
 
-def file_name(tasks: Sequence[str], step: int) -> str:
-    """Where a record lies below a run's folder `eval`, without the suffix."""
-    return f"{'+'.join(t.replace('/', '_') for t in tasks)}-{step}"
+def file_name(how: SuiteConfig, step: int, conditions: Conditions | None = None) -> str:
+    """Where a record lies below a run's folder `eval`, without the suffix.
 
+    Options that make a different measurement are part of it, so that no quick look replaces a
+    full evaluation.
 
-def read(folder: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a run folder, or of one JSON file, oldest first.
-
-    Raises:
-      UserError: there is none, or one that cannot be read.
+    Args:
+      how: what is evaluated.
+      step: of the checkpoint.
+      conditions: under which; None leaves out the precision and the data, for a file of
+        answers (which hold for any data).
     """
-    files = [folder] if folder.is_file() else sorted((folder / FOLDER).glob("*.json"))
-    if not files:
-        raise UserError(
-            f"{folder} has no results: no {FOLDER}/*.json (tlm eval --tasks makes them)"
-        )
-    records = []
-    for file in sorted(files, key=lambda f: f.stat().st_mtime):
-        try:
-            records.append(parsed(json.loads(file.read_text(encoding="utf-8"))))
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file} is not a result of tlm eval ({error})") from error
-    return records
+    parts = ["+".join(task.replace("/", "_") for task in how.tasks), str(step)]
+    if how.limit is not None:
+        parts.append(f"limit{how.limit}")
+    if how.num_fewshot is not None:
+        parts.append(f"shots{how.num_fewshot}")
+    if how.max_length is not None:
+        parts.append(f"length{how.max_length}")
+    if "niah" in suites.expand(how.tasks) and how.needle != NeedleConfig():
+        parts.append(f"needles{digest(dataclasses.asdict(how.needle))[:8]}")
+    if conditions is not None and conditions.precision != "float32":
+        parts.append(conditions.precision)
+    if conditions is not None and how.data_dir is not None:
+        parts.append(f"data{digest(conditions.data)[:8]}")
+    return "-".join(parts)
 
 
-def parsed(record: dict[str, Any]) -> dict[str, Any]:
-    """A record with its metrics as `Metric`."""
-    return record | {"metrics": [Metric(**m) for m in record["metrics"]]}
+def digest(value: Any) -> str:
+    """16 hex digits that change with a value (JSON values; others by their text)."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Cell:
-    text: str
-    best: bool = False
+class Result:
+    """A record that was read back; records of older versions know less of how they came about."""
+
+    checkpoint: str
+    """As it is shown."""
+    run: str
+    """Equal for results of the same parameters, by whatever path they were found."""
+    step: int
+    metrics: tuple[Metric, ...]
+    settings: dict[str, Any]
+    """limit, num_fewshot, max_length, trained_length, precision, tokenizer; not what is unknown."""
+    data: dict[str, str]
+    """Fingerprints of the documents by task; not of tasks where it is unknown."""
 
 
-_Rows = list[tuple[str, str, list[_Cell]]]
+def read(folder: pathlib.Path) -> list[Result]:
+    """The results of a run folder, or of one JSON file, oldest first.
 
-
-def _rows(records: Sequence[dict[str, Any]]) -> tuple[list[str], _Rows]:
-    """Names of the checkpoints, and (task, metric, a cell for each) in the order of the records.
-
-    Of several records of one checkpoint and step, the newest figure counts.
+    Raises:
+      UserError: there is none, or one that cannot be read or was damaged.
     """
-    columns: dict[tuple[str, int], dict[tuple[str, str], Metric]] = {}
-    for one in records:
-        metrics = columns.setdefault((one["checkpoint"], one["step"]), {})
-        metrics.update({(m.task, m.name): m for m in one["metrics"]})
-    rows: _Rows = []
-    for task, name in dict.fromkeys(key for metrics in columns.values() for key in metrics):
-        found = [metrics.get((task, name)) for metrics in columns.values()]
-        best = _best([m.value if m else None for m in found], name)
-        cells = [_Cell(text=_text(m), best=b) for m, b in zip(found, best, strict=True)]
-        rows.append((task, name, cells))
-    averages = [suites.average(list(metrics.values())) for metrics in columns.values()]
-    if any(a is not None for a in averages):
-        texts = ["" if a is None else f"{a:.4f}" for a in averages]
-        rows.append(("average", "of eight accuracies", [_Cell(text=t) for t in texts]))
-    return [f"{name}, step {step}" for name, step in columns], rows
-
-
-def table(records: Sequence[dict[str, Any]]) -> Table:
-    """Figures with standard errors, a column for each checkpoint; the paper's metrics in bold."""
-    names, rows = _rows(records)
-    result = Table()
-    result.add_column("task")
-    result.add_column("metric")
-    for name in names:
-        result.add_column(name, justify="right")
-    for task, metric, cells in rows:
-        result.add_row(
-            task,
-            Text(metric, "bold" if metric in suites.COLUMNS.get(task, ()) else ""),
-            *(Text(c.text, "green" if c.best else "") for c in cells),
+    found = [folder] if folder.is_file() else sorted((folder / FOLDER).glob("*.json"))
+    if not found:
+        raise UserError(
+            f"{folder} has no results: no {FOLDER}/*.json (tlm eval --tasks makes them)"
         )
-    return result
+    results = []
+    for file in sorted(found, key=lambda f: f.stat().st_mtime):
+        values = files.read_json(file)
+        place = file.resolve().parent
+        run = str(place.parent) if place.name == FOLDER else None
+        try:
+            results.append(parsed(values, run))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{file} is not a result of tlm eval ({type(error).__name__}: {error})"
+            ) from error
+    return results
 
 
-def markdown(records: Sequence[dict[str, Any]]) -> str:
-    """The same as a Markdown table."""
-    names, rows = _rows(records)
-    lines = [["task", "metric", *names], ["---"] * (2 + len(names))]
-    for task, metric, cells in rows:
-        lines.append([task, metric, *(f"**{c.text}**" if c.best else c.text for c in cells)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def parsed(record: dict[str, Any], folder: str | None = None) -> Result:
+    """A record as a `Result`.
+
+    Args:
+      record: see `record`.
+      folder: the run folder that it was found in, if it was.
+    """
+    how, config = record["settings"], record.get("config", {})
+    conditions = record.get("conditions", {})
+    trained = conditions.get("trained_length", config.get("data", {}).get("seq_len"))
+    settings = {key: how[key] for key in ("limit", "num_fewshot") if key in how} | {
+        "max_length": conditions.get("max_length") or how.get("max_length") or trained,
+        "trained_length": trained,
+        "precision": conditions.get("precision"),
+        "tokenizer": conditions.get("tokenizer"),
+    }
+    known = ("limit", "num_fewshot")  # None is a value of theirs
+    for key, value in settings.items():
+        if not isinstance(value, int | str | None):
+            raise ValueError(f"{key} is {value!r}")
+    return Result(
+        checkpoint=str(record["checkpoint"]),
+        run=conditions.get("params_id") or folder or str(record["checkpoint"]),
+        step=int(record["step"]),
+        metrics=tuple(_metric(**m) for m in record["metrics"]),
+        settings={k: v for k, v in settings.items() if v is not None or k in known},
+        data=dict(conditions.get("data", {})),
+    )
 
 
-def _text(metric: Metric | None) -> str:
-    if metric is None:
-        return ""
-    text = f"{metric.value:,.4f}"
-    return text if metric.standard_error is None else f"{text} ± {metric.standard_error:.4f}"
-
-
-def _best(values: Sequence[float | None], metric: str) -> list[bool]:
-    """Which value is best; none where there is nothing to compare."""
-    known = [v for v in values if v is not None]
-    if len(known) < 2:
-        return [False] * len(values)
-    best = min(known) if any(w in metric for w in _SMALLER_IS_BETTER) else max(known)
-    return [v == best for v in values]
+def _metric(**values: Any) -> Metric:
+    metric = Metric(**values)
+    numbers = (metric.value, metric.rows, metric.standard_error or 0.0)
+    if not all(isinstance(n, int | float) for n in numbers):
+        raise ValueError(f"{metric.task} {metric.name} is no number")
+    return metric

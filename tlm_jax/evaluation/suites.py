@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import hashlib
 import importlib.util
 import io
 import json
@@ -111,6 +112,7 @@ def load_tasks(names: Sequence[str], data_dir: pathlib.Path | None) -> list[Any]
         from lm_eval.api.task import ConfigurableTask
         from lm_eval.tasks._yaml_loader import load_yaml
 
+        _keep_templates()
         manager = _manager(tuple(names))
         unknown = [name for name in names if name not in manager.task_index]
         if unknown:
@@ -139,8 +141,86 @@ def load_tasks(names: Sequence[str], data_dir: pathlib.Path | None) -> list[Any]
             for key in ("tag", "group", "dataset_path", "dataset_name", "dataset_kwargs"):
                 config.pop(key, None)
             config["custom_dataset"] = _as_function(splits)
-            tasks.append(ConfigurableTask(config=config))
+            columns = {column for rows in splits.values() for column in rows[0]}
+            if absent := sorted(_columns(config) - columns):
+                raise UserError(f"{data_dir / name} has no column {absent[0]!r}")
+            try:
+                task = ConfigurableTask(config=config)
+            except Exception as error:  # whatever lm-eval and datasets make of the rows
+                raise UserError(
+                    f"{data_dir / name} does not hold the rows of {name} ({_told(error)})"
+                ) from error
+            _check(task, data_dir / name)
+            tasks.append(task)
         return tasks
+
+
+def _keep_templates() -> None:
+    """Lets lm-eval compile each template once: it does so for every document, which takes most
+    of the time of building requests."""
+    from lm_eval import utils
+
+    compile_ = utils.env.from_string
+    if not hasattr(compile_, "cache_info"):
+        setattr(utils.env, "from_string", functools.lru_cache(maxsize=256)(compile_))  # noqa: B010
+
+
+def _documents(task: Any) -> Any:
+    """What is evaluated of a task; `eval_docs` would process it anew."""
+    return task.task_docs if hasattr(task, "task_docs") else task.eval_docs
+
+
+def _columns(config: dict[str, Any]) -> set[str]:
+    """Columns that a task's templates name, where they are those of the data."""
+    from jinja2 import Environment, meta
+
+    keys = () if "process_docs" in config else ("doc_to_text", "doc_to_target", "doc_to_choice")
+    templates = [config[key] for key in keys if isinstance(config.get(key), str)]
+    parsed = [Environment(autoescape=True).parse(template) for template in templates]
+    return {name for tree in parsed for name in meta.find_undeclared_variables(tree)}
+
+
+def _check(task: Any, folder: pathlib.Path) -> None:
+    """Raises `UserError` for the first document that cannot be asked, or has no right answer.
+
+    lm-eval would end with a stack trace, or take it for a wrong answer of the model.
+    """
+    for number, doc in enumerate(_documents(task), 1):
+        try:
+            text, target = task.doc_to_text(doc), task.doc_to_target(doc)
+            choices = None
+            if task.OUTPUT_TYPE == "multiple_choice":
+                choices = task.doc_to_choice(doc)
+                target = text if task.multiple_input else target
+        except Exception as error:  # whatever a task's own functions make of the row
+            raise UserError(
+                f"{folder}, document {number}: it cannot be asked ({_told(error)})"
+            ) from error
+        if choices is None:
+            continue
+        right = target if isinstance(target, list) else [target]
+        if not all(r in choices or r in range(len(choices)) for r in right):
+            column = task.config.doc_to_target
+            if target == column and column not in task.features:
+                raise UserError(f"{folder} has no column {column!r}")
+            raise UserError(
+                f"{folder}, document {number}: its label is {target!r}, which is none of its "
+                f"{len(choices)} choices"
+            )
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def fingerprint(task: Any, num_fewshot: int | None) -> str:
+    """16 hex digits that change with a task's documents, and those that its shots come from."""
+    found = hashlib.sha256()
+    shots = task.config.num_fewshot if num_fewshot is None else num_fewshot
+    for rows in (_documents(task), task.fewshot_docs() if shots else ()):
+        for row in rows or ():
+            found.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return found.hexdigest()[:16]
 
 
 _FOLDERS = ("lambada", "piqa", "hellaswag", "winogrande", "arc", "siqa", "super_glue", "wikitext")
@@ -185,7 +265,7 @@ def _read_folder(data_dir: pathlib.Path, task: str) -> dict[str, list[dict[str, 
 
 
 def _read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
@@ -194,6 +274,12 @@ def _read_lines(file: pathlib.Path) -> list[dict[str, Any]]:
                 raise UserError(f"{file}, line {number}: not JSON ({error})") from None
             if not isinstance(row, dict):
                 raise UserError(f"{file}, line {number}: not an object with columns")
+            if rows and row.keys() != rows[0].keys():
+                other = sorted(row.keys() ^ rows[0].keys())[0]
+                has, first = ("has no", "has") if other in rows[0] else ("has a", "has not")
+                raise UserError(
+                    f"{file}, line {number}: it {has} column {other!r}, which line 1 {first}"
+                )
             rows.append(row)
     if not rows:
         raise UserError(f"{file} is empty")
@@ -271,12 +357,9 @@ def _metrics(task: str, values: dict[str, Any], rows: int) -> Iterator[Metric]:
 
 
 def _plain(sample: dict[str, Any]) -> dict[str, Any]:
-    """A sample's document, answers and metrics, as JSON values."""
-    kept = {
-        key: sample[key]
-        for key in ("doc_id", "target", "filtered_resps", *sample.get("metrics", ()))
-        if key in sample
-    }
+    """A sample's document, requests, answers and metrics, as JSON values."""
+    names = ("doc_id", "doc", "arguments", "target", "filtered_resps")
+    kept = {key: sample[key] for key in (*names, *sample.get("metrics", ())) if key in sample}
     return json.loads(json.dumps(kept, default=str))
 
 

@@ -8,6 +8,7 @@ Shapes: D model, H query heads, N key/value heads, K head dim, F MLP, V vocab.
 """
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -167,7 +168,7 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
       UserError: a field asks for what this library cannot compute exactly.
     """
     kind = values.get("model_type")
-    if kind not in _DEFAULTS:
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
         raise UserError(
             f"{where}: model_type {kind!r} cannot be imported; {', '.join(_DEFAULTS)} can"
         )
@@ -176,6 +177,8 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
     for name in _SIZES:
         if type(values.get(name)) is not int:
             raise UserError(f"{where}: {name} is {values.get(name)!r}; it must be a number")
+    if type(tied := values.get("tie_word_embeddings", False)) is not bool:
+        raise UserError(f"{where}: tie_word_embeddings is {tied!r}; it must be true or false")
     for name in ("num_key_value_heads", "head_dim"):
         if values.get(name) is not None and type(values[name]) is not int:
             raise UserError(f"{where}: {name} is {values[name]!r}; it must be a whole number")
@@ -191,12 +194,12 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
                 num_kv_heads=values.get("num_key_value_heads"),
                 head_dim=values.get("head_dim"),
                 qk_norm=kind == "qwen3",
-                rope_theta=float(_rope(values, where)),
+                rope_theta=_rope(values, where),
             ),
-            tie_embeddings=values.get("tie_word_embeddings", False),
-            norm_eps=float(values.get("rms_norm_eps", 1e-6)),
+            tie_embeddings=tied,
+            norm_eps=_positive("rms_norm_eps", values.get("rms_norm_eps", 1e-6), where),
         )
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"{where}: {error}") from error
 
 
@@ -241,7 +244,14 @@ def _rope(values: dict[str, Any], where: str) -> float:
         factor = spec.get("partial_rotary_factor", 1.0)
         if factor != 1.0:
             raise UserError(_refusal(where, f"{name}.partial_rotary_factor", factor, 1.0))
-    return parameters.get("rope_theta", values.get("rope_theta", 10_000.0))
+    theta = parameters.get("rope_theta", values.get("rope_theta", 10_000.0))
+    return _positive("rope_theta", theta, where)
+
+
+def _positive(name: str, value: Any, where: str) -> float:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise UserError(f"{where}: {name} is {value!r}; it must be a positive number")
+    return float(value)
 
 
 def _refusal(where: str, name: str, value: Any, works: Any) -> str:

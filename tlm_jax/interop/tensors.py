@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -110,12 +111,18 @@ def write_safetensors(
     One shard at a time is in memory; a tensor is never cut.
     """
     with needs_extra():
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
     shards: list[list[str]] = []
     total = 0
 
     def save(held: dict[str, np.ndarray]) -> None:
-        save_file(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        try:
+            save_file(held, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        except SafetensorError as error:  # what the system refuses, it reports in words
+            if number := re.search(r"os error (\d+)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+            raise
         shards.append(list(held))
 
     held: dict[str, np.ndarray] = {}

@@ -30,6 +30,7 @@ from tlm_jax.training.step import TrainState
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _METADATA = "_CHECKPOINT_METADATA"
+CHECKSUMS = "checksums"
 
 
 def metadata(config: RunConfig, params: Any, layout: dict[str, Any]) -> dict[str, Any]:
@@ -95,9 +96,9 @@ def params_id(metadata: dict[str, Any]) -> str | None:
     Args:
       metadata: of a checkpoint.
     """
-    if "checksums" not in metadata:
+    if CHECKSUMS not in metadata:
         return None
-    return checksums.identity(metadata["checksums"], "params/")
+    return checksums.identity(metadata[CHECKSUMS], "params/")
 
 
 class Checkpoints:
@@ -159,7 +160,7 @@ class Checkpoints:
             tree = _as_dict(state)
             self._pending = self._checkpointer.save_checkpointables_async(
                 step,
-                {"state": tree, "data": Position(iterator)},
+                {"state": tree, "data": Position(iterator), CHECKSUMS: checksums.Saved(tree)},
                 custom_metadata=_sealed(metadata, tree),
                 force=True,
             )
@@ -175,7 +176,7 @@ class Checkpoints:
             tree = {"params": params}
             self._checkpointer.save_checkpointables(
                 step,
-                {"state": tree},
+                {"state": tree, CHECKSUMS: checksums.Saved(tree)},
                 custom_metadata=_sealed(metadata | {"parameters_only": True}, tree),
                 force=True,
             )
@@ -200,17 +201,20 @@ class Checkpoints:
             self._checkpointer.wait()
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """The metadata that was saved with a step."""
+        """The metadata that was saved with a step, and the checksums of the arrays."""
         with self._reported(f"read step {step}", damaged=step):
             return damage.together(functools.partial(self._metadata, step))
 
     def _metadata(self, step: int) -> dict[str, Any]:
         # Not with Orbax, for which a file that it may not read is one that is not there.
-        path = self.folder / str(step) / _METADATA
-        found = json.loads(path.read_bytes())["custom_metadata"]
-        if "checksums" in found and files.CHECKSUM not in found:
+        folder = self.folder / str(step)
+        found = json.loads((folder / _METADATA).read_bytes())["custom_metadata"]
+        if "state_shapes" not in found:  # from before there were checksums
+            return found
+        if files.CHECKSUM not in found:
             raise files.DamagedFileError("the checksum over its metadata is missing")
-        return files.verified(found, "its metadata")
+        found = files.verified(found, "its metadata")
+        return found | {CHECKSUMS: checksums.saved(folder / CHECKSUMS)}
 
     def restore(self, step: int, state: TrainState, iterator: Any) -> TrainState:
         """Loads a step; `state` has shapes and shardings, `iterator` is moved to its place.
@@ -228,7 +232,7 @@ class Checkpoints:
                 f"{'; '.join(lines[:4])}"
                 + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")
             )
-        position = Position(iterator, sealed="checksums" in saved)
+        position = Position(iterator, sealed=CHECKSUMS in saved)
         return TrainState(**self._load(step, saved, {"state": tree, "data": position}))
 
     def restore_params(self, step: int, params: Any) -> Any:
@@ -262,7 +266,7 @@ class Checkpoints:
 
         with self._reported(f"load step {step}", damaged=step):
             state = damage.together(load)
-            if "checksums" in saved and (wrong := checksums.mismatches(saved["checksums"], state)):
+            if CHECKSUMS in saved and (wrong := checksums.mismatches(saved[CHECKSUMS], state)):
                 more = f", nor do {len(wrong) - 1} other arrays" if len(wrong) > 1 else ""
                 raise files.DamagedFileError(f"{wrong[0]} does not match its checksum{more}")
             return state
@@ -337,8 +341,7 @@ class Checkpoints:
 
 def _sealed(metadata: dict[str, Any], tree: Any) -> dict[str, Any]:
     """What to save as metadata with a tree of arrays."""
-    arrays = {"state_shapes": checksums.shapes(tree), "checksums": checksums.of(tree)}
-    return files.sealed(metadata | arrays)
+    return files.sealed(metadata | {"state_shapes": checksums.shapes(tree)})
 
 
 def _different(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -7,12 +7,21 @@ bijection, so that one changed element always changes both sums; any other damag
 with a chance of about 2^-64. (Our choice; the mixture is a short form of MurmurHash3's finalizer.)
 """
 
+import asyncio
 import hashlib
-from collections.abc import Mapping
+import json
+import pathlib
+from collections.abc import Awaitable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from tlm_jax import files
+
+FILE = "checksums.json"
+
+_Sums = dict[str, tuple[jax.Array, jax.Array]]
 
 
 def name(path: Any) -> str:
@@ -33,11 +42,37 @@ def of(tree: Any) -> dict[str, str]:
 
     With several processes all must call it.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = {name(path): _sums(leaf) for path, leaf in leaves}  # none is waited for
-    return {
-        key: f"{first:08x}{second:08x}" for key, (first, second) in jax.device_get(sums).items()
-    }
+    return _read(_begun(tree))
+
+
+class Saved:
+    """The checksums of a tree, as Orbax saves them: while the arrays are written.
+
+    The devices begin at once, before the next update takes the arrays' memory.
+    """
+
+    def __init__(self, tree: Any) -> None:
+        self._sums = _begun(tree)
+
+    async def save(self, directory: Any) -> Awaitable[None]:
+        async def write() -> None:
+            folder = await directory.await_creation()
+            record = files.sealed({"checksums": await asyncio.to_thread(_read, self._sums)})
+            if jax.process_index() == 0:
+                await asyncio.to_thread((folder / FILE).write_text, json.dumps(record))
+
+        return write()
+
+    async def load(self, directory: Any) -> Awaitable[None]:
+        raise NotImplementedError("see `saved`")
+
+
+def saved(folder: pathlib.Path) -> dict[str, str]:
+    """What `Saved` wrote into a folder."""
+    record = json.loads((folder / FILE).read_bytes())
+    if files.CHECKSUM not in record:
+        raise files.DamagedFileError("the checksum over the checksums is missing")
+    return files.verified(record, "its list of checksums")["checksums"]
 
 
 def mismatches(saved: Mapping[str, str], tree: Any) -> list[str]:
@@ -49,6 +84,17 @@ def identity(checksums: Mapping[str, str], below: str) -> str:
     """A digest of all checksums whose names begin with `below`."""
     lines = (f"{key} {value}" for key, value in sorted(checksums.items()) if key.startswith(below))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _begun(tree: Any) -> _Sums:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {name(path): _sums(leaf) for path, leaf in leaves}  # none is waited for
+
+
+def _read(sums: _Sums) -> dict[str, str]:
+    return {
+        key: f"{first:08x}{second:08x}" for key, (first, second) in jax.device_get(sums).items()
+    }
 
 
 @jax.jit

@@ -4,14 +4,14 @@ import contextlib
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tlm_jax import config_io
+from tlm_jax import config_io, files
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.data import SpecialTokens, Tokenizer, chat, load_tokenizer, open_dataset
 from tlm_jax.data.tokenizers import file_fingerprint
@@ -22,6 +22,7 @@ from tlm_jax.evaluation.evaluator import Evaluator, progress
 from tlm_jax.evaluation.journal import Journal
 from tlm_jax.evaluation.options import SuiteConfig
 from tlm_jax.models import Skeleton, sampling, skeleton
+from tlm_jax.models.language_model import compute_dtype
 from tlm_jax.training import checkpoint
 from tlm_jax.training.faults import make_writable
 from tlm_jax.training.loop import CHECKPOINTS
@@ -100,32 +101,51 @@ def evaluate(folder: pathlib.Path, step: int, config: RunConfig) -> perplexity.S
 
 def evaluate_suites(
     folder: pathlib.Path, step: int, config: RunConfig, how: SuiteConfig
-) -> suites.Outcome:
-    """Runs suites of tasks on the checkpoint of a step.
+) -> tuple[suites.Outcome, records.Conditions]:
+    """Runs suites of tasks on the checkpoint of a step; also says under which conditions.
 
     Answers are kept in the run folder as they come, so that the same command goes on after a
     kill; the file is removed at the end.
 
     Raises:
-      UserError: see `load_params` and `Evaluator`.
+      UserError: see `load_params` and `Evaluator`; or another process evaluates the same.
     """
+    with _answers_file(folder, records.file_name(how, step)) as path:
+        return _evaluate_suites(folder, step, config, how, path)
+
+
+@contextlib.contextmanager
+def _answers_file(folder: pathlib.Path, name: str) -> Iterator[pathlib.Path | None]:
+    """Where answers are kept, for this evaluation alone; removed at the end, if there was no error.
+
+    None for a run folder that cannot be written: it can still be evaluated.
+    """
+    try:
+        make_writable(folder / records.FOLDER)
+    except UserError:
+        yield None
+        return
+    path = folder / records.FOLDER / f"{name}.answers.jsonl"
+    if jax.process_index() > 0:
+        yield path
+        return
+    in_use = f"{folder} is in use: {{who}} evaluates the same tasks there ({name}); wait for it"
+    with files.locked(path.with_name(f".{name}.lock"), in_use):
+        yield path
+        path.unlink(missing_ok=True)
+
+
+def _evaluate_suites(
+    folder: pathlib.Path,
+    step: int,
+    config: RunConfig,
+    how: SuiteConfig,
+    path: pathlib.Path | None,
+) -> tuple[suites.Outcome, records.Conditions]:
     mesh = mesh_lib.device_mesh(config.mesh)
     model = skeleton(config.model)
     _, saved = saved_metadata(folder, step)
     tokenizer = model_tokenizer(config, saved)
-    about = {
-        "step": step,
-        "params": saved["param_shapes"],
-        "model": config_io.to_dict(config)["model"],
-        "tokenizer": tokenizer.fingerprint,
-        "max_length": how.max_length or config.data.seq_len,
-    }
-    name = f"{records.file_name(how.tasks, step)}.answers.jsonl"
-    path: pathlib.Path | None = folder / records.FOLDER / name
-    try:
-        make_writable(folder / records.FOLDER)
-    except UserError:  # a read-only run can still be evaluated
-        path = None
     with jax.set_mesh(mesh):
         evaluator = Evaluator(
             how,
@@ -136,12 +156,37 @@ def evaluate_suites(
             max_length=config.data.seq_len,
             prefix=document_prefix(saved, tokenizer),
         )
-        journal = Journal(path, about, writes=jax.process_index() == 0)
-        with contextlib.closing(journal), progress(jax.process_index() == 0) as advance:
-            outcome = evaluator.run(journal, advance)
-    if path is not None and jax.process_index() == 0:
-        path.unlink()
-    return outcome
+        conditions = records.Conditions(
+            params_id=params_id(folder, step, saved),
+            max_length=how.max_length or config.data.seq_len,
+            trained_length=config.data.seq_len,
+            precision=compute_dtype(config.model).name,
+            tokenizer=tokenizer.fingerprint,
+            data=evaluator.data,
+        )
+        about = dataclasses.asdict(conditions) | {"model": config_io.to_dict(config)["model"]}
+        about.pop("data")  # a request holds its own
+        is_main = jax.process_index() == 0
+        journal = Journal(path, about, writes=is_main)
+        if journal.damaged and is_main:
+            print(
+                f"{path}: {journal.damaged} damaged lines are left out; what they held is asked "
+                "again",
+                file=sys.stderr,
+            )
+        with contextlib.closing(journal), progress(is_main) as advance:
+            return evaluator.run(journal, advance), conditions
+
+
+def params_id(folder: pathlib.Path, step: int, saved: dict[str, Any]) -> str:
+    """Names the parameters of a checkpoint: by their checksums, if it has any.
+
+    An older one is named by what Orbax notes when it saves, which holds the time in nanoseconds.
+    """
+    if (found := checkpoint.params_id(saved)) is not None:
+        return found
+    noted = folder / CHECKPOINTS / str(step) / "_CHECKPOINT_METADATA"
+    return records.digest(noted.read_text(encoding="utf-8"))
 
 
 def document_prefix(saved: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -192,27 +237,20 @@ def generate(
     tokenizer = model_tokenizer(config, saved)
     ids = prompt_ids(folder, saved, tokenizer, prompt, as_chat=as_chat)
     model = skeleton(config.model)
+    rows: list[list[int]] = []
     with jax.set_mesh(mesh):
         params = load_params(folder, step, model, tokenizer, mesh)
-        rows: list[list[int]] = [[] for _ in range(num_samples)]
-        ended = [False] * num_samples
-        for tokens in sampling.stream(
+        for rows in continuations(
             model,
             params,
-            np.asarray([ids] * num_samples, np.int32),
+            tokenizer,
+            ids,
             sampling_config,
             num_tokens=num_tokens,
-            vocab_size=tokenizer.vocab_size,
+            num_samples=num_samples,
             seed=seed,
         ):
-            for row, token in enumerate(tokens.tolist()):
-                ended[row] = ended[row] or token in tokenizer.end_ids
-                if not ended[row]:
-                    rows[row].append(token)
-            before = [] if as_chat else ids
-            yield [tokenizer.decode([*before, *row]) for row in rows]
-            if all(ended):
-                break
+            yield [tokenizer.decode(row if as_chat else [*ids, *row]) for row in rows]
     length = len(ids) + max(map(len, rows))
     if length > config.data.seq_len:
         print(
@@ -220,6 +258,38 @@ def generate(
             f"at most {config.data.seq_len:,}",
             file=sys.stderr,
         )
+
+
+def continuations(
+    model: Skeleton,
+    params: Any,
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    sampling_config: sampling.SamplingConfig,
+    *,
+    num_tokens: int,
+    num_samples: int,
+    seed: int,
+) -> Iterator[list[list[int]]]:
+    """Yields the token ids that follow a prompt so far, without the one that ends a text."""
+    rows: list[list[int]] = [[] for _ in range(num_samples)]
+    ended = [False] * num_samples
+    for tokens in sampling.stream(
+        model,
+        params,
+        np.asarray([ids] * num_samples, np.int32),
+        sampling_config,
+        num_tokens=num_tokens,
+        vocab_size=tokenizer.vocab_size,
+        seed=seed,
+    ):
+        for row, token in enumerate(tokens.tolist()):
+            ended[row] = ended[row] or token in tokenizer.end_ids
+            if not ended[row]:
+                rows[row].append(token)
+        yield rows
+        if all(ended):
+            return
 
 
 def prompt_ids(

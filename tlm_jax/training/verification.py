@@ -75,7 +75,7 @@ def _checkpoint(checkpoints: checkpoint.Checkpoints, step: int, tokenizers: set[
     try:
         saved = checkpoints.metadata(step)
         tokenizers.add(saved["data_layout"]["tokenizer"])
-        if "checksums" not in saved:
+        if checkpoint.CHECKSUMS not in saved:
             return _found(name, [], "it was saved without checksums")
         tree = ocp.metadata(checkpoints.folder / str(step), "state").metadata
     except Exception as error:
