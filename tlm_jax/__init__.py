@@ -1,3 +1,50 @@
-"""Tapered language models (arXiv 2606.23670) in JAX and Flax."""
+"""Tapered language models (arXiv 2606.23670) in JAX and Flax.
+
+    import tlm_jax
+
+    tlm_jax.train(config, "runs/mine")
+    print(tlm_jax.load("runs/mine").generate("Once upon"))
+
+Names are imported when they are first used, so that importing the package costs nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tlm_jax.analysis.plan import plan as plan
+    from tlm_jax.api import LoadedModel as LoadedModel
+    from tlm_jax.api import load as load
+    from tlm_jax.api import train as train
+    from tlm_jax.config import ModelConfig as ModelConfig
+    from tlm_jax.config import RunConfig as RunConfig
+    from tlm_jax.config_io import load_config as load_config
+    from tlm_jax.models.registry import register as register
+    from tlm_jax.models.registry import register_norm as register_norm
+    from tlm_jax.stack import Stack as Stack
+    from tlm_jax.taper import layer_widths as layer_widths
 
 __version__ = "0.1.0"
+_HOMES = {
+    "LoadedModel": "api",
+    "ModelConfig": "config",
+    "RunConfig": "config",
+    "Stack": "stack",
+    "layer_widths": "taper",
+    "load": "api",
+    "load_config": "config_io",
+    "plan": "analysis.plan",
+    "register": "models.registry",
+    "register_norm": "models.registry",
+    "train": "api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -12,14 +12,16 @@ import functools
 import pathlib
 import shlex
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
+import optax
 from rich.console import Console
 
 from tlm_jax import config_io, costs, files, ops
 from tlm_jax.config import RunConfig, UserError
-from tlm_jax.data import open_dataset
+from tlm_jax.data import Dataset, open_dataset
 from tlm_jax.distributed import agreement
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed.sharding import to_devices
@@ -50,7 +52,19 @@ class Outcome:
 
 
 class Trainer:
-    """A run folder and all that is compiled for it; `run` is the loop."""
+    """A run folder and all that is compiled for it; `run` is the loop.
+
+    Args:
+      config: the run.
+      workdir: its folder.
+      console: where the log is shown.
+      allow_config_change: continue a run although its config has changed.
+      profile: steps to trace.
+      optimizer: in place of the one that the config describes. A run must continue with the same.
+      loss: of each token, in place of the negative log-likelihood.
+      data: in place of the text that the config names; with the interface of `data.Dataset`.
+      hooks: see `metrics.TrainLog`.
+    """
 
     def __init__(
         self,
@@ -60,8 +74,13 @@ class Trainer:
         *,
         allow_config_change: bool = False,
         profile: ProfileSpan | None = None,
+        optimizer: optax.GradientTransformation | None = None,
+        loss: step.TokenLoss | None = None,
+        data: Dataset | None = None,
+        hooks: Sequence[metrics.Hook] = (),
     ) -> None:
         self.config, self.workdir, self.console = config, workdir, console
+        self.loss, self.hooks = loss, hooks
         self.allow_config_change, self.profile = allow_config_change, profile
         self.began = time.perf_counter()
         agreement.require_equal("config", self._facts())  # before anything that could hang
@@ -69,9 +88,9 @@ class Trainer:
         costs.assert_matched(config.model)
         self.mesh = mesh_lib.make_mesh(config)
         faults.make_writable(workdir)
-        self.dataset = open_dataset(config.data, config.model.vocab_size)
+        self.dataset = data or open_dataset(config.data, config.model.vocab_size)
         self.skeleton = skeleton(config.model)
-        self.tx = make_optimizer(
+        self.tx = optimizer or make_optimizer(
             config.optimizer,
             config.training.num_steps,
             About.of(self.skeleton),
@@ -154,6 +173,7 @@ class Trainer:
             self._tokens_until(start, checkpoints),
             self.began,
             enabled=self.is_main,
+            hooks=self.hooks,
         )
         watchdog = faults.Watchdog(training.hang_timeout)
         profiler = Profiler(self.profile, self.workdir / "profile")
@@ -281,7 +301,8 @@ class Trainer:
         if kernel is not None:
             self._say(f"Attention: {kernel} ({self.config.model.attention_kernel}).")
         begin = time.perf_counter()
-        compiled = step.lower_train_step(self.config, self.skeleton, self.tx, self.mesh).compile()
+        lowered = step.lower_train_step(self.config, self.skeleton, self.tx, self.mesh, self.loss)
+        compiled = lowered.compile()
         release_freed_memory()
         self._say(f"Compiled the train step in {time.perf_counter() - begin:.1f} s.")
         return compiled

@@ -7,6 +7,7 @@ import json
 import math
 import pathlib
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from tlm_jax import costs, files
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.models.settings import compute_dtype
 
+Hook = Callable[[int, dict[str, Any]], None]
 METRICS_FILE = "metrics.jsonl"
 _FLUSH_SECONDS = 30
 
@@ -250,6 +252,8 @@ class TrainLog:
       tokens: `tokens` so far.
       began: see `SpeedMeter`.
       enabled: show progress.
+      hooks: called with each step and its metrics, as numbers, one step late; one that fails is
+        reported and left out from then on.
     """
 
     def __init__(
@@ -263,7 +267,9 @@ class TrainLog:
         began: float,
         *,
         enabled: bool,
+        hooks: Sequence[Hook] = (),
     ) -> None:
+        self._console, self._hooks = console, list(hooks)
         self.tokens = tokens
         """As above, of the steps that `flush` has read."""
         self._training = config.training
@@ -296,6 +302,7 @@ class TrainLog:
         self.meter.add(values["tokens"])
         self.tokens += values["tokens"]
         self._progress.advance(done)
+        self._call_hooks(done, values)
         bad = values["skipped_in_a_row"]
         if due(done, self._training.log_every) or done == self._training.num_steps or bad:
             speed, seconds = self.meter.read()
@@ -309,6 +316,15 @@ class TrainLog:
                 f"{values['grad_norm']}); the last checkpoint in {self._workdir} is untouched. Try "
                 "a lower optimizer.learning_rate"
             )
+
+    def _call_hooks(self, done: int, values: dict[str, Any]) -> None:
+        for hook in list(self._hooks):
+            try:
+                hook(done, dict(values))
+            except Exception as error:  # what watches training must not end it
+                self._hooks.remove(hook)
+                text = f"hook {hook} failed at step {done} and is left out: {error!r}"
+                self._console.print(text, style="yellow", soft_wrap=True)
 
     def close(self) -> None:
         """Ends the progress bar."""

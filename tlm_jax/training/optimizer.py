@@ -71,18 +71,19 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     )
 
 
-def updates_made(opt_state: Any) -> jax.Array:
+def updates_made(opt_state: Any) -> jax.Array | None:
     """Updates that a state of `make_optimizer` has made: where its schedule stands, int32.
 
-    Fewer than the steps of a run that skipped some.
+    Fewer than the steps of a run that skipped some; None without a schedule, as an optimizer from
+    elsewhere may be.
     """
 
     def is_schedule(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
 
     nodes = jax.tree.leaves(opt_state, is_leaf=is_schedule)
-    (schedule,) = filter(is_schedule, nodes)
-    return schedule.count
+    schedule = next(filter(is_schedule, nodes), None)
+    return None if schedule is None else schedule.count
 
 
 def global_norm(gradients: Any) -> jax.Array:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tlm_jax.config import RunConfig
 from tlm_jax.distributed import sharding
-from tlm_jax.models import Skeleton
+from tlm_jax.models import LanguageModel, Skeleton
 from tlm_jax.models.loss import training_loss
 from tlm_jax.training.optimizer import global_norm, learning_rate, updates_made
 
@@ -32,6 +32,8 @@ _COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+TokenLoss = Callable[[LanguageModel, Batch], jax.Array]
+"""(model, batch) -> float32 loss (B, L) of each token's target."""
 
 
 @jax.tree_util.register_dataclass
@@ -96,7 +98,11 @@ def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDty
 
 
 def lower_train_step(
-    config: RunConfig, skeleton: Skeleton, tx: optax.GradientTransformation, mesh: Mesh
+    config: RunConfig,
+    skeleton: Skeleton,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    loss: TokenLoss | None = None,
 ) -> jax.stages.Lowered:
     """The train step for a mesh, to be compiled; the mesh's devices need not be here.
 
@@ -106,7 +112,7 @@ def lower_train_step(
     batch = abstract_batch(config.data.batch_size, config.data.seq_len, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     train_step = jax.jit(
-        make_train_step(config, skeleton, tx),
+        make_train_step(config, skeleton, tx, loss),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated),
         compiler_options=_COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
@@ -116,14 +122,24 @@ def lower_train_step(
 
 
 def make_train_step(
-    config: RunConfig, skeleton: Skeleton, tx: optax.GradientTransformation
+    config: RunConfig,
+    skeleton: Skeleton,
+    tx: optax.GradientTransformation,
+    loss: TokenLoss | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function (state, batch) -> (state, metrics), not yet compiled.
 
     Metrics: `loss` (nats a token), `grad_norm` (before clipping), `tokens`
     (scored in this step), `learning_rate` (what this update is multiplied by, or would have been
-    if it is skipped: the schedule counts updates that were made), `skipped` and
-    `skipped_in_a_row`.
+    if it is skipped: the schedule counts updates that were made; absent with an optimizer that
+    has no schedule), `skipped` and `skipped_in_a_row`.
+
+    Args:
+      config: the run.
+      skeleton: the model's structure.
+      tx: the optimizer.
+      loss: of each token in place of the negative log-likelihood; its mean over the tokens that
+        are not padding is what training descends on.
     """
     parts = config.training.grad_accumulation
     chunk, z_loss = config.training.loss_chunk, config.training.z_loss
@@ -132,6 +148,10 @@ def make_train_step(
 
     def gradients(params: Any, batch: Batch, tokens: jax.Array) -> tuple[jax.Array, Any]:
         def objective(params: Any) -> tuple[jax.Array, jax.Array]:
+            if loss is not None:
+                loss_BL = loss(skeleton.merge(params), batch)
+                mean = jnp.sum(jnp.where(batch["segment_ids"] > 0, loss_BL, 0.0)) / tokens
+                return mean, mean
             return training_loss(skeleton, params, batch, tokens, chunk=chunk, z_loss=z_loss)
 
         (_, nll), grads = jax.value_and_grad(objective, has_aux=True)(params)
@@ -153,9 +173,9 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         tokens = jnp.sum(batch["segment_ids"] > 0)
-        loss, grads = accumulated(state.params, batch, jnp.maximum(tokens, 1))
+        value, grads = accumulated(state.params, batch, jnp.maximum(tokens, 1))
         grad_norm = global_norm(grads)
-        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        good = jnp.isfinite(value) & jnp.isfinite(grad_norm)
         made = state.step - state.skipped
         if spike:
             # While the mean is young, steps differ too much to tell.
@@ -163,7 +183,7 @@ def make_train_step(
         # A mean over all updates at first, then over about the last _NORM_STEPS.
         weight = 1.0 / jnp.minimum(made + 1, _NORM_STEPS)
         typical_norm = state.typical_norm + weight * (grad_norm - state.typical_norm)
-        applied = rate(updates_made(state.opt_state))
+        count = updates_made(state.opt_state)
         with jax.named_scope("optimizer"):
             updates, opt_state = tx.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -181,13 +201,14 @@ def make_train_step(
             typical_norm=keep(typical_norm, state.typical_norm),
         )
         metrics = {
-            "loss": loss,
+            "loss": value,
             "grad_norm": grad_norm,
             "tokens": tokens,
-            "learning_rate": applied,
             "skipped": state.skipped,
             "skipped_in_a_row": state.skipped_in_a_row,
         }
+        if count is not None:
+            metrics["learning_rate"] = rate(count)
         return state, metrics
 
     return train_step
