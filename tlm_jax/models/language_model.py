@@ -12,12 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tlm_jax.config import ModelConfig
+from tlm_jax.config import ModelConfig, UserError
 from tlm_jax.distributed.sharding import constrain
 from tlm_jax.models import segments
 from tlm_jax.models.block import Block, layer_specs, scans_layers
 from tlm_jax.models.layers import RMSNorm, weight
-from tlm_jax.validation import require
 
 Params = dict[str, Any]
 
@@ -203,12 +202,13 @@ def skeleton(config: ModelConfig) -> Skeleton:
     """Traces the model's constructor without allocating anything.
 
     Raises:
-      ValueError: a parameter has no values; checkpoints cannot hold such.
+      UserError: a parameter has no values; checkpoints cannot hold such.
     """
     abstract = nnx.eval_shape(lambda: LanguageModel(config, key=jax.random.key(0)))
     graphdef, state = nnx.split(abstract, nnx.Param)
     result = Skeleton(config=config, graphdef=graphdef, state=state)
     for path, leaf in jax.tree_util.tree_leaves_with_path(result.shapes):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        require(leaf.size > 0, f"parameter {name} of shape {leaf.shape} is empty; make it None")
+        if leaf.size == 0:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UserError(f"parameter {name} of shape {leaf.shape} is empty; make it None")
     return result
