@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 from helpers import Fails
 
+from tlm_jax.analysis.style import house_figure
+
 
 @contextlib.contextmanager
 def _no_file_beyond(size: int) -> Iterator[None]:
@@ -51,8 +53,10 @@ def test_report_into_a_page(fails: Fails, tmp_path: pathlib.Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["alignment.json", "page.md"]
 
 
-def test_pictures(fails: Fails, tmp_path: pathlib.Path) -> None:
-    picture = tmp_path / "plan.png"
-    with _no_file_beyond(1000):
-        message = fails("plan", "--config", "configs/tiny.py", "--png", picture)
-    assert message == f"cannot write {picture}: File too large"
+def test_pictures(tmp_path: pathlib.Path) -> None:
+    """The error knows its file, for whoever reports it."""
+    picture = tmp_path / "new" / "plan.png"
+    too_large = pytest.raises(OSError, match="File too large")
+    with _no_file_beyond(100), too_large as caught, house_figure(picture, (2, 2)):
+        pass
+    assert caught.value.filename == str(picture)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 import random
 
 import jax
@@ -13,6 +14,7 @@ import pytest
 from tlm_jax.config import MeshConfig, ModelConfig, RunConfig, TaperConfig, UserError
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed import sharding
+from tlm_jax.evaluation import scoring
 from tlm_jax.evaluation.requests import Request
 from tlm_jax.evaluation.scoring import Scorer
 from tlm_jax.mixers import AttentionConfig, GatedAttentionConfig, MLPConfig, TitansConfig
@@ -219,3 +221,9 @@ def test_longer_requests_lose_their_beginning() -> None:
     short = Request(context=tokens[60 - 21 : 55], continuation=tokens[55:], question=1)
     one, other = score(model, params, [long, short], max_length=20)
     assert one.log_likelihood == pytest.approx(other.log_likelihood, abs=1e-5)
+
+
+def test_cached_files_count_as_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page cache that fills the machine, which sysconf counts as used, leaves room for rows."""
+    monkeypatch.setattr(os, "sysconf", lambda name: 0)
+    assert scoring._free_memory(jax.devices()[0]) > 1 << 20

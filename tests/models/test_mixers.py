@@ -13,6 +13,7 @@ from tlm_jax import costs, ops, testing
 from tlm_jax.config import (
     ModelConfig,
     TaperConfig,
+    UserError,
 )
 from tlm_jax.mixers import (
     AttentionConfig,
@@ -196,7 +197,7 @@ def test_heads_taper_in_whole_groups():
 def test_an_empty_parameter_is_refused_by_name():
     """It could not be saved; so says a mixer's author before anything is trained."""
     config = model_config(mixer=RGLRUConfig(width=0), init_std=0.02)
-    with pytest.raises(ValueError, match=r"mixer/decay_bias of shape \(1, 0\) is empty"):
+    with pytest.raises(UserError, match=r"mixer/decay_bias of shape \(1, 0\) is empty"):
         skeleton(config)
 
 

@@ -4,10 +4,12 @@ Shapes: B rows, L row length, P parts of the rows (one a device), N scored token
 D model.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
+import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -152,6 +154,11 @@ def _free_memory(device: jax.Device) -> int:
     statistics = device.memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics["bytes_in_use"]
+    with contextlib.suppress(OSError, ValueError):  # sysconf counts cached files as used
+        lines = pathlib.Path("/proc/meminfo").read_text().splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        if "MemAvailable" in fields:
+            return int(fields["MemAvailable"].split()[0]) << 10
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -8,10 +8,9 @@ from typing import Any
 import jax
 from flax import nnx
 
-from tlm_jax.config import ModelConfig
+from tlm_jax.config import ModelConfig, UserError
 from tlm_jax.models.decoder import LanguageModel
 from tlm_jax.stack import logical_axes
-from tlm_jax.validation import require
 
 Params = dict[str, Any]
 
@@ -86,12 +85,13 @@ def skeleton(config: ModelConfig) -> Skeleton:
     """Traces the model's constructor without allocating anything.
 
     Raises:
-      ValueError: a parameter has no values; checkpoints cannot hold such.
+      UserError: a parameter has no values; checkpoints cannot hold such.
     """
     abstract = nnx.eval_shape(lambda: LanguageModel(config, key=jax.random.key(0)))
     graphdef, state = nnx.split(abstract, nnx.Param)
     result = Skeleton(config=config, graphdef=graphdef, state=state)
     for path, leaf in jax.tree_util.tree_leaves_with_path(result.shapes):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        require(leaf.size > 0, f"parameter {name} of shape {leaf.shape} is empty; make it None")
+        if leaf.size == 0:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise UserError(f"parameter {name} of shape {leaf.shape} is empty; make it None")
     return result

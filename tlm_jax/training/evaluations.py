@@ -155,7 +155,7 @@ class Evaluations:
 
         def between(*_: Any) -> None:
             watchdog.alive(f"evaluating step {done}")
-            if stop.now():  # a preempted machine has no time to finish an evaluation
+            if stop.signal:  # a preempted machine has no time to finish an evaluation
                 raise faults.Stopped
 
         watchdog.alive(f"evaluating step {done}")

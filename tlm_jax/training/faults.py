@@ -35,18 +35,17 @@ class Stop:
     def __init__(self) -> None:
         self.signal: str | None = None
         """The signal that asked; with several processes, once all of them know."""
-        self._points = 0
 
-    def now(self) -> bool:
-        """Whether to stop here. All processes must ask at the same points of their work.
+    def after(self, done: int) -> bool:
+        """Whether to stop after a step; all processes must ask after each.
 
-        With several processes the answer becomes yes in all of them at the same point, once one
-        of them was sent SIGTERM, as preempted machines are.
+        With several processes the answer becomes yes in all of them after the same step, once one
+        of them was sent SIGTERM, as preempted machines are. Steps only, and not batches of an
+        evaluation: Orbax asks JAX the same at each save, with the step's number, and JAX would
+        wait for ever for the number that comes after that.
         """
-        if jax.process_count() > 1 and self.signal is None:
-            self._points += 1
-            if multihost_utils.reached_preemption_sync_point(self._points):
-                self.signal = "SIGTERM"
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(done):
+            self.signal = "SIGTERM"
         return self.signal is not None
 
 
@@ -55,7 +54,7 @@ def stop_signals(console: Console) -> Iterator[Stop]:
     """Takes note of SIGINT and SIGTERM; a second one acts at once.
 
     With several processes JAX itself takes note of SIGTERM and tells the others (see
-    `Stop.now`); SIGINT becomes SIGTERM there.
+    `Stop.after`); SIGINT becomes SIGTERM there.
     """
     stop = Stop()
     previous: dict[int, Any] = {}

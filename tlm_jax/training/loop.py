@@ -200,7 +200,7 @@ class Trainer:
 
                 last = done == training.num_steps
                 due = self.evaluations.due(done)
-                save = stop.now() or last or metrics.due(done, training.checkpoint_every)
+                save = stop.after(done) or last or metrics.due(done, training.checkpoint_every)
                 if due or save:
                     log.flush()
                 if save:
