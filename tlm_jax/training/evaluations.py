@@ -158,6 +158,8 @@ class Evaluations:
             if stop.signal:  # a preempted machine has no time to finish an evaluation
                 raise faults.Stopped
 
+        if not kinds:
+            return kinds
         watchdog.alive(f"evaluating step {done}")
         todo = sorted(kinds)
         makers = {"eval": self._validate, "suites": self._run_suites}
@@ -165,6 +167,7 @@ class Evaluations:
             while todo and not stop.signal:
                 makers[todo[0]](params, done, writer, between)
                 del todo[0]
+        watchdog.alive(f"waiting for step {done + 1}")
         return set(todo)
 
     def _validate(
