@@ -22,7 +22,7 @@ from tlm_jax.evaluation.evaluator import Evaluator, progress
 from tlm_jax.evaluation.journal import Journal
 from tlm_jax.evaluation.options import SuiteConfig
 from tlm_jax.models import Skeleton, sampling, skeleton
-from tlm_jax.models.language_model import compute_dtype
+from tlm_jax.models.settings import compute_dtype
 from tlm_jax.training import checkpoint
 from tlm_jax.training.faults import make_writable
 from tlm_jax.training.loop import CHECKPOINTS
