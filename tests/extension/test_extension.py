@@ -1,18 +1,20 @@
 """What docs/extending.md promises: mixer, MLP and norm of stock Flax, used from outside."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import shutil
 import subprocess
 import sys
+import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import environment
+from helpers import ROOT, environment
 
 import tlm_jax
 from tlm_jax import config_io, costs, testing
@@ -92,6 +94,20 @@ def test_the_mixer_holds_what_every_mixer_must(monkeypatch: pytest.MonkeyPatch) 
     from gated_delta import GatedDeltaConfig
 
     testing.check_mixer(GatedDeltaConfig(num_heads=2, head_dim=8))
+
+
+def test_the_example_of_the_page(tmp_path: pathlib.Path) -> None:
+    """It sees a few tokens back only, which is no fault of a mixer."""
+    page = (ROOT / "docs" / "extending.md").read_text()
+    for name in ("short_conv.py", "short_conv_config.py"):
+        rest = page.split(f"    # {name}\n")[1].splitlines()
+        lines = itertools.takewhile(lambda line: not line or line.startswith("    "), rest)
+        (tmp_path / name).write_text(textwrap.dedent("\n".join(lines)))
+    mixer = config_io.load_config(tmp_path / "short_conv_config.py").model.mixer
+    checks = (testing.check_budget, testing.check_causality, testing.check_documents)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(testing, "CHECKS", checks)
+        testing.check_mixer(mixer)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
