@@ -16,26 +16,40 @@ if TYPE_CHECKING:
     from tlm_jax.api import LoadedModel as LoadedModel
     from tlm_jax.api import load as load
     from tlm_jax.api import train as train
+    from tlm_jax.config import DataConfig as DataConfig
     from tlm_jax.config import ModelConfig as ModelConfig
     from tlm_jax.config import RunConfig as RunConfig
+    from tlm_jax.config import TrainingConfig as TrainingConfig
     from tlm_jax.config_io import load_config as load_config
+    from tlm_jax.mixers import MixerConfig as MixerConfig
+    from tlm_jax.mixers import MLPConfig as MLPConfig
     from tlm_jax.models.registry import register as register
     from tlm_jax.models.registry import register_norm as register_norm
+    from tlm_jax.optimizers import OptimizerConfig as OptimizerConfig
     from tlm_jax.stack import Stack as Stack
     from tlm_jax.taper import layer_widths as layer_widths
+    from tlm_jax.taper_config import TaperConfig as TaperConfig
+    from tlm_jax.training.optimizer import register_optimizer as register_optimizer
 
 __version__ = "0.1.0"
 _HOMES = {
+    "DataConfig": "config",
     "LoadedModel": "api",
+    "MLPConfig": "mixers",
+    "MixerConfig": "mixers",
     "ModelConfig": "config",
+    "OptimizerConfig": "optimizers",
     "RunConfig": "config",
     "Stack": "stack",
+    "TaperConfig": "taper_config",
+    "TrainingConfig": "config",
     "layer_widths": "taper",
     "load": "api",
     "load_config": "config_io",
     "plan": "analysis.plan",
     "register": "models.registry",
     "register_norm": "models.registry",
+    "register_optimizer": "training.optimizer",
     "train": "api",
 }
 

@@ -18,8 +18,8 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tlm_jax import files
-from tlm_jax.config import RunConfig, UserError
+from tlm_jax import files, mixer_costs
+from tlm_jax.config import ModelConfig, RunConfig, UserError
 from tlm_jax.mixers import MixerConfig, MLPConfig
 from tlm_jax.optimizers import OptimizerConfig
 
@@ -99,7 +99,7 @@ def _run_file(path: pathlib.Path) -> types.ModuleType:
 
 
 def trust(names: Sequence[str]) -> None:
-    """Lets `from_dict` run the code of these modules, and of no others, to find a mixer's class.
+    """Lets `from_dict` run the code of these modules, and of no others, where a config names it.
 
     Args:
       names: modules, as Python imports them, or their files (FOLDER/NAME.py).
@@ -119,10 +119,12 @@ def trust_options(config: RunConfig) -> list[str]:
     """Options with which another process of this program reads the config from JSON."""
     options = []
     parts = (*config.model.mixers, config.model.mlp, config.optimizer)
-    for cls in dict.fromkeys(map(type, parts)):
-        if cls.__module__ not in (MixerConfig.__module__, OptimizerConfig.__module__):
-            module = cls.__module__.removeprefix(_OWN_FILE)
-            file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+    names = [type(part).__module__ for part in parts]
+    names += [mixer_costs.NORM_MODULES.get(config.model.norm, __package__)]
+    for name in dict.fromkeys(names):
+        if name.partition(".")[0] != __package__:
+            module = name.removeprefix(_OWN_FILE)
+            file = getattr(sys.modules.get(name), "__file__", None)
             named = module if file is None or "." in module else file
             options += ["--trust_module", named]
     return options
@@ -182,9 +184,12 @@ def from_dict(values: Any, cls: Any = RunConfig, where: str = "") -> Any:
             )
         arguments[name] = value
     try:
-        return cls(**arguments)
+        config = cls(**arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"{here}: {error}") from error
+    if isinstance(config, ModelConfig):
+        _find_norm(config.norm)
+    return config
 
 
 def _entry(value: Any, hint: Any, where: str) -> Any:
@@ -241,6 +246,13 @@ def _class(kind: Any, base: type, where: str) -> type:
             f"{where} is of the kind {kind!r}, but {module} has no such {base.__name__}"
         )
     return found[kind]
+
+
+def _find_norm(name: str) -> None:
+    """Imports what is trusted until the norm is registered."""
+    for module in _trusted:
+        if name not in mixer_costs.NORM_PARAMETERS:
+            _import_trusted(module)
 
 
 def _import_trusted(module: str) -> None:

@@ -12,11 +12,11 @@ import dataclasses
 
 from tlm_jax.config import ModelConfig, RunConfig
 from tlm_jax.mixer_costs import (
-    NORM_PARAMETERS,
     MixerCosts,
     MLPCosts,
     mixer_costs,
     mlp_costs,
+    norm_parameters,
 )
 
 FLOAT32_BYTES = 4
@@ -186,7 +186,7 @@ def model_costs(config: ModelConfig, seq_len: int) -> ModelCosts:
     compute_dtype "auto" counts as bfloat16, what an accelerator uses.
     """
     table = config.vocab_size * config.d_model
-    norm = NORM_PARAMETERS.get(config.norm, 1) * config.d_model
+    norm = norm_parameters(config.norm) * config.d_model
     return ModelCosts(
         seq_len=seq_len,
         layers=tuple(

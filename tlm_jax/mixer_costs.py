@@ -4,6 +4,9 @@ import dataclasses
 import functools
 
 from tlm_jax.mixers import AttentionConfig, GatedAttentionConfig, MLPConfig, TitansConfig
+from tlm_jax.validation import UserError
+
+_UNKNOWN = "no module is registered for {name}; call tlm_jax.register({name}, Module)"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +55,7 @@ def mlp_costs(mlp: object, d_model: int, width: int) -> MLPCosts:
       TypeError: neither costs nor a module are registered for this config.
     """
     del d_model, width
-    raise TypeError(f"no costs are registered for {type(mlp).__name__}: see models.registry")
+    raise TypeError(_UNKNOWN.format(name=type(mlp).__name__))
 
 
 @mlp_costs.register
@@ -64,6 +67,22 @@ def _swiglu_costs(mlp: MLPConfig, d_model: int, width: int) -> MLPCosts:
 
 NORM_PARAMETERS = {"rms": 1}
 """Parameters of each kind of norm per dim of the stream."""
+NORM_MODULES: dict[str, str] = {}
+"""Module that registered each kind of norm; see `models.registry.register_norm`."""
+
+
+def norm_parameters(kind: str) -> int:
+    """Parameters of a norm per dim of the stream.
+
+    Raises:
+      UserError: nobody registered this kind.
+    """
+    if kind not in NORM_PARAMETERS:
+        raise UserError(
+            f"model.norm={kind!r} is not one of {', '.join(NORM_PARAMETERS)}; if a module of yours "
+            "registers it, add --trust_module MODULE (or its file, FOLDER/NAME.py)"
+        )
+    return NORM_PARAMETERS[kind]
 
 
 @functools.singledispatch
@@ -81,7 +100,7 @@ def mixer_costs(mixer: object, d_model: int, seq_len: int) -> MixerCosts:
     Raises:
       TypeError: neither costs nor a module are registered for this config.
     """
-    raise TypeError(f"no costs are registered for {type(mixer).__name__}: see mixer_costs.register")
+    raise TypeError(_UNKNOWN.format(name=type(mixer).__name__))
 
 
 @mixer_costs.register

@@ -1,7 +1,7 @@
 """Configs of optimizers and learning-rate schedules; `training.optimizer` makes them.
 
 An optimizer of your own is a config that derives from `OptimizerConfig`, and a function registered
-for it with `training.optimizer.register`.
+for it with `tlm_jax.register_optimizer`.
 """
 
 import dataclasses

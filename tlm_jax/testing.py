@@ -104,8 +104,8 @@ def check_causality(config: ModelConfig) -> None:
     np.testing.assert_array_equal(base[0, :10], late[0, :10], "tokens before it changed")
     np.testing.assert_array_equal(base[1], late[1], "another row changed")
     np.testing.assert_array_equal(base[0, 25:], late[0, 25:], "another document changed")
-    changed = (base[0, 10:25] != late[0, 10:25]).any(axis=-1)
-    assert changed.all(), "later tokens of its document did not change"
+    changed = (base[0, 10:12] != late[0, 10:12]).any(axis=-1)  # further ones a window may hide
+    assert changed.all(), "the token itself or the one after it did not change"
 
 
 def check_documents(config: ModelConfig) -> None:

@@ -14,7 +14,7 @@ from tlm_jax.config import RunConfig
 from tlm_jax.models import skeleton
 from tlm_jax.optimizers import AdafactorConfig, MuonConfig, OptimizerConfig
 from tlm_jax.training import step
-from tlm_jax.training.optimizer import About, learning_rate, make_optimizer, register
+from tlm_jax.training.optimizer import About, learning_rate, make_optimizer, register_optimizer
 
 OTHERS = [MuonConfig(weight_decay=0.0), AdafactorConfig(weight_decay=0.0)]
 
@@ -161,7 +161,7 @@ class SignConfig(OptimizerConfig):
 def test_an_optimizer_of_a_user_s_own() -> None:
     with pytest.raises(TypeError, match="no optimizer is registered for SignConfig"):
         make_optimizer(SignConfig(), 10, About(decays=None, logical_axes=None))
-    register(
+    register_optimizer(
         SignConfig,
         lambda config, about: optax.stateless(
             lambda updates, _: jax.tree.map(lambda u: config.scale * jnp.sign(u), updates)

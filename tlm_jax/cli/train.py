@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 import re
+import shlex
 from collections.abc import Sequence
 
 import tyro
@@ -88,9 +89,10 @@ def run(argv: Sequence[str], prog: str) -> int:
         soft_wrap=True,
     )
     samples = workdir / evaluations.SAMPLES_FILE
+    words = ["tlm", "eval", "--checkpoint", str(workdir), *config_io.trust_options(command.run)]
     console.print(
         f"  curves {curves}{f'   samples {samples}' if samples.is_file() else ''}\n"
-        f"  evaluate: python eval.py --checkpoint {workdir}\n"
+        f"  evaluate: {shlex.join(words)}\n"
         f"  go on:    add --training.num_steps {2 * outcome.step} to the command",
         highlight=False,
         soft_wrap=True,

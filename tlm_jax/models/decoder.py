@@ -73,6 +73,11 @@ def rms_norm(dim: int, eps: float, *, rngs: nnx.Rngs) -> RMSNorm:
 registry.register_norm("rms", rms_norm)
 
 
+def normed(norm: Any, x: jax.Array) -> jax.Array:
+    """norm(x) in the dtype of x; a stock Flax norm gives float32, that of its parameters."""
+    return norm(x).astype(x.dtype)
+
+
 class MLP(nnx.Module):
     """x + SwiGLU(norm(x)), SwiGLU(h) = (silu(h W_gate) * (h W_up)) W_down (arXiv 2002.05202)."""
 
@@ -94,7 +99,7 @@ class MLP(nnx.Module):
     def branch(self, x_BLD: jax.Array) -> jax.Array:
         """SwiGLU(norm(x)), what the MLP adds to the stream."""
         gate_DF, up_DF, down_FD = self.gate[...], self.up[...], self.down[...]
-        return ops.swiglu(self.norm(x_BLD), gate_DF, up_DF, down_FD, in_scan=self.in_scan)
+        return ops.swiglu(normed(self.norm, x_BLD), gate_DF, up_DF, down_FD, in_scan=self.in_scan)
 
 
 registry.register(MLPConfig, MLP)
@@ -114,7 +119,7 @@ class CustomMLP(nnx.Module):
 
     def branch(self, x_BLD: jax.Array) -> jax.Array:
         """mlp(norm(x)), what the MLP adds to the stream."""
-        return self.mlp(self.norm(x_BLD)).astype(x_BLD.dtype)
+        return self.mlp(normed(self.norm, x_BLD)).astype(x_BLD.dtype)
 
 
 class Attention(nnx.Module):
@@ -198,6 +203,7 @@ class Block(nnx.Module):
             attention_kernel=config.attention_kernel,
             in_scan=scans_layers(config),
             norm=config.norm,
+            dtype=compute_dtype(config),
         )
         self.mixer_norm = registry.make_norm(
             config.norm, config.d_model, config.norm_eps, rngs=rngs
@@ -237,7 +243,8 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Any]:
         """z = x + mixer(norm(x)), the stream that the MLP reads, and the mixer's new cache."""
         with jax.named_scope("mixer"):
-            y_BLD, cache = self.mixer(self.mixer_norm(x_BLD), positions_BL, segment_ids_BL, cache)
+            h_BLD = normed(self.mixer_norm, x_BLD)
+            y_BLD, cache = self.mixer(h_BLD, positions_BL, segment_ids_BL, cache)
             return x_BLD + y_BLD.astype(x_BLD.dtype), cache  # a stock Flax layer may give float32
 
 
@@ -298,7 +305,7 @@ class LanguageModel(nnx.Module):
         else:
             x_BLD, cache = self.segments.decode(x_BLD, cache, positions_BL, segment_ids_BL)
         x_BLD = constrain(x_BLD, "batch", "sequence", None)
-        return self.final_norm(x_BLD), cache
+        return normed(self.final_norm, x_BLD), cache
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """float32 logits (B, L, V); for long sequences use `models.loss` instead."""

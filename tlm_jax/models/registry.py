@@ -15,12 +15,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 
 from tlm_jax import mixer_costs as costs
 from tlm_jax.mixers import MixerConfig, MLPConfig
 from tlm_jax.models import counted_costs
-from tlm_jax.validation import UserError
 
 Part = MixerConfig | MLPConfig
 _MODULES: dict[type[Part], Callable[..., Any]] = {}
@@ -44,6 +44,9 @@ class LayerContext:
     """Whether layers run inside a loop; see `ops.swiglu`."""
     norm: str = "rms"
     """Kind of the stream's norms; see `make_norm`."""
+    dtype: Any = jnp.float32
+    """Compute dtype. Stock Flax layers compute in it if they are given it; left to themselves,
+    they compute in the dtype of their parameters, float32."""
 
 
 def register(config: type[Part], module: Callable[..., Any]) -> None:
@@ -63,6 +66,7 @@ def register_norm(name: str, make: Callable[..., Any], *, parameters_per_dim: in
     """Has `model.norm=name` mean the norms that `make(dim, eps, rngs=rngs)` returns."""
     _NORMS[name] = make
     costs.NORM_PARAMETERS[name] = parameters_per_dim
+    costs.NORM_MODULES[name] = make.__module__
 
 
 def make_mixer(config: MixerConfig, context: LayerContext, *, rngs: nnx.Rngs) -> Any:
@@ -89,8 +93,7 @@ def make_norm(kind: str, dim: int, eps: float, *, rngs: nnx.Rngs) -> Any:
     Raises:
       UserError: nobody registered this kind.
     """
-    if kind not in _NORMS:
-        raise UserError(f"model.norm={kind!r} is not one of {', '.join(_NORMS)}")
+    costs.norm_parameters(kind)
     return _NORMS[kind](dim, eps, rngs=rngs)
 
 
@@ -98,7 +101,8 @@ def _module(config: Part) -> Callable[..., Any]:
     for cls in type(config).__mro__:
         if cls in _MODULES:
             return _MODULES[cls]
-    raise TypeError(f"no module is registered for {type(config).__name__}: see registry.register")
+    name = type(config).__name__
+    raise TypeError(f"no module is registered for {name}; call tlm_jax.register({name}, Module)")
 
 
 def _context(d_model: int) -> LayerContext:

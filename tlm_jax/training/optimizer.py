@@ -42,7 +42,7 @@ Direction = Callable[[Any, About], optax.GradientTransformation]
 _DIRECTIONS: dict[type[OptimizerConfig], Direction] = {}
 
 
-def register(config: type[OptimizerConfig], direction: Direction) -> None:
+def register_optimizer(config: type[OptimizerConfig], direction: Direction) -> None:
     """Has `direction(config, about)` make the optimizers of a config.
 
     It returns what the learning rate is multiplied with, weight decay included and clipping
@@ -213,9 +213,9 @@ def _adafactor(config: AdafactorConfig, about: About) -> optax.GradientTransform
     )
 
 
-register(OptimizerConfig, _adamw)
-register(MuonConfig, _muon)
-register(AdafactorConfig, _adafactor)
+register_optimizer(OptimizerConfig, _adamw)
+register_optimizer(MuonConfig, _muon)
+register_optimizer(AdafactorConfig, _adafactor)
 
 
 def _by_width() -> optax.GradientTransformation:
@@ -265,7 +265,11 @@ def make_optimizer(
       TypeError: nobody registered this kind of optimizer.
     """
     if type(config) not in _DIRECTIONS:
-        raise TypeError(f"no optimizer is registered for {type(config).__name__}: see register")
+        name = type(config).__name__
+        raise TypeError(
+            f"no optimizer is registered for {name}; call "
+            f"tlm_jax.register_optimizer({name}, direction)"
+        )
     direction = _DIRECTIONS[type(config)](config, about)
     # The rate comes last, outside of accumulation, so that it follows the steps of the run.
     rate = optax.scale_by_learning_rate(learning_rate(config, num_steps))
