@@ -9,9 +9,11 @@ from helpers import contents
 from tlm_jax import cli
 
 
-def _verify(folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, str]]:
+def _verify(
+    folder: pathlib.Path, capsys: pytest.CaptureFixture[str], *words: str
+) -> tuple[int, dict[str, str]]:
     capsys.readouterr()
-    status = cli.main(["verify", str(folder)])
+    status = cli.main(["verify", str(folder), *words])
     lines = capsys.readouterr().out.splitlines()
     return status, dict(line.split(": ", 1) for line in lines)
 
@@ -51,5 +53,5 @@ def test_verify_says_what_is_damaged(
     record = json.loads(metadata.read_text())
     del record["custom_metadata"]["state_shapes"], record["custom_metadata"]["checksum"]
     metadata.write_text(json.dumps(record))
-    _, found = _verify(finished, capsys)
+    _, found = _verify(finished, capsys, "--step", "20")
     assert found["checkpoints/20"] == "not checked (it was saved without checksums)"
