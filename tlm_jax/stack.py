@@ -45,6 +45,9 @@ class Stack(nnx.Module):
     Layer l draws its parameters from `fold_in(key, l)`, whatever the others are: a tapered
     stack and its uniform twin start from equal parameters wherever their shapes are equal.
 
+    Layers are pure: what a layer changes in itself when called is lost. What it needs for
+    itself besides parameters, such as a dropout key, comes in through `fold` and `per_segment`.
+
     Args:
       specs: one hashable spec per layer; equal specs have equal shapes.
       make_layer: called as `make_layer(spec, rngs=rngs)`; returns a module.
@@ -86,7 +89,7 @@ class Stack(nnx.Module):
     def layer(self, index: int) -> Any:
         """Layer `index` by itself, counted from 0."""
         for number, segment in enumerate(self.layout):
-            if index < segment.stop:
+            if segment.start <= index < segment.stop:
                 repeat, place = divmod(index - segment.start, len(segment.pattern))
                 return _at(self._pattern(number)[place], repeat)
         raise IndexError(f"layer {index} of {self.layout[-1].stop}")
@@ -115,7 +118,7 @@ class Stack(nnx.Module):
         Args:
           body: called once for each layer of each segment's pattern.
           x: the carry, of constant shape and dtype.
-          inputs: one per layer, in the form of `init_cache`.
+          inputs: one per layer, in the form of `init_cache`; `per_segment` makes it.
 
         Returns:
           The carry, and the outputs in the form of `init_cache`; see `per_layer`.
@@ -136,6 +139,20 @@ class Stack(nnx.Module):
 
         ordered = [jax.tree.map(in_order, *output) for output in outputs]
         return jax.tree.map(lambda *parts: jnp.concatenate(parts), *ordered)
+
+    def per_segment(self, values: Any) -> list[Any]:
+        """Inputs of `fold` from arrays with one leading dim over all layers, first to last.
+
+        Dropout, whose keys differ from layer to layer:
+
+            keys = stack.per_segment(jax.random.split(key, num_layers))
+            x, _ = stack.fold(lambda layer, x, key: (layer(x, key), None), x, keys)
+        """
+
+        def part(segment: segments.Segment[Any], place: int) -> Any:
+            return jax.tree.map(lambda a: a[jnp.asarray(segment.layers(place))], values)
+
+        return [tuple(part(s, place) for place in range(len(s.pattern))) for s in self.layout]
 
     def _pattern(self, index: int) -> tuple[Any, ...]:
         part = getattr(self, _name(index))
@@ -171,12 +188,14 @@ class Stack(nnx.Module):
             return x, tuple(outputs)
 
         if not unrolled:
-            return jax.lax.scan(repeat, x, (pattern, inputs))
+            return jax.lax.scan(repeat, x, (pattern, inputs), length=segment.repeats)
         # Unstacked all at once, so that gradients are stacked once: those of indexing are sums of
         # arrays that are zero but for one layer.
         leaves, tree = jax.tree.flatten((pattern, inputs))
+        unstacked = [jnp.unstack(leaf) for leaf in leaves]
         outputs = []
-        for parts in zip(*map(jnp.unstack, leaves), strict=True):
+        for index in range(segment.repeats):
+            parts = [leaf[index] for leaf in unstacked]
             x, output = repeat(x, jax.tree.unflatten(tree, parts))
             outputs.append(output)
         return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
