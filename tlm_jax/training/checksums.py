@@ -42,17 +42,17 @@ def of(tree: Any) -> dict[str, str]:
 
     With several processes all must call it.
     """
-    return _read(_begun(tree))
+    return _read(_computed(tree))
 
 
 class Saved:
-    """The checksums of a tree, as Orbax saves them: while the arrays are written.
+    """The checksums of a tree, as Orbax saves them beside the arrays.
 
-    The devices begin at once, before the next update takes the arrays' memory.
+    They are computed at once, before the next update takes the arrays' memory.
     """
 
     def __init__(self, tree: Any) -> None:
-        self._sums = _begun(tree)
+        self._sums = _computed(tree)
 
     async def save(self, directory: Any) -> Awaitable[None]:
         async def write() -> None:
@@ -64,7 +64,7 @@ class Saved:
         return write()
 
     async def load(self, directory: Any) -> Awaitable[None]:
-        raise NotImplementedError("see `saved`")
+        raise TypeError("checksums are read with `saved`")
 
 
 def saved(folder: pathlib.Path) -> dict[str, str]:
@@ -86,9 +86,11 @@ def identity(checksums: Mapping[str, str], below: str) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def _begun(tree: Any) -> _Sums:
+def _computed(tree: Any) -> _Sums:
+    # One after the other, and before anything else is dispatched: on simulated devices, programs
+    # whose collectives overlap can wait for each other for ever.
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {name(path): _sums(leaf) for path, leaf in leaves}  # none is waited for
+    return {name(path): jax.block_until_ready(_sums(leaf)) for path, leaf in leaves}
 
 
 def _read(sums: _Sums) -> dict[str, str]:
