@@ -22,6 +22,10 @@ import tempfile
 from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "faults")]
+
+import kills  # noqa: E402
+
 STEPS = 12
 _DRAWINGS = (".png", ".vm")  # TensorBoard's files end in the host's name
 
@@ -56,9 +60,12 @@ def _figures(run: pathlib.Path, config: pathlib.Path) -> tuple[dict[str, Any], s
     words = ["--training.num_steps", STEPS + 2, "--training.checkpoint_every", STEPS // 2]
     status, trained = _run("train", "--config", config, "--workdir", run, *words)
     if status == 0:
-        lines = (run / "metrics.jsonl").read_bytes().splitlines()[-6:]
-        records = [json.loads(line) for line in lines if line.endswith(b"}")]
-        losses = {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
+        losses = {}
+        for line in (run / "metrics.jsonl").read_bytes().splitlines():
+            with contextlib.suppress(ValueError):  # the flipped line
+                record = json.loads(line)
+                if record.get("kind") == "train":
+                    losses[record["step"]] = record["loss"]
         figures["training"] = [losses.get(STEPS + 1), losses.get(STEPS + 2)]
     return figures, said + trained
 
@@ -90,9 +97,6 @@ def main() -> int:
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             "XDG_CACHE_HOME": str(folder / "cache"),
         }
-        sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "faults")]
-        import kills
-
         kills.write_inputs(folder)
         run, config, copy = folder / "run", folder / "config.py", folder / "copy"
         words = ["--training.num_steps", STEPS, "--training.checkpoint_every", STEPS // 2]

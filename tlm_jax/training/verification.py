@@ -119,7 +119,8 @@ def _arrays(
         checkpoints.restore_part(step, wanted)
     except checkpoint.DamagedCheckpointError as error:
         if len(paths) == 1:
-            return [f"{checksums.name(paths[0])}: {damage.reason(error)}"]
+            name, reason = checksums.name(paths[0]), damage.reason(error)
+            return [reason if reason.startswith(name) else f"{name}: {reason}"]
         found = [_arrays(checkpoints, step, tree, [path]) for path in paths]
         return [fault for faults in found for fault in faults]
     return []
