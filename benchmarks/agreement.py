@@ -11,6 +11,7 @@ pages, twelve examples before each question, and answers to messages.
 """
 
 import argparse
+import copy
 import pathlib
 import tempfile
 import time
@@ -49,8 +50,8 @@ def log_likelihoods(
 
 def compare(
     ours: Any, theirs: Any, name: str, data_dir: pathlib.Path, limit: int, shots: int | None = None
-) -> list[str]:
-    """A row of the table: a task on both."""
+) -> tuple[list[str], list[str]]:
+    """A row of the table, and the texts of the requests: a task on both."""
     answers, seconds = [], []
     for model in (ours, theirs):
         (task,) = suites.load_tasks([name], data_dir)
@@ -62,7 +63,7 @@ def compare(
     label = f"{name}, {shots} examples" if shots else name
     row = [label, f"{limit}", f"{len(apart):,}", f"{max(apart):.1e}", f"{least:,.1f}"]
     print(row, seconds, flush=True)
-    return row
+    return row, ["".join(instance.args) for instance in task.instances]
 
 
 def with_export(options: argparse.Namespace) -> None:
@@ -76,45 +77,41 @@ def with_export(options: argparse.Namespace) -> None:
         theirs = their_model(pathlib.Path(exported) / "hf", 16, ours.max_length, "float64")
         for name in suites.SUITES["paper"]:
             limit = options.rolling if name == "wikitext" else options.limit
-            rows.append(compare(ours, theirs, name, options.data_dir, limit))
+            rows.append(compare(ours, theirs, name, options.data_dir, limit)[0])
     report.publish("agreement", report.table(_header(), rows), DOCS / "evaluation.md")
 
 
 def with_original(options: argparse.Namespace) -> None:
     """Long requests and chats, on the original files."""
-    import json
-
     from benchmarks import original
 
     ours = our_model(options.checkpoint)
     model, tokenizer = original.read(options.original)
     unequal = original.unequal_weights(model, options.original)
-    pages = (options.data_dir / "wikitext" / "test.jsonl").read_text().splitlines()
-    texts = [json.loads(page)["page"] for page in pages[: options.rolling]]
-    lines = [line for text in texts for line in text.splitlines() if line.strip()]
-    digits = [line for line in lines if any(c.isnumeric() for c in line)]
-    alike = sum(
-        ours.tok_encode(line) == tokenizer.encode(line, add_special_tokens=False) for line in lines
-    )
+    unchanged = copy.deepcopy(tokenizer)
     original.cut_digits(tokenizer)
-    again = sum(
-        ours.tok_encode(line) == tokenizer.encode(line, add_special_tokens=False) for line in lines
-    )
     theirs = original.backend(model, tokenizer, ours.max_length)
     assert theirs.prefix_token_id == ours.prefix_token_id
-    rows = [compare(ours, theirs, "wikitext", options.data_dir, options.rolling)]
-    for name in FEWSHOT_TASKS:
-        rows.append(compare(ours, theirs, name, options.data_dir, options.limit, FEWSHOT))
+    tasks = [("wikitext", options.rolling, None)]
+    tasks += [(name, options.limit, FEWSHOT) for name in FEWSHOT_TASKS]
+    rows, texts = [], []
+    for name, limit, shots in tasks:
+        row, asked = compare(ours, theirs, name, options.data_dir, limit, shots)
+        rows.append(row)
+        texts += asked
+    alike = [
+        sum(t.encode(x, add_special_tokens=False) == ours.tok_encode(x) for x in texts)
+        for t in (unchanged, tokenizer)
+    ]
     same, tokens = chats(options.checkpoint, model, tokenizer)
     text = "\n\n".join(
         (
             report.table(_header(), rows),
             f"Answers to {len(MESSAGES)} messages, greedily: {same} equal token by token, "
             f"{tokens} tokens in all, prompts and ends included.",
-            f"Of {len(lines)} lines of the pages ({len(digits)} with digits) {alike} become the "
-            f"same tokens as transformers makes them from the file, and {again} once digits are "
-            "cut off in its reading too.",
-            f"Weights that differ: {unequal}. {report.software()}.",
+            f"Of {len(texts)} requests transformers' own tokenizer makes {alike[0]} into the same "
+            f"tokens, and {alike[1]} when it cuts off digits. Weights that differ: {unequal}.",
+            f"{report.software()}.",
         )
     )
     report.publish("agreement with the original", text, DOCS / "interop.md")
