@@ -124,12 +124,11 @@ def update_period(path: Sequence[Any], periods: tuple[int, ...]) -> int:
     Level i of an MLP lies at segments/<segment>/mlp/<i>/..., with the layer's place before mlp
     where a segment's pattern has several; all else is updated each step.
     """
-    top, _, *layer = (str(key.key) for key in path)
-    if layer and layer[0].isdigit():
-        del layer[0]
-    if top == "segments" and layer[0] == "mlp":
-        return periods[int(layer[1])]
-    return 1
+    top, *layer = (str(key.key) for key in path)
+    if top != "segments":
+        return 1
+    del layer[: 2 if layer[1].isdigit() else 1]
+    return periods[int(layer[1])] if layer[0] == "mlp" else 1
 
 
 def _scaled(tx: optax.GradientTransformation, factor: float) -> optax.GradientTransformation:
