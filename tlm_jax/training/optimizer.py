@@ -141,11 +141,15 @@ def _scaled(tx: optax.GradientTransformation, factor: float) -> optax.GradientTr
     return optax.GradientTransformation(tx.init, update)
 
 
-def _adamw(config: OptimizerConfig, about: About) -> optax.GradientTransformation:
-    return optax.chain(
+def _adamw_parts(config: OptimizerConfig, about: About) -> list[optax.GradientTransformation]:
+    return [
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay, about.decay_mask),
-    )
+    ]
+
+
+def _adamw(config: OptimizerConfig, about: About) -> optax.GradientTransformation:
+    return optax.chain(*_adamw_parts(config, about))
 
 
 def _muon(config: MuonConfig, about: About) -> optax.GradientTransformation:
@@ -276,7 +280,10 @@ def make_optimizer(
     if config.rate_by_width:
         direction = optax.chain(direction, _by_width())
     if all(period == 1 for period in mlp.periods):
-        return optax.chain(clip, optax.chain(direction, rate))
+        # AdamW's state is that of optax.adamw, as in the checkpoints of before.
+        flat = type(config) is OptimizerConfig and not config.rate_by_width
+        parts = _adamw_parts(config, about) if flat else [direction]
+        return optax.chain(clip, optax.chain(*parts, rate))
 
     def every(period: int) -> optax.GradientTransformation:
         if period == 1:
