@@ -226,3 +226,36 @@ def test_writing_beyond_the_trained_length(
     assert capsys.readouterr().err == ""
     assert cli.main([*words, "6"]) == 0
     assert "has 9 tokens, and the model was trained on at most 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("adds_bos", [None, False])
+def test_a_sentencepiece_model(
+    adds_bos: bool | None, bpe: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """It puts BOS before a text unless its settings say otherwise; so does its tokenizer.json."""
+    import sentencepiece
+    import tokenizers
+
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"a small text, number {i}, for {i * 7919}" for i in range(500)))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=300,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    folder = write_llama(tmp_path / "hf", bpe)
+    (folder / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").rename(folder / "tokenizer.model")
+    settings = {"bos_token": "<s>", "eos_token": "</s>"}
+    settings |= {} if adds_bos is None else {"add_bos_token": adds_bos}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    metadata = _import(folder, tmp_path / "run")
+    prefix = [1] if adds_bos is None else []
+    assert metadata["data_layout"]["document_prefix"] == prefix
+    assert metadata["special_tokens"]["bos"] == 1
+    assert metadata["special_tokens"]["eos"] == (2,)
+    exporting.export_model(tmp_path / "run", tmp_path / "out")
+    reader = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    ids = reader.encode("a small text").ids
+    assert ids == [*prefix, *reader.encode("a small text", add_special_tokens=False).ids]
+    assert _json(tmp_path / "out" / "tokenizer_config.json")["add_bos_token"] == bool(prefix)
