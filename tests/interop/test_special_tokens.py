@@ -136,7 +136,7 @@ def test_ids_that_there_are_not(bpe: pathlib.Path, tmp_path: pathlib.Path, fails
     """One line that names the field."""
     _write_gguf(tmp_path / "tiny.gguf", bpe, fields={"tokenizer.ggml.eos_token_id": 300})
     line = fails("import", "--model", tmp_path / "tiny.gguf", "--out", tmp_path / "a")
-    assert "tokenizer.ggml.eos_token_id is 300, and the tokenizer has only 300 tokens" in line
+    assert "tokenizer.ggml.eos_token_id is damaged: there are 300 tokens" in line
     folder = _folder(tmp_path / "hf", bpe)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ["2"]}))
     line = fails("import", "--model", folder, "--out", tmp_path / "b")
