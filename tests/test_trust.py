@@ -69,7 +69,8 @@ def test_reading_a_run_runs_no_code(
     saved = json.loads((run_folder / "config.json").read_text())
     model = tmp_path / "model"
     model.mkdir()
-    save_file({"norm": np.zeros(2, np.float32)}, model / "model.safetensors")
+    room = {f"t{i}": np.zeros((300, 300), np.float32) for i in range(8)}  # for all sizes
+    save_file(room, model / "model.safetensors")
     ours = {"config": saved["config"], "format": "native", "data_layout": {}}
     (model / "config.json").write_text(json.dumps({"tlm_jax": ours}))
     given, out = ("--checkpoint", run_folder), ("--out", tmp_path / "out")

@@ -12,7 +12,7 @@ from helpers import Fails
 from tlm_jax import config_io
 from tlm_jax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from tlm_jax.distributed.start import ProcessesConfig
-from tlm_jax.mixers import MixerConfig
+from tlm_jax.mixers import AttentionConfig, InterleavedConfig, MixerConfig
 from tlm_jax.models.sampling import SamplingConfig
 from tlm_jax.taper_config import TaperConfig
 from tlm_jax.validation import Checked, Range, UserError, divisors
@@ -20,6 +20,8 @@ from tlm_jax.validation import Checked, Range, UserError, divisors
 NONSENSE = (math.nan, math.inf, -math.inf, -1, 10**30, 1e30)
 FINE = {
     ("OptimizerConfig", "clip_norm", 1e30): "clips nothing",
+    ("MuonConfig", "clip_norm", 1e30): "clips nothing",
+    ("AdafactorConfig", "clip_norm", 1e30): "clips nothing",
     ("TrainingConfig", "sample_temperature", 1e30): "draws any token",
     ("SamplingConfig", "temperature", 1e30): "draws any token",
     ("TrainingConfig", "skip_spikes", 1e30): "skips nothing",
@@ -28,6 +30,10 @@ FINE = {
     ("MeshConfig", "data", -1): "takes what is left",
 }
 """Numbers that look like nonsense and may be accepted, and why."""
+EXAMPLES = {
+    InterleavedConfig: InterleavedConfig(mixers=(AttentionConfig(), AttentionConfig(num_heads=2)))
+}
+"""Of configs that have no default."""
 
 
 def _configs(cls: type = Checked) -> Iterator[type]:
@@ -59,7 +65,7 @@ def _fields() -> Iterator[tuple[type, str, tuple[Any, ...]]]:
 def _takes(cls: Any, name: str, value: Any) -> bool:
     """Whether a field accepts a value; if not, the complaint names the field, in a line."""
     try:
-        dataclasses.replace(cls(), **{name: value})
+        dataclasses.replace(EXAMPLES.get(cls) or cls(), **{name: value})
     except ValueError as error:
         text = str(error)
         return not (name in text and len(text) < 250 and text.isprintable())
