@@ -92,7 +92,7 @@ def with_original(options: argparse.Namespace) -> None:
     original.cut_digits(tokenizer)
     theirs = original.backend(model, tokenizer, ours.max_length)
     assert theirs.prefix_token_id == ours.prefix_token_id
-    tasks = [("wikitext", options.rolling, None)]
+    tasks: list[tuple[str, int, int | None]] = [("wikitext", options.rolling, None)]
     tasks += [(name, options.limit, FEWSHOT) for name in FEWSHOT_TASKS]
     rows, texts = [], []
     for name, limit, shots in tasks:

@@ -8,6 +8,7 @@ Random values in the shapes of a model's parameters and moments; medians, turn b
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import statistics
@@ -25,7 +26,7 @@ from tlm_jax.config import MeshConfig
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.models import skeleton
 from tlm_jax.training import checkpoint, checksums, step
-from tlm_jax.training.optimizer import make_optimizer
+from tlm_jax.training.optimizer import About, make_optimizer
 
 
 class _Iterator:
@@ -67,7 +68,7 @@ def main() -> None:
     quiet_libraries()
     config = config_io.load_config(pathlib.Path(options.config))
     model = skeleton(dataclasses.replace(config.model, num_layers=options.layers))
-    tx = make_optimizer(config.optimizer, 100)
+    tx = make_optimizer(config.optimizer, 100, About.of(model))
     mesh = mesh_lib.device_mesh(MeshConfig(data=1, fsdp=1))
     shapes = step.abstract_state(model, tx, mesh)
     leaves, tree = jax.tree.flatten(shapes)
@@ -82,7 +83,7 @@ def main() -> None:
 
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         keys = jax.random.split(jax.random.key(0), len(leaves))
-        state = tree.unflatten(map(_random, leaves, keys))
+        state = jax.tree.unflatten(tree, map(_random, leaves, keys))
         known = checksums.of(checkpoint._as_dict(state))
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e9
         ways = {"with": checksums.Saved, "without": _without(known)}
@@ -91,13 +92,15 @@ def main() -> None:
         number = 0
         with checkpoint.Checkpoints(path, keep_last=1) as checkpoints:
             for _ in range(options.repeats):
-                timed("checksums alone", lambda: checksums.of(checkpoint._as_dict(state)))
+                timed(
+                    "checksums alone", functools.partial(checksums.of, checkpoint._as_dict(state))
+                )
                 for way in ("with", "without"):
                     number += 1
-                    checksums.Saved = ways[way]  # type: ignore[misc]
+                    checksums.Saved = ways[way]  # type: ignore[assignment,misc]
                     checksums.mismatches = compare[way]
 
-                    def save(number: int = number) -> None:
+                    def save(number: int = number, state: Any = state) -> None:
                         checkpoints.save(number, state, _Iterator(), {})
                         checkpoints.wait()
 
@@ -107,7 +110,9 @@ def main() -> None:
                         )
 
                     timed(f"save {way}", save)
-                    timed(f"load {way}", load)
+                    del save, state  # two states do not fit beside what a load needs
+                    state = timed(f"load {way}", load)
+                    print(f"{way}: saved in {found[f'save {way}'][-1]:.2f} s", flush=True)
     print(f"a state of {size:.2f} GB; medians of {options.repeats}")
     for name, seconds in found.items():
         print(f"{name:24} {statistics.median(seconds):8.2f} s")

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import statistics
 import time
+from typing import Any
 
 import jax
 
@@ -30,7 +31,7 @@ def variants() -> dict[str, RunConfig]:
     base = config_io.load_config("configs/tiny.py")
     model = dataclasses.replace(base.model, num_layers=LAYERS, remat="full")
 
-    def run(**taper: object) -> RunConfig:
+    def run(**taper: Any) -> RunConfig:
         changed = dataclasses.replace(model.taper, **taper)
         return dataclasses.replace(base, model=dataclasses.replace(model, taper=changed))
 

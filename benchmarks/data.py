@@ -120,10 +120,11 @@ def measure_prepare(options: argparse.Namespace, folder: pathlib.Path) -> str:
     if text is None:
         text = str(folder / "prose")
         pathlib.Path(text).mkdir()
-        from tlm_jax.data.sources import EmbeddedSource
+        from tlm_jax.data.sources import Document, EmbeddedSource
 
         source = EmbeddedSource()
         for number, document in enumerate(source.items(source.units(2**40)[0])):
+            assert isinstance(document, Document)
             (pathlib.Path(text) / f"{number:03d}.txt").write_text(document.text)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in PREPARERS}
     for turn in range(options.rounds):

@@ -100,7 +100,7 @@ def model(architecture: str, dtype: str) -> dict[str, Any]:
         initial = skeleton(config.model).init(jax.random.key(0))
         parameters = jax.tree.map(np.asarray, initial)
 
-    def run(dtype: str, device: Any) -> Any:
+    def run(dtype: Any, device: Any) -> Any:
         built = skeleton(dataclasses.replace(config.model, compute_dtype=dtype))
         mesh = mesh_lib.make_mesh(config, [device])
 
@@ -139,7 +139,10 @@ def main() -> None:
     parser.add_argument("--results", type=pathlib.Path)
     options = parser.parse_args()
     device = jax.devices()[0]
-    checks = [(attention, "xla", "float32"), (attention, "xla", "bfloat16")]
+    checks: list[tuple[Any, str, str]] = [
+        (attention, "xla", "float32"),
+        (attention, "xla", "bfloat16"),
+    ]
     if device.platform == "gpu":
         checks.append((attention, "cudnn", "bfloat16"))
     if device.platform == "tpu":

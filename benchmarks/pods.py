@@ -157,7 +157,9 @@ def publish() -> None:
     rows = []
     for where, numbers in GROWTH.items():
         twin = done.get((*where, UNIFORM))
-        for c in (done[(*where, n)] for n in numbers if twin and (*where, n) in done):
+        if twin is None:
+            continue
+        for c in (done[(*where, n)] for n in numbers if (*where, n) in done):
             rows.append(
                 [
                     name((*where, STAIRS)) + mark(c),

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import IO, Any
 
 _PAUSE = 0.3
 """Seconds before each turn: threads of the one before look out for work for a while (OpenMP's for
@@ -98,7 +98,7 @@ def ratio(ours: Finish, theirs: Finish) -> float:
     return statistics.median(a / b for a, b in zip(ours.seconds, theirs.seconds, strict=True))
 
 
-def _turn(worker: "subprocess.Popen[str]") -> float:
+def _turn(worker: subprocess.Popen[str]) -> float:
     """Seconds of the second of two steps: before the first the process was idle, and its memory
     may have gone to others."""
     assert worker.stdin is not None
@@ -108,7 +108,7 @@ def _turn(worker: "subprocess.Popen[str]") -> float:
     return [float(_line(worker.stdout)) for _ in range(2)][1]
 
 
-def _line(stream: TextIO | None) -> str:
+def _line(stream: IO[str] | None) -> str:
     assert stream is not None
     line = stream.readline()
     if not line:

@@ -35,7 +35,7 @@ def serve(config: RunConfig) -> None:
         program = step.lower_train_step(config, model, tx, mesh).compile()
         compiled = time.perf_counter() - begin
         release_freed_memory()  # as training does
-        memory = program.memory_analysis()
+        memory: Any = program.memory_analysis()
         start = {
             "compile_s": compiled,
             "temporary_mib": memory.temp_size_in_bytes / 2**20,

@@ -6,10 +6,10 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tlm_jax._fit import best_stairs
+from tlm_jax._fit import _EPSILON, best_stairs
 from tlm_jax.segments import group
 from tlm_jax.taper import TaperError, layer_widths
 
@@ -298,7 +298,8 @@ def test_exact_widths_are_the_nearest_possible(layers: int, unit: int, end: floa
 
 def _brute_stairs(ideal: tuple[float, ...], count: int, total: int) -> float | None:
     """Least cost of at most `count` stairs within one unit of the curve's range."""
-    heights = [h for h in range(1, total + 1) if ideal[-1] - 1 <= h <= ideal[0] + 1]
+    low, high = ideal[-1] - 1 - _EPSILON, ideal[0] + 1 + _EPSILON
+    heights = [h for h in range(1, total + 1) if low <= h <= high]
     falling = itertools.combinations_with_replacement(heights[::-1], len(ideal))
     costs = [
         _squares(stairs, ideal)
@@ -310,6 +311,7 @@ def _brute_stairs(ideal: tuple[float, ...], count: int, total: int) -> float | N
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.floats(0.2, 5), min_size=2, max_size=6), st.integers(1, 4), st.integers(-2, 2))
+@example([1.0, 1.5, 1.5, 3.999999999999999], 2, 0)  # a stair at the very edge of the range
 def test_stairs_are_optimal(values: list[float], count: int, shift: int) -> None:
     ideal = tuple(sorted(values, reverse=True))
     count = min(count, len(ideal))

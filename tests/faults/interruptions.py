@@ -26,43 +26,14 @@ import time
 from collections.abc import Callable, Sequence
 
 ROOT = pathlib.Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-CONFIG = """
-import pathlib
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "faults")]
 
-from tlm_jax import config as c
+import kills  # noqa: E402
 
-
-def get_config():
-    return c.RunConfig(
-        name="small",
-        model=c.ModelConfig(
-            vocab_size=257,
-            num_layers=2,
-            d_model=32,
-            mlp_width=64,
-            taper=c.TaperConfig(schedule="linear"),
-            mixer=c.AttentionConfig(num_heads=2),
-            remat="none",
-        ),
-        data=c.DataConfig(
-            path=str(pathlib.Path(__file__).parent / "text"),
-            tokenizer="bytes",
-            seq_len=64,
-            batch_size=8,
-        ),
-        optimizer=c.OptimizerConfig(warmup_steps=5),
-        training=c.TrainingConfig(
-            num_steps=NUM_STEPS,
-            log_every=1,
-            eval_every=20,
-            eval_batches=2,
-            checkpoint_every=5,
-            sample_tokens=0,
-        ),
-    )
-"""
+SHORT = ("--training.num_steps", 40, "--training.eval_every", 20, "--training.checkpoint_every", 5)
+LONG = ("--training.num_steps", 300, *SHORT[2:])
 SWEEP = """
+import dataclasses
 import pathlib
 
 from tlm_jax import config_io
@@ -70,9 +41,11 @@ from tlm_jax.analysis.sweep import Arm, Sweep
 
 
 def get_sweep():
+    base = config_io.load_config(pathlib.Path(__file__).parent / "config.py")
+    training = dataclasses.replace(base.training, num_steps=40, checkpoint_every=5)
     return Sweep(
         name="two",
-        base=config_io.load_config(pathlib.Path(__file__).parent / "short.py"),
+        base=dataclasses.replace(base, training=training),
         arms=(
             Arm(name="uniform", changes={"model.taper.schedule": "uniform"}),
             Arm(name="cosine", changes={"model.taper.start": 1.5}),
@@ -183,13 +156,7 @@ def parameters(folder: pathlib.Path) -> object:
 
 def cases(folder: pathlib.Path) -> dict[str, Case]:
     """Inputs of all commands, and the commands."""
-    rng = random.Random(0)
-    (folder / "text").mkdir()
-    for index in range(40):
-        words = [f"word{rng.randrange(30)}" for _ in range(200)]
-        (folder / "text" / f"{index:02d}.txt").write_text(" ".join(words))
-    (folder / "config.py").write_text(CONFIG.replace("NUM_STEPS", "300"))
-    (folder / "short.py").write_text(CONFIG.replace("NUM_STEPS", "40"))
+    kills.write_inputs(folder)
     (folder / "sweep.py").write_text(SWEEP)
     tokenizer = ROOT / "tlm_jax" / "data" / "corpus" / "tokenizer.json"
     from evaluation import rows
@@ -200,11 +167,12 @@ def cases(folder: pathlib.Path) -> dict[str, Case]:
     )
     rows.write(folder / "rows")
     trained = folder / "trained"
-    fault = finish(("train", "--config", folder / "short.py", "--workdir", trained), folder)
+    train = ("train", "--config", folder / "config.py", "--workdir")
+    fault = finish((*train, trained, *SHORT), folder)
     assert not fault, fault
     return {
         "train": Case(
-            words=lambda out: ("train", "--config", folder / "config.py", "--workdir", out),
+            words=lambda out: (*train, out, *LONG),
             figures=metrics,
             goes_on=True,
         ),
