@@ -8,7 +8,6 @@ Random values in the shapes of a model's parameters and moments; medians, turn b
 
 import argparse
 import dataclasses
-import functools
 import json
 import pathlib
 import statistics
@@ -74,9 +73,9 @@ def main() -> None:
     leaves, tree = jax.tree.flatten(shapes)
     found: dict[str, list[float]] = {}
 
-    def timed(name: str, work: Callable[[], Any]) -> Any:
+    def timed(name: str, work: Callable[..., Any], *arguments: Any) -> Any:
         begin, cpu = time.perf_counter(), time.process_time()
-        result = work()
+        result = work(*arguments)
         found.setdefault(name, []).append(time.perf_counter() - begin)
         found.setdefault(f"{name}, CPU", []).append(time.process_time() - cpu)
         return result
@@ -91,28 +90,27 @@ def main() -> None:
         path = pathlib.Path(folder)
         number = 0
         with checkpoint.Checkpoints(path, keep_last=1) as checkpoints:
+
+            def save(number: int, state: Any) -> None:
+                checkpoints.save(number, state, _Iterator(), {})
+                checkpoints.wait()
+
+            def load(number: int) -> Any:
+                return jax.block_until_ready(checkpoints.restore(number, shapes, _Iterator()))
+
             for _ in range(options.repeats):
-                timed(
-                    "checksums alone", functools.partial(checksums.of, checkpoint._as_dict(state))
-                )
-                for way in ("with", "without"):
+                timed("checksums alone", checksums.of, checkpoint._as_dict(state))
+                for way in ("without", "with"):
                     number += 1
                     checksums.Saved = ways[way]  # type: ignore[assignment,misc]
+                    timed(f"save {way}", save, number, state)
+                    print(f"saved {way} in {found[f'save {way}'][-1]:.2f} s", flush=True)
+            del state  # two do not fit beside what a load needs
+            for _ in range(options.repeats):
+                for way in ("without", "with"):
                     checksums.mismatches = compare[way]
-
-                    def save(number: int = number, state: Any = state) -> None:
-                        checkpoints.save(number, state, _Iterator(), {})
-                        checkpoints.wait()
-
-                    def load(number: int = number) -> Any:
-                        return jax.block_until_ready(
-                            checkpoints.restore(number, shapes, _Iterator())
-                        )
-
-                    timed(f"save {way}", save)
-                    del save, state  # two states do not fit beside what a load needs
-                    state = timed(f"load {way}", load)
-                    print(f"{way}: saved in {found[f'save {way}'][-1]:.2f} s", flush=True)
+                    timed(f"load {way}", load, number)
+                    print(f"loaded {way} in {found[f'load {way}'][-1]:.2f} s", flush=True)
     print(f"a state of {size:.2f} GB; medians of {options.repeats}")
     for name, seconds in found.items():
         print(f"{name:24} {statistics.median(seconds):8.2f} s")

@@ -157,7 +157,7 @@ def test_a_mixer_in_the_config_file_itself(
         ("a b:C", "it must be module:Class"),
         ("\x1b[2J" + 300 * "x", "it must be module:Class"),
         ("os:system", "add --trust_module os "),
-        ("tlm_jax.mixers:MLPConfig", "add --trust_module tlm_jax.mixers "),
+        ("tlm_jax.mlp:MLPConfig", "add --trust_module tlm_jax.mlp "),
     ],
 )
 def test_kinds_that_are_none(kind: object, message: str) -> None:

@@ -12,7 +12,7 @@ from helpers import Fails
 from tlm_jax import config_io
 from tlm_jax.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainingConfig
 from tlm_jax.distributed.start import ProcessesConfig
-from tlm_jax.mixers import AttentionConfig, InterleavedConfig, MixerConfig
+from tlm_jax.mixers import AttentionConfig, InterleavedConfig, ListedConfig, MixerConfig
 from tlm_jax.models.sampling import SamplingConfig
 from tlm_jax.taper_config import TaperConfig
 from tlm_jax.validation import Checked, Range, UserError, divisors
@@ -31,7 +31,8 @@ FINE = {
 }
 """Numbers that look like nonsense and may be accepted, and why."""
 EXAMPLES = {
-    InterleavedConfig: InterleavedConfig(mixers=(AttentionConfig(), AttentionConfig(num_heads=2)))
+    kind: kind(mixers=(AttentionConfig(), AttentionConfig(num_heads=2)))
+    for kind in (InterleavedConfig, ListedConfig)
 }
 """Of configs that have no default."""
 
@@ -42,7 +43,9 @@ def _configs(cls: type = Checked) -> Iterator[type]:
             yield from (below, *_configs(below))
 
 
-CONFIGS = sorted(set(_configs()), key=lambda cls: cls.__name__)
+CONFIGS = sorted(
+    {cls for cls in _configs() if not cls.__name__.startswith("_")}, key=lambda cls: cls.__name__
+)
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:

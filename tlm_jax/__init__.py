@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from tlm_jax.config import TrainingConfig as TrainingConfig
     from tlm_jax.config_io import load_config as load_config
     from tlm_jax.mixers import MixerConfig as MixerConfig
-    from tlm_jax.mixers import MLPConfig as MLPConfig
+    from tlm_jax.mlp import MLPConfig as MLPConfig
     from tlm_jax.models.registry import register as register
     from tlm_jax.models.registry import register_norm as register_norm
     from tlm_jax.optimizers import OptimizerConfig as OptimizerConfig
@@ -35,7 +35,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "DataConfig": "config",
     "LoadedModel": "api",
-    "MLPConfig": "mixers",
+    "MLPConfig": "mlp",
     "MixerConfig": "mixers",
     "ModelConfig": "config",
     "OptimizerConfig": "optimizers",

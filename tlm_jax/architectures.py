@@ -11,13 +11,8 @@ from collections.abc import Callable
 
 from tlm_jax import costs
 from tlm_jax.config import ModelConfig, RunConfig, TaperConfig, UserError
-from tlm_jax.mixers import (
-    AttentionConfig,
-    GatedAttentionConfig,
-    InterleavedConfig,
-    MLPConfig,
-    TitansConfig,
-)
+from tlm_jax.mixers import AttentionConfig, GatedAttentionConfig, InterleavedConfig, TitansConfig
+from tlm_jax.mlp import MLPConfig
 
 HOPE_PERIODS = (1, 4)
 """Optimizer steps between updates of the levels of Hope-attention's MLP chain (our choice)."""

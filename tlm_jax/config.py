@@ -12,7 +12,8 @@ import functools
 from typing import Annotated, Any, Literal
 
 from tlm_jax import taper as taper_lib
-from tlm_jax.mixers import AttentionConfig, MixerConfig, MLPConfig
+from tlm_jax.mixers import AttentionConfig, MixerConfig
+from tlm_jax.mlp import MLPConfig
 from tlm_jax.optimizers import OptimizerConfig as OptimizerConfig
 from tlm_jax.segments import Segment, group
 from tlm_jax.taper_config import TaperConfig

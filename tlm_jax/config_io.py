@@ -20,7 +20,8 @@ from typing import Any
 
 from tlm_jax import files, mixer_costs
 from tlm_jax.config import ModelConfig, RunConfig, UserError
-from tlm_jax.mixers import MixerConfig, MLPConfig
+from tlm_jax.mixers import MixerConfig
+from tlm_jax.mlp import MLPConfig
 from tlm_jax.optimizers import OptimizerConfig
 
 CONFIG_FUNCTION = "get_config"

@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 
-from tlm_jax.mixers import AttentionConfig, GatedAttentionConfig, MLPConfig, TitansConfig
+from tlm_jax.mixers import AttentionConfig, GatedAttentionConfig, TitansConfig
+from tlm_jax.mlp import MLPConfig
 from tlm_jax.validation import UserError
 
 _UNKNOWN = "no module is registered for {name}; call tlm_jax.register({name}, Module)"

@@ -1,4 +1,4 @@
-"""Configs of a layer's parts: mixers, which work across tokens, and MLPs.
+"""Configs of mixers, the parts of a layer that work across tokens.
 
 A mixer is a config here (or in a user's own file), a Flax module registered for
 it in `models.registry`, and its costs in `costs.mixer_costs`.
@@ -9,12 +9,11 @@ import itertools
 from typing import Annotated, ClassVar, Literal, Self
 
 from tlm_jax import taper as taper_lib
-from tlm_jax.taper_config import TaperConfig
+from tlm_jax.taper_config import NO_TAPER, TaperConfig
 from tlm_jax.validation import (
     Checked,
     Count,
     NaturalNumber,
-    NotNegative,
     Positive,
     Range,
     divisors,
@@ -22,113 +21,8 @@ from tlm_jax.validation import (
     round_up,
 )
 
-PeriodRate = Literal["schedule", "times_period"]
-CHAOTIC_RATE = 0.1
-"""Of online updates: from here on what a row learns depends on rounding, and losses rise."""
-NO_TAPER = TaperConfig(schedule="uniform", multiple_of=1)
-_MAX_LEVELS = 64
 NO_MEMORY_TAPER = TaperConfig(schedule="uniform", multiple_of=8)
-
-
 _RopeTheta = Annotated[float, Range(least=1, most=1e15)]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MLPConfig(Checked):
-    """A chain of residual pre-norm SwiGLU MLPs in each layer.
-
-    One level is the ordinary MLP. More are a continuum memory system (arXiv
-    2512.24695, eq. 70-71): the layer's width is shared by the levels, so the budget
-    is that of one MLP, and the optimizer updates each level with its own period.
-    """
-
-    periods: tuple[int, ...] = (1,)
-    """Update period of each level in optimizer steps, in the order of the chain."""
-    period_rate: PeriodRate = "schedule"
-    """Learning rate of a level of period C: the schedule's, or times_period for C times that."""
-    level_taper: TaperConfig = NO_TAPER
-    """How a layer's width is spread over its levels."""
-    online_chunks: tuple[int, ...] = ()
-    """Tokens between updates of each level inside a sequence; 0 is never, () turns them off."""
-    online_learning_rate: NotNegative = 1e-3
-    """Step of these updates along the gradient summed over the tokens of a chunk, below 0.1."""
-    online_in_training: bool = False
-    """Make these updates in training too, not only in evaluation and decoding."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            0 < len(self.periods) <= _MAX_LEVELS and min(self.periods) >= 1,
-            f"mlp.periods is {str(self.periods)[:80]}; every level needs a period of at least 1 "
-            f"step, and there are 1 to {_MAX_LEVELS} levels",
-        )
-        self._check_online()
-
-    def _check_online(self) -> None:
-        chunks, levels = self.online_chunks, len(self.periods)
-        require(
-            len(chunks) in (0, levels),
-            f"mlp.online_chunks={chunks} has {len(chunks)} entries and mlp.periods has {levels}; "
-            "give one chunk length a level (0 for a level that is not updated), or none at all",
-        )
-        require(
-            not chunks or (min(chunks) >= 0 and max(chunks) > 0),
-            f"mlp.online_chunks={chunks}: lengths must not be negative and at least one must be "
-            "positive; () turns updates inside a sequence off",
-        )
-        uneven = [chunk for chunk in chunks if chunk % self.online_piece]
-        require(
-            not uneven,
-            f"mlp.online_chunks={chunks}: {uneven} must be multiples of the smallest, "
-            f"{self.online_piece}",
-        )
-        rate = self.online_learning_rate
-        require(
-            rate < CHAOTIC_RATE,
-            f"mlp.online_learning_rate={rate}: updates inside a sequence turn chaotic from about "
-            f"{CHAOTIC_RATE} on; use 0.01 or less",
-        )
-        require(
-            bool(chunks) or not self.online_in_training,
-            "mlp.online_in_training needs mlp.online_chunks, one chunk length a level",
-        )
-
-    @property
-    def online_piece(self) -> int:
-        """Tokens that run with the same weights: the smallest chunk; 1 without updates."""
-        return min((chunk for chunk in self.online_chunks if chunk), default=1)
-
-    def check_length(self, seq_len: int) -> None:
-        """Raises `ValueError` unless the chunks divide a sequence of this length."""
-        for chunk in self.online_chunks:
-            require(
-                chunk == 0 or seq_len % chunk == 0,
-                f"mlp.online_chunks={self.online_chunks}: {chunk} does not divide "
-                f"data.seq_len={seq_len}; use divisors of it: {divisors(seq_len)}",
-            )
-
-    def level_widths(self, width: int) -> tuple[int, ...]:
-        """Widths of the levels of a layer that is `width` wide."""
-        levels = len(self.periods)
-        return self.level_taper.apply(levels, width // levels)
-
-    def check(self, width: int, layer: int) -> None:
-        """Raises `ValueError` if a layer of this width cannot be shared by the levels."""
-        levels = len(self.periods)
-        require(
-            width % levels == 0,
-            f"MLP width {width} of layer {layer} does not divide into {levels} levels; "
-            f"use taper.multiple_of={16 * levels}",
-        )
-        try:
-            self.level_widths(width)
-        except taper_lib.TaperError as error:
-            text = str(error).replace("num_layers", "levels").replace("base_width", "level_width")
-            raise ValueError(f"mlp.level_taper in layer {layer}: {text}") from None
-
-    def uniform_twin(self) -> Self:
-        """The same with levels of equal width."""
-        return dataclasses.replace(self, level_taper=NO_TAPER)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -177,19 +71,46 @@ class MixerConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InterleavedConfig(MixerConfig):
-    """Mixers that take turns over depth, such as three of attention and one of Titans."""
+class _Several(MixerConfig):
+    """Mixers of different layers, whose MLP widths must come out even."""
 
     mixers: tuple[MixerConfig, ...]
-    """One turn, which is repeated to the last layer. The MLPs of a turn are equally wide."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(len(self.mixers) > 1, f"interleaved mixers need at least 2, not {self.mixers}")
+        require(bool(self.mixers), f"{type(self).__name__} needs mixers")
         require(
-            all(mixer.turn == 1 for mixer in self.mixers),
-            "interleaved mixers cannot be interleaved themselves; write out one turn",
+            not any(isinstance(mixer, _Several) for mixer in self.mixers),
+            f"{type(self).__name__} cannot hold mixers of several layers; write them out",
         )
+
+    def uniform_twin(self) -> Self:
+        """The same mixers with nothing tapered."""
+        return dataclasses.replace(self, mixers=tuple(m.uniform_twin() for m in self.mixers))
+
+    def mlp_width_taken(self, d_model: int) -> int:
+        """The mean over the mixers, to the nearest multiple of 16."""
+        taken = sum(mixer.mlp_width_taken(d_model) for mixer in self.mixers)
+        return 16 * round(taken / len(self.mixers) / 16)
+
+    def check(self, d_model: int) -> None:
+        """Raises `ValueError` if one of them does not fit the stream."""
+        for mixer in self.mixers:
+            mixer.check(d_model)
+
+    def describe(self, d_model: int) -> str:
+        """Runs of equal mixers, such as `3 x attention, ... + 1 x Titans ...`."""
+        runs = itertools.groupby(mixer.describe(d_model) for mixer in self.mixers)
+        return " + ".join(f"{len(list(run))} x {words}" for words, run in runs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InterleavedConfig(_Several):
+    """Mixers that take turns over depth, such as three of attention and one of Titans.
+
+    `mixers` are one turn, which is repeated up to the last layer. The MLPs of a turn are equally
+    wide.
+    """
 
     @property
     def turn(self) -> int:
@@ -207,24 +128,18 @@ class InterleavedConfig(MixerConfig):
         parts = [mixer.layers(turns, d_model) for mixer in self.mixers]
         return tuple(itertools.chain.from_iterable(zip(*parts, strict=True)))
 
-    def uniform_twin(self) -> "InterleavedConfig":
-        """The same turns with nothing tapered."""
-        return InterleavedConfig(mixers=tuple(mixer.uniform_twin() for mixer in self.mixers))
 
-    def mlp_width_taken(self, d_model: int) -> int:
-        """The mean over a turn, to the nearest multiple of 16."""
-        taken = sum(mixer.mlp_width_taken(d_model) for mixer in self.mixers)
-        return 16 * round(taken / self.turn / 16)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ListedConfig(_Several):
+    """The mixer of each layer, written out. `taper.widths` does the same for the MLPs."""
 
-    def check(self, d_model: int) -> None:
-        """Raises `ValueError` if one of them does not fit the stream."""
-        for mixer in self.mixers:
-            mixer.check(d_model)
-
-    def describe(self, d_model: int) -> str:
-        """One turn, such as `3 x attention, ... + 1 x Titans ...`."""
-        runs = itertools.groupby(mixer.describe(d_model) for mixer in self.mixers)
-        return " + ".join(f"{len(list(run))} x {words}" for words, run in runs)
+    def layers(self, num_layers: int, d_model: int) -> tuple[MixerConfig, ...]:
+        """The mixers as listed; each is one layer's, so that none of them can taper."""
+        require(
+            num_layers == len(self.mixers),
+            f"num_layers={num_layers}, but the mixers of {len(self.mixers)} layers are listed",
+        )
+        return tuple(mixer.layers(1, d_model)[0] for mixer in self.mixers)
 
 
 def _check_head_dim(head_dim: int | None) -> None:

@@ -46,3 +46,7 @@ class TaperConfig(Checked):
             multiple_of=self.multiple_of,
             num_segments=self.num_segments,
         )
+
+
+NO_TAPER = TaperConfig(schedule="uniform", multiple_of=1)
+"""Of a part that is the same in every layer."""

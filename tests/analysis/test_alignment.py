@@ -15,7 +15,7 @@ from tlm_jax import cli
 from tlm_jax import config as c
 from tlm_jax.analysis import alignment
 from tlm_jax.data import load_tokenizer
-from tlm_jax.mixers import MLPConfig
+from tlm_jax.mlp import MLPConfig
 from tlm_jax.models import skeleton
 
 TRANSFORMER = c.ModelConfig(

@@ -26,7 +26,8 @@ from tlm_jax.config import (
 from tlm_jax.config_io import load_config
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed import sharding
-from tlm_jax.mixers import GatedAttentionConfig, MixerConfig, MLPConfig, TitansConfig
+from tlm_jax.mixers import GatedAttentionConfig, MixerConfig, TitansConfig
+from tlm_jax.mlp import MLPConfig
 from tlm_jax.models import skeleton
 from tlm_jax.models.loss import training_loss
 from tlm_jax.training import step

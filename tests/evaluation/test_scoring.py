@@ -17,7 +17,8 @@ from tlm_jax.distributed import sharding
 from tlm_jax.evaluation import scoring
 from tlm_jax.evaluation.requests import Request
 from tlm_jax.evaluation.scoring import Scorer
-from tlm_jax.mixers import AttentionConfig, GatedAttentionConfig, MLPConfig, TitansConfig
+from tlm_jax.mixers import AttentionConfig, GatedAttentionConfig, TitansConfig
+from tlm_jax.mlp import MLPConfig
 from tlm_jax.models import online, skeleton
 
 VOCAB = 64

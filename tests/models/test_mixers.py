@@ -15,13 +15,8 @@ from tlm_jax.config import (
     TaperConfig,
     UserError,
 )
-from tlm_jax.mixers import (
-    AttentionConfig,
-    GatedAttentionConfig,
-    InterleavedConfig,
-    MLPConfig,
-    TitansConfig,
-)
+from tlm_jax.mixers import AttentionConfig, GatedAttentionConfig, InterleavedConfig, TitansConfig
+from tlm_jax.mlp import MLPConfig
 from tlm_jax.models import skeleton
 from tlm_jax.models.counted_costs import count_products
 from tlm_jax.models.decoder import Attention

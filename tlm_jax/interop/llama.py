@@ -13,7 +13,8 @@ import re
 from typing import Any
 
 from tlm_jax.config import ModelConfig, UserError
-from tlm_jax.mixers import AttentionConfig, MLPConfig
+from tlm_jax.mixers import AttentionConfig
+from tlm_jax.mlp import MLPConfig
 from tlm_jax.taper_config import TaperConfig
 
 # What a config.json means where it is silent, by model_type.

@@ -24,7 +24,8 @@ from flax import nnx
 from tlm_jax import ops
 from tlm_jax.config import LayerSpec, ModelConfig
 from tlm_jax.distributed.sharding import constrain
-from tlm_jax.mixers import AttentionConfig, MLPConfig
+from tlm_jax.mixers import AttentionConfig
+from tlm_jax.mlp import MLPConfig
 from tlm_jax.models import registry
 from tlm_jax.models.kv_cache import KVCache
 from tlm_jax.models.settings import compute_dtype, scans_layers

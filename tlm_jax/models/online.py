@@ -34,7 +34,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tlm_jax.mixers import MLPConfig
+from tlm_jax.mlp import MLPConfig
 from tlm_jax.models.skeleton import Skeleton
 from tlm_jax.ops.cross_entropy import token_losses
 

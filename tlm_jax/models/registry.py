@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tlm_jax import mixer_costs as costs
-from tlm_jax.mixers import MixerConfig, MLPConfig
+from tlm_jax.mixers import MixerConfig
+from tlm_jax.mlp import MLPConfig
 from tlm_jax.models import counted_costs
 
 Part = MixerConfig | MLPConfig

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import optax
 
-from tlm_jax.mixers import MLPConfig
+from tlm_jax.mlp import MLPConfig
 from tlm_jax.models import Skeleton
 from tlm_jax.optimizers import AdafactorConfig, MuonConfig, OptimizerConfig
 
