@@ -1,6 +1,7 @@
 """What `tlm compile` reads from a program, and what it refuses; .ci/run compiles for a TPU."""
 
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ from helpers import ROOT, only_error
 from jax.sharding import NamedSharding
 from test_meshes import run_config
 
-from tlm_jax import cli
+from tlm_jax import cli, output
+from tlm_jax.cli import compile_ahead
 from tlm_jax.config import MeshConfig, UserError
 from tlm_jax.distributed import topology
 from tlm_jax.distributed.collectives import Collectives, collectives
@@ -86,10 +88,43 @@ def test_the_train_step_compiles_for_given_devices() -> None:
     assert memories[1].temporary > 2 * memories[0].temporary
     assert results[1].flops == pytest.approx(8 * results[0].flops)
     assert results[1].accessed > results[0].accessed > state
+    for result in results:  # each of the two has half of the work, and what is computed again
+        assert result.products == pytest.approx(result.share, rel=0.01)
+        assert result.products > result.flops
     assert {c.kind for c in results[0].collectives} == {"all-reduce"}
     limit = memories[0].total + 1
     assert aot.compile_step("evaluation", small, jax.devices()[:2], limit).fits
     assert not aot.compile_step("train", small, jax.devices()[:2], limit - 2).fits
+
+
+def test_the_table_says_who_counted() -> None:
+    """The formula's FLOPs, the program's, how much of them is repeated, and the compiler's."""
+    result = aot.Compiled(
+        name="train",
+        batch_size=8,
+        seconds=1.0,
+        memory=aot.Memory(arguments=1, outputs=1, temporary=1, code=1),
+        limit=2**30,
+        refusal="",
+        flops=3e12,
+        products=5e12,
+        share=4e12,
+        counted=2e12,
+        accessed=1e9,
+        collectives=(),
+    )
+    console = output.console()
+    with console.capture() as capture:
+        console.print(compile_ahead._table([result]))
+    text = capture.get()
+    for row, value in (
+        ("TFLOPs a step", "3.000"),
+        ("in the program", "5.000"),
+        ("over its share", "1.25"),
+        ("compiler, loops once", "2.000"),
+    ):
+        assert re.search(rf"{row} .* {value} ", text), text
+    assert "takes a loop over layers once" in " ".join(text.split())
 
 
 @pytest.mark.parametrize(

@@ -94,8 +94,15 @@ def _used(result: Any) -> str:
     return result.refusal or f"{result.memory.total / 2**30:.2f} GiB"
 
 
+_EXPLAINED = """TFLOPs a step: by formula, causal, with nothing computed again.
+In the program: matrix products that were compiled, loops as often as they run.
+Over its share: those over 1/chips of all chips' before dividing; more than 1 is repeated work.
+Compiler: its own count of all operations; it takes a loop over layers once.
+Pallas kernels (splash attention) are in the first only."""
+
+
 def _table(results: Sequence[Any]) -> Table:
-    """One column a step: memory by kind, FLOPs, collectives by kind, time."""
+    """One column a step: memory by kind, FLOPs by who counts, collectives by kind, time."""
     table = Table("of each chip", *(f"{r.name} step" for r in results))
 
     def row(label: str, cells: Sequence[str]) -> None:
@@ -109,9 +116,13 @@ def _table(results: Sequence[Any]) -> Table:
     row("limit", [f"{r.limit / 2**30:.2f} GiB" for r in results])
     row("fits", ["yes" if r.fits else f"no: {_used(r)}" for r in results])
     row("TFLOPs a step", [f"{r.flops / 1e12:.3f}" for r in results])
+    row("in the program", [f"{r.products / 1e12:.3f}" if r.memory else "" for r in results])
+    row("over its share", [f"{r.products / r.share:.2f}" if r.memory else "" for r in results])
+    row("compiler, loops once", [f"{r.counted / 1e12:.3f}" if r.memory else "" for r in results])
     row("accessed, loops once", [f"{r.accessed / 2**30:.3f} GiB" for r in results])
     for kind in dict.fromkeys(c.kind for r in results for c in r.collectives):
         found = [next((c for c in r.collectives if c.kind == kind), None) for r in results]
         row(kind, [f"{c.count}, {c.bytes / 2**30:.3f} GiB" if c else "" for c in found])
     row("compile time", [f"{r.seconds:.1f} s" for r in results])
+    table.caption = _EXPLAINED
     return table

@@ -19,6 +19,8 @@ class ShardingRules:
     """The mesh axis (or axes) of each logical axis; None is not split."""
 
     batch: MeshAxes = ("data", "fsdp")
+    looked_up: MeshAxes = "data"
+    """Rows of embeddings while they are still split by `embed`."""
     sequence: MeshAxes = "sequence"
     vocab: MeshAxes = "tensor"
     embed: MeshAxes = "fsdp"
@@ -139,6 +141,14 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
 def sequence_shards() -> int:
     """Parts that the mesh that is set makes of a row."""
     return mesh_size(jax.sharding.get_abstract_mesh(), RULES.sequence)
+
+
+def layer_shards() -> int:
+    """Parts that the mesh that is set makes of a layer: of its tokens times of its units.
+
+    Rows and the `embed` dim do not count: over the latter, weights are gathered before their use.
+    """
+    return sequence_shards() * mesh_size(jax.sharding.get_abstract_mesh(), RULES.mlp)
 
 
 def mesh_size(mesh: Mesh | AbstractMesh, axes: MeshAxes) -> int:

@@ -301,6 +301,9 @@ class LanguageModel(nnx.Module):
             segment_ids_BL = jnp.ones_like(tokens_BL)
         with jax.named_scope("embedding"):
             x_BLD = self.embedding[...][tokens_BL].astype(compute_dtype(self.config))
+            # Where the table lies, then where layers want it: one all-to-all.
+            x_BLD = constrain(x_BLD, "looked_up", "sequence", "embed")
+            x_BLD = constrain(x_BLD, "batch", "sequence", None)
         if cache is None:
             x_BLD = self.segments(x_BLD, positions_BL, segment_ids_BL)
         else:

@@ -55,8 +55,17 @@ def self_attention(
         dtype=q_BLHK.dtype.name,
     )
     q_BLHK = constrain(q_BLHK, "batch", "sequence", "heads", None)
-    k_BLNK, v_BLNK = (constrain(a, "batch", None, "kv_heads", None) for a in (k_BLNK, v_BLNK))
+    k_BLNK, v_BLNK = _gathered(k_BLNK), _gathered(v_BLNK)
     return checkpoint_name(version.function(q_BLHK, k_BLNK, v_BLNK, segment_ids_BL), ATTENTION)
+
+
+def _gathered(x_BLNK: jax.Array) -> jax.Array:
+    """Keys or values of whole rows, each device having made those of its own tokens.
+
+    Without the first constraint every device would make all of them.
+    """
+    x_BLNK = constrain(x_BLNK, "batch", "sequence", "kv_heads", None)
+    return constrain(x_BLNK, "batch", None, "kv_heads", None)
 
 
 def attend(

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tlm_jax.ops.products import dense, weight_gradient
+
 
 def token_losses(
     hidden_BLD: jax.Array, head_DV: jax.Array, targets_BL: jax.Array, *, chunk: int
@@ -79,10 +81,9 @@ def _total_loss_forward(
             shares_BCV *= (weights_BC * (1.0 + 2.0 * z_loss * log_z_BC))[..., None]
             is_target = targets_BC[..., None] == jnp.arange(head.shape[1])
             dlogits = shares_BCV - jnp.where(is_target, weights_BC[..., None], 0.0)
-            dlogits = dlogits.astype(head.dtype).reshape(-1, head.shape[1])
-            dhidden = jnp.matmul(dlogits, head.T).reshape(hidden_BCD.shape)
-            flat = hidden_BCD.reshape(-1, head.shape[0])
-            dhead_DV += jnp.matmul(flat.T, dlogits, preferred_element_type=jnp.float32)
+            dlogits = dlogits.astype(head.dtype)
+            dhidden = dense(dlogits, head.T)
+            dhead_DV += weight_gradient(hidden_BCD, dlogits)
         nll = jnp.sum(nll_BC)
         total += nll + z_loss * jnp.sum(weights_BC * jnp.square(log_z_BC))
         return (total, total_nll + nll, dhead_DV), dhidden

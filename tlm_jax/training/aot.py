@@ -13,6 +13,7 @@ from tlm_jax import costs, ops
 from tlm_jax.config import RunConfig
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed.collectives import Collectives, collectives
+from tlm_jax.distributed.products import product_flops
 from tlm_jax.evaluation import perplexity
 from tlm_jax.models import Skeleton, skeleton
 from tlm_jax.models.settings import attention_kernel
@@ -57,6 +58,13 @@ class Compiled:
     """What the compiler said of a program that does not fit, or nothing."""
     flops: float
     """Of matrix products on a device, in one step, as `costs` counts them."""
+    products: float
+    """The same in the compiled program, loops as often as they run: with what is computed again,
+    and what several devices compute alike; without kernels that it calls (Pallas)."""
+    share: float
+    """The products of the program before it was divided over the devices, by their number."""
+    counted: float
+    """FLOPs of all operations on a device, as the compiler counts them: loops once."""
     accessed: float
     """Bytes that operations on a device read and write, as the compiler counts them: loops once."""
     collectives: tuple[Collectives, ...]
@@ -101,8 +109,8 @@ def compile_step(name: str, config: RunConfig, devices: list[Any], limit: int) -
     mesh = mesh_lib.make_mesh(config, devices)
     model = skeleton(config.model)
     begin = time.perf_counter()
-    memory, refusal, accessed = None, "", 0.0
-    found: tuple[Collectives, ...] = ()
+    memory, refusal, text = None, "", ""
+    analysis: dict[str, float] = {}
     with ops.tracing_for(devices[0].platform):
         lowered = _LOWER[name](config, model, mesh)
     try:
@@ -111,8 +119,7 @@ def compile_step(name: str, config: RunConfig, devices: list[Any], limit: int) -
         refusal = _refusal(error)
     else:
         memory = _memory(program.memory_analysis())
-        accessed = (program.cost_analysis() or {}).get("bytes accessed", 0.0)
-        found = collectives(program.as_text() or "")
+        analysis, text = program.cost_analysis() or {}, program.as_text() or ""
     per_token = costs.model_costs(config.model, config.data.seq_len)
     flops = per_token.training_flops if name == "train" else per_token.forward_flops
     return Compiled(
@@ -123,8 +130,11 @@ def compile_step(name: str, config: RunConfig, devices: list[Any], limit: int) -
         limit=limit,
         refusal=refusal,
         flops=flops * config.data.batch_size * config.data.seq_len / len(devices),
-        accessed=accessed,
-        collectives=found,
+        products=product_flops(text),
+        share=product_flops(lowered.as_text("hlo")) / len(devices),
+        counted=analysis.get("flops", 0.0),
+        accessed=analysis.get("bytes accessed", 0.0),
+        collectives=collectives(text),
     )
 
 
