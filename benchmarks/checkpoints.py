@@ -25,6 +25,7 @@ from tlm_jax.config import MeshConfig
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.models import skeleton
 from tlm_jax.training import checkpoint, checksums, step
+from tlm_jax.training.allocator import release_freed_memory
 from tlm_jax.training.optimizer import About, make_optimizer
 
 
@@ -109,6 +110,7 @@ def main() -> None:
             for _ in range(options.repeats):
                 for way in ("without", "with"):
                     checksums.mismatches = compare[way]
+                    release_freed_memory()
                     timed(f"load {way}", load, number)
                     print(f"loaded {way} in {found[f'load {way}'][-1]:.2f} s", flush=True)
     print(f"a state of {size:.2f} GB; medians of {options.repeats}")
