@@ -3,7 +3,7 @@
     python -m benchmarks.checkpoints [--config configs/tlm_440m.py] [--layers 6] [--repeats 5]
 
 Random values in the shapes of a model's parameters and moments; medians, turn by turn. With all
-24 layers of the 440M model it needs 16 GB of memory and 11 GB of disk.
+24 layers of the 440M model it needs 20 GB of memory and 11 GB of disk.
 """
 
 import argparse

@@ -88,13 +88,14 @@ def identity(checksums: Mapping[str, str], below: str) -> str:
 
 
 def _computed(tree: Any) -> _Sums:
-    sums = {}
+    found: _Sums = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        sums[name(path)] = _sums(leaf)
-        if _simulated(leaf):
+        sums = _sums(leaf)
+        if _simulated(sums[0]):
             # Programs whose collectives overlap can wait for each other for ever there.
-            jax.block_until_ready(sums[name(path)])
-    return sums
+            jax.block_until_ready(sums)
+        found[name(path)] = sums
+    return found
 
 
 def _simulated(array: jax.Array) -> bool:
