@@ -100,8 +100,8 @@ def _computed(tree: Any) -> _Sums:
 
 def _simulated(array: jax.Array) -> bool:
     """Whether an array lies on several devices that are one CPU."""
-    devices = array.sharding.device_set
-    return len(devices) > 1 and next(iter(devices)).platform == "cpu"
+    devices: set[Any] = array.sharding.device_set
+    return len(devices) > 1 and all(device.platform == "cpu" for device in devices)
 
 
 def _read(sums: _Sums) -> dict[str, str]:
