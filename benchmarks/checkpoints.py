@@ -26,7 +26,7 @@ from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.models import skeleton
 from tlm_jax.training import checkpoint, checksums, step
 from tlm_jax.training.allocator import release_freed_memory
-from tlm_jax.training.optimizer import About, make_optimizer
+from tlm_jax.training.updates import About, make_optimizer
 
 
 class _Iterator:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tlm_jax.stack import Stack as Stack
     from tlm_jax.taper import layer_widths as layer_widths
     from tlm_jax.taper_config import TaperConfig as TaperConfig
-    from tlm_jax.training.optimizer import register_optimizer as register_optimizer
+    from tlm_jax.training.updates import register_optimizer as register_optimizer
 
 __version__ = "0.1.0"
 _HOMES = {
@@ -49,7 +49,7 @@ _HOMES = {
     "plan": "analysis.plan",
     "register": "models.registry",
     "register_norm": "models.registry",
-    "register_optimizer": "training.optimizer",
+    "register_optimizer": "training.updates",
     "train": "api",
 }
 

@@ -33,7 +33,7 @@ from tlm_jax.distributed import sharding
 from tlm_jax.mixers import MixerConfig
 from tlm_jax.models import skeleton
 from tlm_jax.training import step
-from tlm_jax.training.optimizer import About, make_optimizer
+from tlm_jax.training.updates import About, make_optimizer
 
 VOCAB = 64
 _TOLERANCE = 1e-4
@@ -73,12 +73,12 @@ def tokens(rows: int, length: int, seed: int = 0) -> jax.Array:
 
 
 def forward(config: ModelConfig) -> tuple[Callable[..., jax.Array], Any]:
-    """Compiled (params, ids, segment_ids, positions) -> logits, and fresh parameters."""
+    """Compiled (params, ids, document_ids, positions) -> logits, and fresh parameters."""
     model = skeleton(config)
 
-    def run(params: Any, ids: Any, segment_ids: Any = None, positions: Any = None) -> jax.Array:
+    def run(params: Any, ids: Any, document_ids: Any = None, positions: Any = None) -> jax.Array:
         built = model.merge(params)
-        hidden, _ = built(ids, segment_ids_BL=segment_ids, positions_BL=positions)
+        hidden, _ = built(ids, document_ids_BL=document_ids, positions_BL=positions)
         return built.logits(hidden)
 
     return jax.jit(run), jax.jit(model.init)(jax.random.key(0))
@@ -97,10 +97,10 @@ def check_causality(config: ModelConfig) -> None:
     """A token changes nothing before it, in other rows, or in other documents of its row."""
     run, params = forward(config)
     ids = tokens(2, 40)
-    segments = jnp.array([[1] * 25 + [2] * 15] * 2)
+    documents = jnp.array([[1] * 25 + [2] * 15] * 2)
     positions = jnp.array([[*range(25), *range(15)]] * 2)
-    base = run(params, ids, segments, positions)
-    late = run(params, ids.at[0, 10].add(1) % VOCAB, segments, positions)
+    base = run(params, ids, documents, positions)
+    late = run(params, ids.at[0, 10].add(1) % VOCAB, documents, positions)
     np.testing.assert_array_equal(base[0, :10], late[0, :10], "tokens before it changed")
     np.testing.assert_array_equal(base[1], late[1], "another row changed")
     np.testing.assert_array_equal(base[0, 25:], late[0, 25:], "another document changed")
@@ -111,15 +111,15 @@ def check_causality(config: ModelConfig) -> None:
 def check_documents(config: ModelConfig) -> None:
     """Two documents in a row, padding behind them, score as each does alone.
 
-    Of mixers that say so (`masks_by_segment`): others may count chunks from the start of a row.
+    Of mixers that say so (`masks_by_document`): others may count chunks from the start of a row.
     """
-    if not all(mixer.masks_by_segment for mixer in config.mixers):
+    if not all(mixer.masks_by_document for mixer in config.mixers):
         return
     run, params = forward(config)
     ids = tokens(1, 40)
-    segments = jnp.array([[1] * 17 + [2] * 19 + [0] * 4])
+    documents = jnp.array([[1] * 17 + [2] * 19 + [0] * 4])
     positions = jnp.array([[*range(17), *range(19), *range(4)]])
-    packed = run(params, ids, segments, positions)
+    packed = run(params, ids, documents, positions)
     for begin, end in ((0, 17), (17, 36)):
         alone = run(params, ids[:, begin:end])
         np.testing.assert_allclose(
@@ -243,7 +243,7 @@ def train(model: ModelConfig, num_steps: int) -> tuple[Any, np.ndarray]:
     ids = tokens(4, 33)
     positions = jnp.broadcast_to(jnp.arange(32), (4, 32))
     batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:], "positions": positions}
-    batch["segment_ids"] = jnp.ones_like(positions)
+    batch["document_ids"] = jnp.ones_like(positions)
     update = jax.jit(step.make_train_step(config, structure, tx), donate_argnums=0)
     state = jax.jit(lambda key: step.init_state(structure, tx, key))(jax.random.key(0))
     losses = []

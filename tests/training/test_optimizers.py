@@ -14,7 +14,7 @@ from tlm_jax.config import RunConfig
 from tlm_jax.models import skeleton
 from tlm_jax.optimizers import AdafactorConfig, MuonConfig, OptimizerConfig
 from tlm_jax.training import step
-from tlm_jax.training.optimizer import About, learning_rate, make_optimizer, register_optimizer
+from tlm_jax.training.updates import About, learning_rate, make_optimizer, register_optimizer
 
 OTHERS = [MuonConfig(weight_decay=0.0), AdafactorConfig(weight_decay=0.0)]
 

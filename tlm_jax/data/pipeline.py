@@ -17,10 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tlm_jax.config import DataConfig, UserError
+from tlm_jax.data import cache, store
 from tlm_jax.data import prepare as prepare_lib
-from tlm_jax.data import prepared as prepared_lib
 from tlm_jax.data import processes as processes_lib
-from tlm_jax.data import store
 from tlm_jax.data import tokenizers as tokenizers_lib
 from tlm_jax.data.store import SPLITS, Split, SplitStatistics
 
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 Batch = dict[str, np.ndarray]
 
 LAYOUT_VERSION = 2
-_ARRAYS = ("inputs", "targets", "segment_ids", "positions")
+_ARRAYS = ("inputs", "targets", "document_ids", "positions")
 _READ_THREADS = 4
 _READ_AHEAD = 16  # documents
 
@@ -57,7 +56,7 @@ def open_dataset(config: DataConfig, vocab_size: int) -> "Dataset":
     elif config.path is not None and _is_prepared(pathlib.Path(config.path).expanduser()):
         folders = {pathlib.Path(config.path).expanduser(): 1.0}
     else:
-        folders = {prepared_lib.prepare_cached(config, tokenizer): 1.0}
+        folders = {cache.prepare_cached(config, tokenizer): 1.0}
     parts = tuple(_open_part(folder, weight, tokenizer) for folder, weight in folders.items())
     return Dataset(config=config, tokenizer=tokenizer, parts=parts)
 
@@ -165,8 +164,8 @@ class Dataset:
 
         Returns:
           A Grain iterator, with `get_state` and `set_state`, of dicts of int32 arrays
-          (B, L): `inputs`, `targets`, `segment_ids` (1, 2, ... for the documents of a row)
-          and `positions` (from 0 in each segment).
+          (B, L): `inputs`, `targets`, `document_ids` (1, 2, ... for the documents of a row)
+          and `positions` (from 0 in each document).
         """
         import grain
         from absl import flags
@@ -220,7 +219,7 @@ class ValidationBatches:
     """Iterate over it as often as needed; every process gets all rows of all batches.
 
     Yields what the train iterator yields. Rows that fill up the last batch, and the
-    end of the last row, have segment id 0 and are not to be scored.
+    end of the last row, have document id 0 and are not to be scored.
     """
 
     dataset: Dataset

@@ -22,7 +22,7 @@ from tlm_jax.config import ModelConfig, RunConfig, UserError
 from tlm_jax.data import Tokenizer
 from tlm_jax.data.tokenizers import EMBEDDED
 from tlm_jax.distributed import mesh as mesh_lib
-from tlm_jax.interop import card, gguf_tokenizer, llama, loading, sentencepiece_json
+from tlm_jax.interop import card, gguf_tokenizer, llama, parameters, sentencepiece_json
 from tlm_jax.interop.tensors import SHARD_BYTES, write_safetensors
 from tlm_jax.models import skeleton
 from tlm_jax.training import restore
@@ -124,18 +124,18 @@ def _special_tokens(metadata: dict[str, Any], tokenizer: Tokenizer) -> dict[str,
 
 def _native(params: Any) -> Iterator[tuple[str, np.ndarray]]:
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-        yield loading.path_of(keys), np.asarray(leaf)
+        yield parameters.path_of(keys), np.asarray(leaf)
 
 
 def _llama(params: Any, model: ModelConfig, form: Format) -> Iterator[tuple[str, np.ndarray]]:
     widest = max(model.mlp_widths)
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path, layers = loading.place(model, loading.path_of(keys))
+        path, layers = parameters.place(model, parameters.path_of(keys))
         for index, layer in enumerate(layers or [None]):
             spelled = llama.tensor(path, layer)
             array = np.asarray(leaf if layers is None else leaf[index])
             if spelled.inputs is not None:
-                outputs, inputs = loading.flat_shape(array.shape, spelled.inputs)
+                outputs, inputs = parameters.flat_shape(array.shape, spelled.inputs)
                 array = array.reshape(inputs, outputs).T
             if form == "llama" and (dim := llama.mlp_dim(spelled.name)) is not None:
                 missing = [(0, 0), (0, 0)]

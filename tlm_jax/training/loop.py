@@ -30,8 +30,8 @@ from tlm_jax.models.settings import attention_kernel, compute_dtype
 from tlm_jax.training import checkpoint, faults, metrics, step
 from tlm_jax.training.allocator import release_freed_memory
 from tlm_jax.training.evaluations import Evaluations
-from tlm_jax.training.optimizer import About, make_optimizer
 from tlm_jax.training.profiling import Profiler, ProfileSpan
+from tlm_jax.training.updates import About, make_optimizer
 
 CHECKPOINTS = "checkpoints"
 
