@@ -129,7 +129,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function (state, batch) -> (state, metrics), not yet compiled.
 
-    Metrics: `loss` (nats a token), `grad_norm` (before clipping), `tokens`
+    Metrics: `loss` (nats per token), `grad_norm` (before clipping), `tokens`
     (scored in this step), `learning_rate` (what this update is multiplied by, or would have been
     if it is skipped: the schedule counts updates that were made; absent with an optimizer that
     has no schedule), `skipped` and `skipped_in_a_row`.
