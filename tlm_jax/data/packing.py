@@ -113,7 +113,7 @@ class _PackedRowsIterator(grain.DatasetIterator):
         return {
             "inputs": row[_PAIRS][:, 0],
             "targets": row[_PAIRS][:, 1],
-            "document_ids": row[f"{_PAIRS}_document_ids"],
+            "document_ids": row[f"{_PAIRS}_segment_ids"],  # Grain's name
             "positions": row[f"{_PAIRS}_positions"],
         }
 
