@@ -105,6 +105,23 @@ def test_muon_on_a_stack_is_muon_on_each_layer(axes, shape) -> None:
             assert 0.5 < values.min() <= values.max() < 1.5
 
 
+def test_adafactor_on_a_stack_is_adafactor_on_each_layer() -> None:
+    config = AdafactorConfig(min_dim_factored=8)
+    keys = jax.random.split(jax.random.key(0), 3)
+    scale = jnp.array([1e-3, 1.0, 1e3])[:, None, None]
+    params, *gradients = (scale * jax.random.normal(key, (3, 8, 12)) for key in keys)
+
+    def of(layers: slice) -> list[jax.Array]:
+        trees = [{"segments": {"w": leaf[layers]}} for leaf in (params, *gradients)]
+        return [u["segments"]["w"] for u in directions(config, trees[0], trees[1:], None)]
+
+    together = of(slice(None))
+    for layer in range(3):
+        for a, b in zip(together, of(slice(layer, layer + 1)), strict=True):
+            np.testing.assert_allclose(a[layer], b[0], rtol=1e-5)
+            assert float(jnp.sqrt(jnp.mean(b**2))) <= 1.0 + 1e-5
+
+
 def test_muon_leaves_embeddings_norms_and_vectors_to_adamw() -> None:
     model = skeleton(CONFIG.model)
     params = model.init(jax.random.key(0))

@@ -79,15 +79,24 @@ def param_shardings(
 
 
 def optimizer_shardings(tx: optax.GradientTransformation, shapes: Any, params: Any) -> Any:
-    """Shardings of the optimizer's state: moments lie where their parameters lie."""
+    """Shardings of the optimizer's state: moments lie where their parameters lie.
+
+    What has another shape than its parameter (Adafactor's rows and columns) is on every device.
+    """
     mesh = jax.tree.leaves(params)[0].mesh
     replicated = NamedSharding(mesh, PartitionSpec())
+
+    def place(leaf: Any, sharding: NamedSharding, parameter: Any) -> Any:
+        if _is_masked(leaf):  # a part of an optimizer that is for other parameters only
+            return leaf
+        return sharding if leaf.shape == parameter.shape else replicated
+
     return optax.tree_utils.tree_map_params(
         tx,
-        # A part of an optimizer for some parameters only holds empty nodes for the others.
-        lambda leaf, sharding: leaf if _is_masked(leaf) else sharding,
+        place,
         jax.eval_shape(tx.init, shapes),
         params,
+        shapes,
         transform_non_params=lambda _: replicated,
         is_leaf=_is_masked,
     )
