@@ -11,6 +11,7 @@ needs simulated ones: set JAX_NUM_CPU_DEVICES=8 before jax is imported.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -159,14 +160,15 @@ def check_decoding(config: ModelConfig) -> None:
     run, params = forward(config)
     model, ids = skeleton(config), tokens(2, length)
 
-    @jax.jit
-    def advance(ids: Any, start: Any, cache: Any) -> Any:
+    @functools.partial(jax.jit, static_argnames="prefill")
+    def advance(ids: Any, start: Any, cache: Any, *, prefill: bool = False) -> Any:
         built = model.merge(params)
         positions = jnp.broadcast_to(start + jnp.arange(ids.shape[1]), ids.shape)
-        hidden, cache = built(ids, positions_BL=positions, cache=cache)
+        hidden, cache = built(ids, positions_BL=positions, cache=cache, prefill=prefill)
         return built.logits(hidden), cache
 
-    first, cache = advance(ids[:, :prompt], 0, model.merge(params).init_cache(2, length))
+    empty = model.merge(params).init_cache(2, length)
+    first, cache = advance(ids[:, :prompt], 0, empty, prefill=True)
     parts = [first]
     for index in range(prompt, length):
         part, cache = advance(ids[:, index : index + 1], index, cache)
