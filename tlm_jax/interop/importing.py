@@ -1,6 +1,7 @@
 """A published model as a run folder: parameters, config and tokenizer."""
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
@@ -28,6 +29,9 @@ def import_model(
 ) -> dict[str, Any]:
     """Writes a run folder from a model, all or nothing; returns the metadata saved with it.
 
+    A folder that this very import has made, as one that was killed in its last moment has, is
+    left as it is.
+
     Args:
       model: a Hugging Face folder, or a GGUF file.
       out: the run folder; it may be there if it is empty.
@@ -37,15 +41,34 @@ def import_model(
     Raises:
       UserError: the model cannot be imported exactly, or `out` is not empty.
     """
-    if (out / CHECKPOINTS).exists():
-        raise UserError(f"{out} already holds a run; choose another --out")
     opened = _open(model)
     structure = skeleton(opened.run.model)
     parameters.check(structure, opened.source, native=opened.native)
     found = _find_tokenizer(opened, model, tokenizer)
     opened.provenance["sha256"] = digests.check(opened.files)
+    if (out / CHECKPOINTS).exists():
+        return _made_before(out, opened, found)
     with files.new_folder(out) as part:
         return _fill(part, out, model, opened, structure, found, mesh)
+
+
+def _made_before(
+    out: pathlib.Path, opened: "_Opened", tokenizer: tuple[str, bytes] | None
+) -> dict[str, Any]:
+    """The metadata of a run folder, if it is this import.
+
+    Raises:
+      UserError: it is not.
+    """
+    record = out / "config.json"
+    metadata = files.read_json(record) if record.is_file() else {}
+    same = metadata.get("source") == json.loads(json.dumps(opened.provenance))
+    if same and tokenizer is not None:
+        name, content = tokenizer
+        same = (out / name).is_file() and (out / name).read_bytes() == content
+    if not same:
+        raise UserError(f"{out} already holds a run; choose another --out")
+    return metadata
 
 
 def _fill(
