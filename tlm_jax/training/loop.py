@@ -32,6 +32,7 @@ from tlm_jax.training.allocator import release_freed_memory
 from tlm_jax.training.evaluations import Evaluations
 from tlm_jax.training.optimizer import About, make_optimizer
 from tlm_jax.training.profiling import Profiler, ProfileSpan
+from tlm_jax.training.reading import train_iterator
 
 CHECKPOINTS = "checkpoints"
 
@@ -97,7 +98,7 @@ class Trainer:
             config.model.mlp,
         )
         self.shapes = step.abstract_state(self.skeleton, self.tx, self.mesh)
-        self.iterator = self.dataset.train_iterator()
+        self.iterator = train_iterator(self.dataset, config.data, self.mesh, self._say)
         layout = self.dataset.layout()
         agreement.require_equal("data", {f"data, {k}": repr(v) for k, v in layout.items()})
         self.metadata = checkpoint.metadata(config, self.skeleton.shapes, layout)
@@ -284,7 +285,14 @@ class Trainer:
             )
         for line in lines:
             self._say(f"Config change: {line}", "yellow")
-        before = config_io.from_dict(saved["config"]).training.num_steps
+        old = config_io.from_dict(saved["config"])
+        if old.data.readers != self.config.data.readers:  # there is no position of the new ones
+            raise UserError(
+                f"{self.workdir} stands where data.readers={old.data.readers} readers stood, which "
+                f"is no place of {self.config.data.readers}; use --data.readers "
+                f"{old.data.readers}, or another --workdir"
+            )
+        before = old.training.num_steps
         if before != self.config.training.num_steps:
             self._say(
                 f"num_steps: {before} -> {self.config.training.num_steps}; the learning rate "
