@@ -288,8 +288,8 @@ class Trainer:
         old = config_io.from_dict(saved["config"])
         if old.data.readers != self.config.data.readers:  # there is no position of the new ones
             raise UserError(
-                f"{self.workdir} stands where data.readers={old.data.readers} readers stood, which "
-                f"is no place of {self.config.data.readers}; use --data.readers "
+                f"the position in the text that {self.workdir} holds is that of data.readers="
+                f"{old.data.readers}, with which alone it goes on; use --data.readers "
                 f"{old.data.readers}, or another --workdir"
             )
         before = old.training.num_steps
