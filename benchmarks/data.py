@@ -186,7 +186,7 @@ def load(folder: str, packing: str, workers: str, seconds: str) -> dict[str, flo
         next(iterator)
     tokens, padding, begin = 0, 0, time.perf_counter()
     while (taken := time.perf_counter() - begin) < float(seconds):
-        ids = next(iterator)["segment_ids"]
+        ids = next(iterator)["document_ids"]
         tokens += int((ids > 0).sum())
         padding += int((ids == 0).sum())
     iterator.close()

@@ -91,7 +91,7 @@ def model(architecture: str, dtype: str) -> dict[str, Any]:
     batch = {
         "inputs": ids,
         "targets": np.roll(ids, -1, 1),
-        "segment_ids": documents,
+        "document_ids": documents,
         "positions": positions,
     }
 

@@ -63,7 +63,7 @@ def random_batch(config: RunConfig) -> dict[str, np.ndarray]:
     ids = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, dtype=np.int32)
     positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
     ones = np.ones(shape, np.int32)
-    return {"inputs": ids, "targets": ids, "segment_ids": ones, "positions": positions}
+    return {"inputs": ids, "targets": ids, "document_ids": ones, "positions": positions}
 
 
 def _end() -> dict[str, float]:

@@ -50,10 +50,10 @@ class RGLRU(nnx.Module):
         return {"h": jnp.zeros((batch, R)), "segment": jnp.zeros((batch,), jnp.int32)}
 
     def __call__(
-        self, x_BLD: Array, positions_BL: Array, segment_ids_BL: Array, cache: Any = None
+        self, x_BLD: Array, positions_BL: Array, document_ids_BL: Array, cache: Any = None
     ) -> tuple[Array, Any]:
         start = cache or self.init_cache(x_BLD.shape[0], 0, x_BLD.dtype)
-        before_BL = jnp.concatenate([start["segment"][:, None], segment_ids_BL[:, :-1]], axis=1)
+        before_BL = jnp.concatenate([start["segment"][:, None], document_ids_BL[:, :-1]], axis=1)
         gate = jax.nn.sigmoid(dense(x_BLD, self.recurrence_gate[...]).astype(jnp.float32))
         log_a_BLR = C * gate * jax.nn.log_sigmoid(self.decay_bias[...])
         a_BLR = jnp.exp(log_a_BLR)
@@ -61,12 +61,12 @@ class RGLRU(nnx.Module):
         rest_BLR = jnp.maximum(-jnp.expm1(2 * log_a_BLR), 1e-24)
         u_BLR = jax.nn.sigmoid(dense(x_BLD, self.input_gate[...])) * dense(x_BLD, self.input[...])
         b_BLR = jnp.sqrt(rest_BLR) * u_BLR.astype(jnp.float32)
-        a_BLR = jnp.where((segment_ids_BL == before_BL)[..., None], a_BLR, 0.0)  # a new document
+        a_BLR = jnp.where((document_ids_BL == before_BL)[..., None], a_BLR, 0.0)  # a new document
         b_BLR = b_BLR.at[:, 0].add(a_BLR[:, 0] * start["h"])
         combine = lambda x, y: (x[0] * y[0], y[0] * x[1] + y[1])  # noqa: E731
         h_BLR = jax.lax.associative_scan(combine, (a_BLR, b_BLR), axis=1)[1]
         if cache is not None:
-            cache = {"h": h_BLR[:, -1], "segment": segment_ids_BL[:, -1]}
+            cache = {"h": h_BLR[:, -1], "segment": document_ids_BL[:, -1]}
         return dense(h_BLR.astype(x_BLD.dtype), self.out[...]), cache
 
 

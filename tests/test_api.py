@@ -109,7 +109,7 @@ def test_train_with_parts_of_a_user_s_own(
 
     def twice(model, batch):
         hidden, _ = model(
-            batch["inputs"], positions_BL=batch["positions"], segment_ids_BL=batch["segment_ids"]
+            batch["inputs"], positions_BL=batch["positions"], document_ids_BL=batch["document_ids"]
         )
         log_probs = jax.nn.log_softmax(model.logits(hidden))
         return -2 * jnp.take_along_axis(log_probs, batch["targets"][..., None], axis=-1)[..., 0]

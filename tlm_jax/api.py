@@ -205,7 +205,7 @@ def train(
       optimizer: in place of `config.optimizer`; gradients in, updates out.
       loss: (model, batch) -> float32 loss (B, L) of each token, in place of the negative
         log-likelihood. Batches hold int32 (B, L) `inputs`, `targets`, `positions` and
-        `segment_ids`, where 0 is padding.
+        `document_ids`, where 0 is padding.
       data: in place of the text that `config.data` names; with the interface of `data.Dataset`.
       hooks: called as `hook(step, metrics)` for each step, one step late.
       allow_config_change: resume a run although its config has changed.

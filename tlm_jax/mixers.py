@@ -29,8 +29,8 @@ _RopeTheta = Annotated[float, Range(least=1, most=1e15)]
 class MixerConfig(Checked):
     """Base of all mixer configs; static, hashable, compared by value."""
 
-    masks_by_segment: ClassVar[bool] = False
-    """What a token sees follows from segment ids and positions, wherever in the row it stands.
+    masks_by_document: ClassVar[bool] = False
+    """What a token sees follows from document ids and positions, wherever in the row it stands.
 
     So padding before it changes nothing, and documents may branch (see `branches.BRANCH`).
     True of attention that masks keys; not of mixers that count tokens from the row's start.
@@ -162,7 +162,7 @@ def _check_heads(d_model: int, num_heads: int, head_dim: int | None) -> None:
 class AttentionConfig(MixerConfig):
     """Multi-head or grouped-query softmax attention with rotary positions."""
 
-    masks_by_segment: ClassVar[bool] = True
+    masks_by_document: ClassVar[bool] = True
     splits_sequence: ClassVar[bool] = True
 
     num_heads: Count = 4

@@ -73,12 +73,12 @@ def tokens(rows: int, length: int, seed: int = 0) -> jax.Array:
 
 
 def forward(config: ModelConfig) -> tuple[Callable[..., jax.Array], Any]:
-    """Compiled (params, ids, segment_ids, positions) -> logits, and fresh parameters."""
+    """Compiled (params, ids, document_ids, positions) -> logits, and fresh parameters."""
     model = skeleton(config)
 
-    def run(params: Any, ids: Any, segment_ids: Any = None, positions: Any = None) -> jax.Array:
+    def run(params: Any, ids: Any, document_ids: Any = None, positions: Any = None) -> jax.Array:
         built = model.merge(params)
-        hidden, _ = built(ids, segment_ids_BL=segment_ids, positions_BL=positions)
+        hidden, _ = built(ids, document_ids_BL=document_ids, positions_BL=positions)
         return built.logits(hidden)
 
     return jax.jit(run), jax.jit(model.init)(jax.random.key(0))
@@ -111,9 +111,9 @@ def check_causality(config: ModelConfig) -> None:
 def check_documents(config: ModelConfig) -> None:
     """Two documents in a row, padding behind them, score as each does alone.
 
-    Of mixers that say so (`masks_by_segment`): others may count chunks from the start of a row.
+    Of mixers that say so (`masks_by_document`): others may count chunks from the start of a row.
     """
-    if not all(mixer.masks_by_segment for mixer in config.mixers):
+    if not all(mixer.masks_by_document for mixer in config.mixers):
         return
     run, params = forward(config)
     ids = tokens(1, 40)
@@ -243,7 +243,7 @@ def train(model: ModelConfig, num_steps: int) -> tuple[Any, np.ndarray]:
     ids = tokens(4, 33)
     positions = jnp.broadcast_to(jnp.arange(32), (4, 32))
     batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:], "positions": positions}
-    batch["segment_ids"] = jnp.ones_like(positions)
+    batch["document_ids"] = jnp.ones_like(positions)
     update = jax.jit(step.make_train_step(config, structure, tx), donate_argnums=0)
     state = jax.jit(lambda key: step.init_state(structure, tx, key))(jax.random.key(0))
     losses = []

@@ -90,12 +90,12 @@ def test_equals_numpy(name: str) -> None:
         lambda leaf: (rng.normal(size=leaf.shape) * 0.3).astype(np.float32), structure.shapes
     )
     texts = [np.random.default_rng(i).integers(257, size=n) for i, n in enumerate((7, 5, 9))]
-    batch = {n: np.zeros((2, 14), np.int32) for n in ("inputs", "positions", "segment_ids")}
+    batch = {n: np.zeros((2, 14), np.int32) for n in ("inputs", "positions", "document_ids")}
     for row, start, segment, text in ((0, 0, 1, 0), (0, 7, 2, 1), (1, 0, 1, 2)):
         place = (row, slice(start, start + len(texts[text])))
         batch["inputs"][place] = texts[text]
         batch["positions"][place] = np.arange(len(texts[text]))
-        batch["segment_ids"][place] = segment
+        batch["document_ids"][place] = segment
     result = alignment.align(structure, params, [batch])
     cosines = [_reference(model, params, text) for text in texts]
     assert (result.tokens, result.first_tokens) == (21, 3)
@@ -129,7 +129,7 @@ def test_rows_of_a_text(tmp_path: pathlib.Path) -> None:
     batches = alignment.text_batches(tmp_path / "text.txt", tokenizer, 2, 8)
     assert [b["inputs"].shape for b in batches] == [(2, 8), (2, 8)]
     rows = np.concatenate([b["inputs"] for b in batches])
-    used = np.concatenate([b["segment_ids"] for b in batches])
+    used = np.concatenate([b["document_ids"] for b in batches])
     assert rows[:3, 0].tolist() == [256] * 3
     kept = [bytes(row[1:][mask[1:] > 0].tolist()) for row, mask in zip(rows, used, strict=True)]
     assert b"".join(kept) == b"abcdefghijklmnopqrst"

@@ -61,7 +61,7 @@ def rows(iterator: Any, count: int) -> Batch:
 def segments(data: Batch) -> list[np.ndarray]:
     """The targets of each segment of each row; checks ids, positions, inputs and padding."""
     found = []
-    for x, y, s, p in zip(*(data[k] for k in ("inputs", "targets", "segment_ids", "positions")),
+    for x, y, s, p in zip(*(data[k] for k in ("inputs", "targets", "document_ids", "positions")),
                           strict=True):  # fmt: skip
         pad = s == 0
         assert (np.diff(pad.astype(int)) >= 0).all(), "padding is at the end"
@@ -90,7 +90,7 @@ def test_best_fit_rows_of_hand_made_documents(monkeypatch: pytest.MonkeyPatch) -
     assert {name: [row[name].tolist() for row in got] for name in got[0]} == {
         "inputs": [[0, 1, 2, 7, 0], [0, 3, 4, 5, 6], [0, 8, 0, 9, 0], [0, 10, 0, 0, 0]],
         "targets": [[1, 2, 0, 0, 0], [3, 4, 5, 6, 7], [8, 0, 9, 0, 0], [10, 0, 0, 0, 0]],
-        "segment_ids": [[1, 1, 1, 2, 0], [1, 1, 1, 1, 1], [1, 1, 2, 2, 0], [1, 1, 0, 0, 0]],
+        "document_ids": [[1, 1, 1, 2, 0], [1, 1, 1, 1, 1], [1, 1, 2, 2, 0], [1, 1, 0, 0, 0]],
         "positions": [[0, 1, 2, 0, 0], [0, 1, 2, 3, 4], [0, 1, 0, 1, 0], [0, 1, 0, 0, 0]],
     }
 
@@ -107,17 +107,17 @@ def test_best_fit_keeps_documents_whole(folders: tuple[str, str]) -> None:
     assert len(whole) > 3 * epoch.num_documents
     counts = np.unique(whole, return_counts=True)[1]
     assert counts.max() - counts.min() <= 2  # epochs in full, but for the rows being filled
-    padding = (made["segment_ids"] == 0).mean()
+    padding = (made["document_ids"] == 0).mean()
     assert 0 < padding < 0.12
     concat = rows(dataset(folders[0]).train_iterator(), 100)
-    assert (concat["segment_ids"] > 0).all()
+    assert (concat["document_ids"] > 0).all()
 
 
 def test_validation_of_best_fit_scores_each_target_once(folders: tuple[str, str]) -> None:
     for data in (dataset(folders[0], packing="best_fit"), dataset(*folders, weights=(1, 2))):
         batches = list(data.validation_batches())
         assert len(batches) == len(data.validation_batches())
-        scored = sum(int((b["segment_ids"] > 0).sum()) for b in batches)
+        scored = sum(int((b["document_ids"] > 0).sum()) for b in batches)
         assert scored == data.statistics["validation"].num_targets
 
 
@@ -186,7 +186,7 @@ def test_shares_of_a_mixture_are_shares_of_tokens(
 ) -> None:
     """Whatever the lengths of documents are."""
     made = rows(dataset(*folders, weights=weights, batch_size=2).train_iterator(), 1000)
-    assert (made["segment_ids"] > 0).all()
+    assert (made["document_ids"] > 0).all()
     assert abs(share_of_b(made) - weights[1] / sum(weights)) < 0.01
 
 

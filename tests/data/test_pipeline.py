@@ -63,7 +63,7 @@ def texts(data: Dataset, folder: pathlib.Path, split: str) -> list[str]:
 def check_rows(batches: list[Batch]) -> None:
     """Targets are inputs shifted by one within segments; ids and positions count up."""
     for batch in batches:
-        for x, y, s, p in zip(*(batch[k] for k in ("inputs", "targets", "segment_ids",
+        for x, y, s, p in zip(*(batch[k] for k in ("inputs", "targets", "document_ids",
                                                    "positions")), strict=True):  # fmt: skip
             same = (s[1:] == s[:-1]) & (s[1:] > 0)
             np.testing.assert_array_equal(y[:-1][same], x[1:][same])
@@ -91,7 +91,7 @@ def test_rows_of_hand_made_documents() -> None:
     assert got == {
         "inputs": [[0, 1, 2, 3], [0, 4, 0, 5], [6, 7, 8, 9], [0, 0, 0, 0]],
         "targets": [[1, 2, 3, 0], [4, 0, 5, 6], [7, 8, 9, 0], [0, 0, 0, 0]],
-        "segment_ids": [[1, 1, 1, 1], [1, 1, 2, 2], [1, 1, 1, 1], [1, 0, 0, 0]],
+        "document_ids": [[1, 1, 1, 1], [1, 1, 2, 2], [1, 1, 1, 1], [1, 0, 0, 0]],
         "positions": [[0, 1, 2, 3], [0, 1, 0, 1], [0, 1, 2, 3], [0, 0, 0, 0]],
     }
     assert all(array.dtype == np.int32 for row in rows for array in row.values())
@@ -101,7 +101,7 @@ def test_every_train_token_once_an_epoch(many: Dataset, many_files: pathlib.Path
     targets = many.statistics["train"].num_targets
     batches = take(many.train_iterator(), 2 * targets // 64 + 1)
     assert all(b[k].shape == (4, 16) and b[k].dtype == np.int32 for b in batches for k in b)
-    assert all((b["segment_ids"] > 0).all() for b in batches)
+    assert all((b["document_ids"] > 0).all() for b in batches)
     check_rows(batches)
     first, second = (documents(batches, targets, skip) for skip in (0, targets))
     expected = sorted(texts(many, many_files, "train"))
@@ -171,7 +171,7 @@ def test_validation_scores_each_target_once(
     assert all(b[k].shape == (batch_size, 16) and b[k].dtype == np.int32 for b in got for k in b)
     check_rows(got)
     targets = many.statistics["validation"].num_targets
-    scored = np.concatenate([b["segment_ids"].ravel() for b in got]) > 0
+    scored = np.concatenate([b["document_ids"].ravel() for b in got]) > 0
     assert scored.sum() == targets
     assert scored[:targets].all()
     assert documents(got, targets) == texts(many, many_files, "validation")

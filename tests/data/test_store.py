@@ -209,7 +209,7 @@ def test_damaged_validation_document(
     path.write_bytes(content)
     batches = list(data.validation_batches())
     assert len(batches) == len(data.validation_batches())
-    scored = sum(int((b["segment_ids"] > 0).sum()) for b in batches)
+    scored = sum(int((b["document_ids"] > 0).sum()) for b in batches)
     assert scored == data.statistics["validation"].num_targets - len(ids) - 1  # type: ignore[arg-type]
     assert f"{path}, record 5: " in capfd.readouterr().err
     with pytest.raises(UserError, match="record 5"):

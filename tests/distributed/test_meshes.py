@@ -74,13 +74,13 @@ def run_config(name: str, mesh: MeshConfig) -> RunConfig:
 def batch() -> dict[str, np.ndarray]:
     """Rows with two documents and some padding."""
     rng = np.random.default_rng(0)
-    segment_ids = np.tile(np.repeat([1, 2, 0], [27, 33, 4]), (8, 1)).astype(np.int32)
+    document_ids = np.tile(np.repeat([1, 2, 0], [27, 33, 4]), (8, 1)).astype(np.int32)
     positions = np.tile(np.concatenate([np.arange(27), np.arange(37)]), (8, 1)).astype(np.int32)
     inputs, targets = rng.integers(0, 64, (2, 8, 64), dtype=np.int32)
     return {
         "inputs": inputs,
         "targets": targets,
-        "segment_ids": segment_ids,
+        "document_ids": document_ids,
         "positions": positions,
     }
 
@@ -93,7 +93,7 @@ def loss_and_gradients(config: RunConfig, num_devices: int) -> tuple[float, Any,
     shardings = step.state_shardings(model, tx, mesh)
 
     def loss(params: Any, data: dict[str, jax.Array]) -> jax.Array:
-        tokens = jnp.sum(data["segment_ids"] > 0)
+        tokens = jnp.sum(data["document_ids"] > 0)
         return training_loss(model, params, data, tokens, chunk=16, z_loss=1e-4)[0]
 
     with jax.set_mesh(mesh):

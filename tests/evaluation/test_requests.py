@@ -42,9 +42,9 @@ def test_what_a_token_sees_is_its_request(pack: bool) -> None:
             request = requests[key]
             flat = batch.at_PN[part, begin:end] + part * B * L // 2
             row, last = divmod(int(flat[-1]), L)
-            segment = arrays["segment_ids"][row, last]
+            segment = arrays["document_ids"][row, last]
             assert segment > 0
-            ids = arrays["segment_ids"][row, : last + 1]
+            ids = arrays["document_ids"][row, : last + 1]
             visible = (ids == segment) | (ids == segment % BRANCH)
             np.testing.assert_array_equal(
                 arrays["inputs"][row, : last + 1][visible], request.tokens[:-1]
@@ -64,7 +64,7 @@ def test_packing_reads_fewer_tokens_than_there_are() -> None:
 
     def tokens(pack: bool) -> int:
         batches = make_batches(requests, pack=pack, batch_tokens=2048)
-        return sum(np.count_nonzero(b.arrays["segment_ids"]) for b in batches)
+        return sum(np.count_nonzero(b.arrays["document_ids"]) for b in batches)
 
     assert tokens(False) == total
     assert tokens(True) < 0.8 * total
@@ -96,7 +96,7 @@ def test_a_trunk_ends_before_the_first_target_is_predicted() -> None:
     """Choices that begin with the same tokens have them in their branches, to be scored there."""
     both = [Request(context=tuple(range(1, 20)), continuation=(7, 8, end)) for end in (1, 2)]
     (batch,) = make_batches(dict(enumerate(both)), pack=True, batch_tokens=512)
-    ids = batch.arrays["segment_ids"][0]
+    ids = batch.arrays["document_ids"][0]
     runs = [(key, len(list(run))) for key, run in itertools.groupby(ids.tolist())]
     # 18 tokens of trunk; the 19th predicts the first target.
     assert runs[:3] == [(1, 18), (1 + BRANCH, 3), (1 + 2 * BRANCH, 3)]

@@ -120,7 +120,7 @@ def alone(model, params, request: Request) -> tuple[float, bool]:
             "inputs": tokens,
             "targets": jnp.asarray([request.tokens[1:]], jnp.int32),
             "positions": jnp.arange(tokens.shape[1])[None],
-            "segment_ids": jnp.ones_like(tokens),
+            "document_ids": jnp.ones_like(tokens),
         }
         nll, _, _ = jax.jit(lambda p, b: online.online_losses(model, p, b, chunk=0))(params, batch)
         return -float(np.asarray(nll)[0, -n:].sum()), False

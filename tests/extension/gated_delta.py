@@ -35,12 +35,12 @@ class GatedDelta(nnx.Module):
     def init_cache(self, batch, length, dtype):
         return {"S": jnp.zeros((batch, *self.shape)), "document": jnp.zeros(batch, jnp.int32)}
 
-    def __call__(self, x_BLD, positions_BL, segment_ids_BL, cache=None):
+    def __call__(self, x_BLD, positions_BL, document_ids_BL, cache=None):
         B, L, _ = x_BLD.shape
         start = self.init_cache(B, L, x_BLD.dtype) if cache is None else cache
-        before_BL = jnp.concatenate([start["document"][:, None], segment_ids_BL[:, :-1]], axis=1)
-        a = jax.nn.sigmoid(self.decay(x_BLD) + 4) * (segment_ids_BL == before_BL)[..., None]
-        b = jax.nn.sigmoid(self.rate(x_BLD)) * (segment_ids_BL > 0)[..., None]
+        before_BL = jnp.concatenate([start["document"][:, None], document_ids_BL[:, :-1]], axis=1)
+        a = jax.nn.sigmoid(self.decay(x_BLD) + 4) * (document_ids_BL == before_BL)[..., None]
+        b = jax.nn.sigmoid(self.rate(x_BLD)) * (document_ids_BL > 0)[..., None]
         q, k, v, gate = (layer(x_BLD).reshape(B, L, *self.shape[:2]) for layer in self.qkvg)
         q, k = (u * jax.lax.rsqrt(jnp.sum(u * u, axis=-1, keepdims=True) + 1e-6) for u in (q, k))
 
@@ -54,7 +54,7 @@ class GatedDelta(nnx.Module):
         tokens = [jnp.moveaxis(u, 1, 0).astype(jnp.float32) for u in (q, k, v, a, b)]
         S, o = jax.lax.scan(step, start["S"], tokens)
         y = self.norm(jnp.moveaxis(o, 0, 1)) * jax.nn.silu(gate)
-        return self.out(y.reshape(B, L, -1)), {"S": S, "document": segment_ids_BL[:, -1]}
+        return self.out(y.reshape(B, L, -1)), {"S": S, "document": document_ids_BL[:, -1]}
 
 
 register(GatedDeltaConfig, GatedDelta)

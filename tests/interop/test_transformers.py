@@ -224,7 +224,7 @@ def _same_alignment(model: Any, params: Any, reference: Any, tokens_BL: np.ndarr
     for hook in hooks:
         hook.remove()
     positions = np.broadcast_to(np.arange(tokens_BL.shape[1]), tokens_BL.shape)
-    batch = {"inputs": tokens_BL, "positions": positions, "segment_ids": np.ones_like(tokens_BL)}
+    batch = {"inputs": tokens_BL, "positions": positions, "document_ids": np.ones_like(tokens_BL)}
     result = alignment.align(skeleton(model), params, [batch])
     for name in ("h", "z"):
         cosines = [

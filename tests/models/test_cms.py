@@ -67,7 +67,7 @@ POSITIONS = jnp.array([[*range(LENGTH)], *[[*range(10), *range(14)]] * 2])
 def _forward(config: ModelConfig):
     def forward(params, ids):
         model = skeleton(config).merge(params)
-        return model.logits(model(ids, segment_ids_BL=SEGMENT_IDS, positions_BL=POSITIONS)[0])
+        return model.logits(model(ids, document_ids_BL=SEGMENT_IDS, positions_BL=POSITIONS)[0])
 
     return jit(forward)
 
@@ -266,7 +266,7 @@ def test_bfloat16_training_with_periods_stays_finite():
     ids = tokens(rows=4, length=17)
     positions = jnp.broadcast_to(jnp.arange(16), (4, 16))
     batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:], "positions": positions}
-    batch["segment_ids"] = jnp.ones_like(positions)
+    batch["document_ids"] = jnp.ones_like(positions)
 
     train_step = jit(step.make_train_step(config, model, tx), donate_argnums=0)
     history = []

@@ -141,7 +141,7 @@ def test_documents_in_a_row_do_not_see_each_other():
         config,
         params,
         jnp.concatenate([first, second], axis=1),
-        segment_ids_BL=jnp.array([[1] * 10 + [2] * 14]),
+        document_ids_BL=jnp.array([[1] * 10 + [2] * 14]),
         positions_BL=jnp.array([[*range(10), *range(14)]]),
     )
     np.testing.assert_allclose(packed[:, :10], logits(config, params, first), atol=1e-5)

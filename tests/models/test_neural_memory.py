@@ -78,7 +78,7 @@ def memory(inputs, *, chunk, ids=None, **options):
     )
     q, k, v = (inputs[name] for name in "qkv")
     return neural_memory(
-        tuple(inputs["initial"]), q, k, v, gates, chunk=chunk, segment_ids_BL=ids, **options
+        tuple(inputs["initial"]), q, k, v, gates, chunk=chunk, document_ids_BL=ids, **options
     )
 
 
@@ -188,7 +188,7 @@ def test_devices_do_not_talk_for_each_chunk():
 
         def loss(initial, x, gate, ids):
             gates = Gates(log_keep_BLH=gate, log_momentum_BLH=gate, rate_BLH=gate)
-            y, _ = neural_memory(initial, x, x, x, gates, chunk=4, segment_ids_BL=ids)
+            y, _ = neural_memory(initial, x, x, x, gates, chunk=4, document_ids_BL=ids)
             return jnp.sum(y)
 
         compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(initial, x, gate, ids).compile()

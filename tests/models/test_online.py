@@ -66,7 +66,7 @@ def make_batch(*documents: list[int], seed: int = 0) -> dict[str, jax.Array]:
         "inputs": jnp.asarray(tokens[:, :-1]),
         "targets": jnp.asarray(tokens[:, 1:]),
         "positions": jnp.asarray(positions),
-        "segment_ids": jnp.asarray(ids),
+        "document_ids": jnp.asarray(ids),
     }
 
 
@@ -97,7 +97,7 @@ def compiled(config: ModelConfig):
 def token_weights(batch):
     """A weight for each token, all different, for gradients of weighted sums."""
     shape = batch["inputs"].shape
-    return (0.5 + jnp.arange(shape[0] * shape[1]).reshape(shape) % 7) * (batch["segment_ids"] > 0)
+    return (0.5 + jnp.arange(shape[0] * shape[1]).reshape(shape) % 7) * (batch["document_ids"] > 0)
 
 
 # --- The oracle: one row in one plain pass, every token with weights of its own. ---
@@ -106,7 +106,7 @@ def token_weights(batch):
 def oracle_losses(params, versions, version_L, row):
     """nll and log-partition (L,); `versions` has the MLP levels of each layer, (N, ...)."""
     model = skeleton(CONFIG).merge(params)
-    ids, positions = row["segment_ids"][None], row["positions"][None]
+    ids, positions = row["document_ids"][None], row["positions"][None]
     x = model.embedding[...][row["inputs"]]
     layers = [model.segments.layer(index) for index in range(2)]
     for layer, levels in zip(layers, versions, strict=True):
@@ -144,7 +144,7 @@ def oracle_versions(params, row, chunks, piece=4):
     The tokens of a document in a piece use the sum of that document's gradients of all
     pieces in chunks that have ended: eq. 71, with nothing kept from version to version.
     """
-    ids = np.asarray(row["segment_ids"])
+    ids = np.asarray(row["document_ids"])
     pieces, documents = -(-LENGTH // piece), 4
     version_L = ids * pieces + np.arange(LENGTH) // piece
     total = documents * pieces
@@ -172,7 +172,7 @@ def oracle_versions(params, row, chunks, piece=4):
 def test_losses_equal_the_oracle(chunks):
     """Two levels, documents that meet inside pieces and at their borders, padding."""
     nll, log_z, scored = compiled(with_mlp(online_chunks=chunks))(parameters(), BATCH)
-    np.testing.assert_array_equal(scored, BATCH["segment_ids"] > 0)
+    np.testing.assert_array_equal(scored, BATCH["document_ids"] > 0)
     plain, _, _ = compiled(ORDINARY)(parameters(), BATCH)
     assert jnp.abs(nll - plain).max() > 0.05, "the updates do nothing"
     run = jit(oracle_losses)
@@ -245,7 +245,7 @@ def test_a_token_changes_nothing_before_it(token: int):
 @pytest.mark.parametrize("document", [1, 2, 3])
 def test_documents_of_a_row_do_not_touch_each_other(document: int):
     """Exactly, though they share pieces: neither those before nor those after."""
-    inside = BATCH["segment_ids"][1] == document
+    inside = BATCH["document_ids"][1] == document
     other = make_batch([1], [1], [1], seed=5)
     changed = BATCH | {
         name: BATCH[name].at[1].set(jnp.where(inside, other[name][1], BATCH[name][1]))
@@ -279,7 +279,7 @@ def test_decoding_token_by_token_equals_the_full_pass():
     batch = {
         "inputs": ids[:, :-1],
         "targets": ids[:, 1:],
-        "segment_ids": ones,
+        "document_ids": ones,
         "positions": ones * jnp.arange(length),
     }
     nll, log_z, _ = compiled(config)(params, batch)

@@ -103,7 +103,7 @@ def test_memory_as_context_retrieves_attends_writes_and_reads_again():
             *qkv,
             gates,
             chunk=CONFIG.chunk,
-            segment_ids_BL=ids,
+            document_ids_BL=ids,
             state=state,
             clip=CONFIG.gradient_clip,
         )

@@ -30,29 +30,29 @@ INTERPRETED = dataclasses.replace(
 
 
 def inputs(dtype: str = "float32", L: int = L) -> list[jax.Array]:
-    """q, k, v and segment ids: two documents and padding in the first row, one in the other."""
+    """q, k, v and document ids: two documents and padding in the first row, one in the other."""
     keys = jax.random.split(jax.random.key(0), 3)
     shapes = (B, L, H, K), (B, L, N, K), (B, L, N, K)
     qkv = [jax.random.normal(k, s, jnp.dtype(dtype)) for k, s in zip(keys, shapes, strict=True)]
-    segment_ids = np.ones((B, L), np.int32)
-    segment_ids[0, 90:] = 2
-    segment_ids[0, 240:] = 0
-    return [*qkv, jnp.asarray(segment_ids)]
+    document_ids = np.ones((B, L), np.int32)
+    document_ids[0, 90:] = 2
+    document_ids[0, 240:] = 0
+    return [*qkv, jnp.asarray(document_ids)]
 
 
-def plain(q, k, v, segment_ids) -> jax.Array:
+def plain(q, k, v, document_ids) -> jax.Array:
     """By the definition, one head at a time as it were."""
     k, v = (jnp.repeat(x, H // N, axis=2) for x in (k, v))
     scores = jnp.einsum("blhk,bshk->bhls", q, k, precision="highest") / jnp.sqrt(K)
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    same = document_ids[:, :, None] == document_ids[:, None, :]
     seen = same & jnp.tri(q.shape[1], dtype=bool)
     weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
     return jnp.einsum("bhls,bshk->blhk", weights, v, precision="highest")
 
 
-def values_and_gradients(attention, q, k, v, segment_ids):
+def values_and_gradients(attention, q, k, v, document_ids):
     def loss(q, k, v):
-        y = attention(q, k, v, segment_ids) * (segment_ids > 0)[:, :, None, None]
+        y = attention(q, k, v, document_ids) * (document_ids > 0)[:, :, None, None]
         return jnp.sum(jnp.sin(y)), y
 
     (_, y), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)

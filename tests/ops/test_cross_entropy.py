@@ -98,7 +98,7 @@ def test_padding_is_not_scored():
     batch = {
         "inputs": ids,
         "targets": ids,
-        "segment_ids": jnp.array([[1] * 8, [1, 1, 1, 0, 0, 0, 0, 0]]),
+        "document_ids": jnp.array([[1] * 8, [1, 1, 1, 0, 0, 0, 0, 0]]),
         "positions": jnp.broadcast_to(jnp.arange(8), (2, 8)),
     }
     nll, log_z, scored = batch_losses(model, params, batch, chunk=4)

@@ -247,7 +247,7 @@ def batch(seed: int) -> dict[str, np.ndarray]:
     inputs, targets = np.random.default_rng(seed).integers(0, 32, (2, 8, 8), dtype=np.int32)
     positions = np.tile(np.arange(8, dtype=np.int32), (8, 1))
     ones = np.ones((8, 8), np.int32)
-    return {"inputs": inputs, "targets": targets, "segment_ids": ones, "positions": positions}
+    return {"inputs": inputs, "targets": targets, "document_ids": ones, "positions": positions}
 
 
 @pytest.fixture(scope="module")

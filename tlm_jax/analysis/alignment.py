@@ -108,17 +108,17 @@ def text_batches(
     room = seq_len - 1
     count = math.ceil(len(ids) / room)
     rows = np.zeros((math.ceil(count / batch_size) * batch_size, seq_len), np.int32)
-    segment_ids = np.zeros_like(rows)
+    document_ids = np.zeros_like(rows)
     for index in range(count):
         row = [tokenizer.eot_id, *ids[index * room : (index + 1) * room]]
         rows[index, : len(row)] = row
-        segment_ids[index, : len(row)] = 1
+        document_ids[index, : len(row)] = 1
     positions = np.broadcast_to(np.arange(seq_len, dtype=np.int32), rows.shape)
     return [
         {
             "inputs": rows[start : start + batch_size],
             "positions": positions[start : start + batch_size],
-            "segment_ids": segment_ids[start : start + batch_size],
+            "document_ids": document_ids[start : start + batch_size],
         }
         for start in range(0, len(rows), batch_size)
     ]
@@ -156,13 +156,13 @@ def pearson(values: tuple[float, ...]) -> float:
 
 def _sums(model: Skeleton, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Cosines summed over tokens (R, N), and the tokens: all, and those at position 0."""
-    positions_BL, segment_ids_BL = batch["positions"], batch["segment_ids"]
-    all_BL = segment_ids_BL > 0
+    positions_BL, document_ids_BL = batch["positions"], batch["document_ids"]
+    all_BL = document_ids_BL > 0
     after_first_BL = all_BL & (positions_BL > 0)
     merged = model.merge(params)
 
     def layer(block: Any, h_BLD: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        z_BLD, _ = block.mix(h_BLD, None, positions_BL, segment_ids_BL)
+        z_BLD, _ = block.mix(h_BLD, None, positions_BL, document_ids_BL)
         y_BLD, branch_BLD = z_BLD, jnp.zeros_like(z_BLD)
         for level in block.mlp.values():
             added_BLD = level.branch(y_BLD)  # y - z would lose digits beside a large stream

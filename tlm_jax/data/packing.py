@@ -64,7 +64,7 @@ class TokenDocuments:
 class PackedRows(grain.IterDataset):
     """Rows of L, each with parts of documents or whole ones.
 
-    Yields int32 arrays of shape (L,): `inputs`, `targets`, `segment_ids` (1, 2, ...
+    Yields int32 arrays of shape (L,): `inputs`, `targets`, `document_ids` (1, 2, ...
     for the documents of the row, 0 for padding) and `positions` (from 0 in each
     segment; a document that goes on in another row starts from 0 there).
 
@@ -119,7 +119,7 @@ class _PackedRowsIterator(grain.DatasetIterator):
         return {
             "inputs": row[_PAIRS][:, 0],
             "targets": row[_PAIRS][:, 1],
-            "segment_ids": row[f"{_PAIRS}_segment_ids"],
+            "document_ids": row[f"{_PAIRS}_segment_ids"],  # Grain's name
             "positions": row[f"{_PAIRS}_positions"],
         }
 

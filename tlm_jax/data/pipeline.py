@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Batch = dict[str, np.ndarray]
 
 LAYOUT_VERSION = 2
-_ARRAYS = ("inputs", "targets", "segment_ids", "positions")
+_ARRAYS = ("inputs", "targets", "document_ids", "positions")
 _READ_THREADS = 4
 _READ_AHEAD = 16  # documents
 
@@ -174,7 +174,7 @@ class Dataset:
 
         Returns:
           An iterator, with `get_state` and `set_state`, of dicts of int32 arrays
-          (B, L): `inputs`, `targets`, `segment_ids` (1, 2, ... for the documents of a row)
+          (B, L): `inputs`, `targets`, `document_ids` (1, 2, ... for the documents of a row)
           and `positions` (from 0 in each segment).
         """
         from tlm_jax.data import packing
@@ -259,7 +259,7 @@ class ValidationBatches:
     """Iterate over it as often as needed; every process gets all rows of all batches.
 
     Yields what the train iterator yields. Rows that fill up the last batch, and the
-    end of the last row, have segment id 0 and are not to be scored.
+    end of the last row, have document id 0 and are not to be scored.
     """
 
     dataset: Dataset

@@ -24,7 +24,7 @@ class Generator:
     """Writes greedy continuations with a model.
 
     Prompts of models to which it matters where in a row a token stands (see
-    `MixerConfig.masks_by_segment`) are batched by equal length; others are filled up on the left.
+    `MixerConfig.masks_by_document`) are batched by equal length; others are filled up on the left.
 
     Args:
       skeleton: the model's structure.
@@ -50,7 +50,7 @@ class Generator:
         self.max_length, self.batch_tokens = max_length, batch_tokens
         config = skeleton.config
         self._fills = not config.mlp.online_chunks and all(
-            mixer.masks_by_segment for mixer in config.mixers
+            mixer.masks_by_document for mixer in config.mixers
         )
         everywhere = NamedSharding(mesh, jax.P())
         self._begin = jax.jit(
@@ -173,7 +173,7 @@ def _begin(
     hidden_BPD, cache = model(
         tokens_BP,
         positions_BL=jnp.maximum(positions_BP, 0),
-        segment_ids_BL=(positions_BP >= 0).astype(jnp.int32),
+        document_ids_BL=(positions_BP >= 0).astype(jnp.int32),
         cache=model.init_cache(B, room),
     )
     logits_BV = model.logits(hidden_BPD[:, -1:])[:, 0, :vocab_size]

@@ -61,7 +61,7 @@ def score(
     Args:
       step: the compiled score step; its outputs must be readable by this process.
       params: the model's parameters.
-      batches: with int32 (B, L) `inputs`, `targets`, `segment_ids`, `positions`.
+      batches: with int32 (B, L) `inputs`, `targets`, `document_ids`, `positions`.
       bytes_per_token: UTF-8 bytes of the text for each target of the split.
       between: called once the device has a batch and the answer to the one before it has come;
         what it raises ends the evaluation.

@@ -74,7 +74,7 @@ class Batch:
     """Rows of one length, and where in them the scored tokens are predicted."""
 
     arrays: dict[str, np.ndarray]
-    """int32 (B, L): inputs, targets, positions, segment_ids."""
+    """int32 (B, L): inputs, targets, positions, document_ids."""
     at_PN: np.ndarray
     """int32: scored positions among the flattened rows of each part, 0 where there are fewer."""
     spans: tuple[tuple[int, int, int, int], ...]
@@ -182,7 +182,7 @@ def _fill(
     length: int,
     parts: int,
 ) -> Batch:
-    names = ("inputs", "targets", "positions", "segment_ids")
+    names = ("inputs", "targets", "positions", "document_ids")
     arrays = {name: np.zeros((number, length), np.int32) for name in names}
     scored: list[list[int]] = [[] for _ in range(parts)]
     spans = []
@@ -194,7 +194,7 @@ def _fill(
         arrays["inputs"][row, column:end] = tokens[:-1]
         arrays["targets"][row, column:end] = tokens[1:]
         arrays["positions"][row, column:end] = np.arange(position, position + end - column)
-        arrays["segment_ids"][row, column:end] = segment
+        arrays["document_ids"][row, column:end] = segment
         return end
 
     for row, groups in enumerate(rows):

@@ -66,7 +66,7 @@ class Scorer:
         self._rows = batch_sharding(mesh)
         self._parts = mesh.shape["data"] * mesh.shape["fsdp"]
         self._packs = not config.mlp.online_chunks and all(
-            mixer.masks_by_segment for mixer in config.mixers
+            mixer.masks_by_document for mixer in config.mixers
         )
         # Where one process sees all devices, they need not talk to each other at all.
         everywhere = NamedSharding(mesh, jax.P())
@@ -178,7 +178,7 @@ def _score(
         return pick(nll_BL), pick(greedy_BL)
     model = skeleton.merge(params)
     hidden_BLD, _ = model(
-        batch["inputs"], positions_BL=batch["positions"], segment_ids_BL=batch["segment_ids"]
+        batch["inputs"], positions_BL=batch["positions"], document_ids_BL=batch["document_ids"]
     )
     hidden_PSD = hidden_BLD.reshape(parts, -1, hidden_BLD.shape[-1])
     hidden_PND = jnp.take_along_axis(hidden_PSD, at_PN[:, :, None], axis=1)

@@ -154,10 +154,10 @@ class Attention(nnx.Module):
         self,
         x_BLD: jax.Array,
         positions_BL: jax.Array,
-        segment_ids_BL: jax.Array,
+        document_ids_BL: jax.Array,
         cache: KVCache | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Mixes tokens of equal segment id (see `branches`); segment id 0 is padding.
+        """Mixes tokens of equal document id (see `branches`); document id 0 is padding.
 
         With a cache the L new tokens follow those in it, and the cache that comes back holds
         them too.
@@ -173,12 +173,12 @@ class Attention(nnx.Module):
         B, L, _, _ = q_BLHK.shape
         if cache is None:
             kernel = self.kernel
-            y_BLHK = ops.self_attention(q_BLHK, k_BLNK, v_BLNK, segment_ids_BL, kernel=kernel)
+            y_BLHK = ops.self_attention(q_BLHK, k_BLNK, v_BLNK, document_ids_BL, kernel=kernel)
         else:
             query_index_L = jnp.arange(L) + cache.length
-            cache = cache.append(k_BLNK, v_BLNK, segment_ids_BL)
+            cache = cache.append(k_BLNK, v_BLNK, document_ids_BL)
             causal_LS = query_index_L[:, None] >= jnp.arange(cache.k_BSNK.shape[1])
-            mask_BLS = causal_LS & ops.sees(segment_ids_BL, cache.segment_ids_BS)
+            mask_BLS = causal_LS & ops.sees(document_ids_BL, cache.document_ids_BS)
             y_BLHK = ops.attend(q_BLHK, cache.k_BSNK, cache.v_BSNK, mask_BLS)
         y_BLHK = self.gate_heads(x_BLD, y_BLHK)
         out_HKD = self.out[...]
@@ -223,29 +223,29 @@ class Block(nnx.Module):
         return self.mixer.init_cache(batch, length, dtype)
 
     def __call__(
-        self, x_BLD: jax.Array, positions_BL: jax.Array, segment_ids_BL: jax.Array
+        self, x_BLD: jax.Array, positions_BL: jax.Array, document_ids_BL: jax.Array
     ) -> jax.Array:
         """The residual stream after the layer."""
-        return self.decode(x_BLD, None, positions_BL, segment_ids_BL)[0]
+        return self.decode(x_BLD, None, positions_BL, document_ids_BL)[0]
 
     def decode(
-        self, x_BLD: jax.Array, cache: Any, positions_BL: jax.Array, segment_ids_BL: jax.Array
+        self, x_BLD: jax.Array, cache: Any, positions_BL: jax.Array, document_ids_BL: jax.Array
     ) -> tuple[jax.Array, Any]:
         """The same for tokens that follow those in a cache, and the mixer's new cache."""
         x_BLD = constrain(x_BLD, "batch", "sequence", None)
-        x_BLD, cache = self.mix(x_BLD, cache, positions_BL, segment_ids_BL)
+        x_BLD, cache = self.mix(x_BLD, cache, positions_BL, document_ids_BL)
         with jax.named_scope("mlp"):
             for level in self.mlp.values():
                 x_BLD = level(x_BLD)
         return x_BLD, cache
 
     def mix(
-        self, x_BLD: jax.Array, cache: Any, positions_BL: jax.Array, segment_ids_BL: jax.Array
+        self, x_BLD: jax.Array, cache: Any, positions_BL: jax.Array, document_ids_BL: jax.Array
     ) -> tuple[jax.Array, Any]:
         """z = x + mixer(norm(x)), the stream that the MLP reads, and the mixer's new cache."""
         with jax.named_scope("mixer"):
             h_BLD = normed(self.mixer_norm, x_BLD)
-            y_BLD, cache = self.mixer(h_BLD, positions_BL, segment_ids_BL, cache)
+            y_BLD, cache = self.mixer(h_BLD, positions_BL, document_ids_BL, cache)
             return x_BLD + y_BLD.astype(x_BLD.dtype), cache  # a stock Flax layer may give float32
 
 
@@ -280,7 +280,7 @@ class LanguageModel(nnx.Module):
         tokens_BL: jax.Array,
         *,
         positions_BL: jax.Array | None = None,
-        segment_ids_BL: jax.Array | None = None,
+        document_ids_BL: jax.Array | None = None,
         cache: list[Any] | None = None,
     ) -> tuple[jax.Array, list[Any] | None]:
         """Hidden states after the final norm; multiply by `head_DV` for logits.
@@ -288,7 +288,7 @@ class LanguageModel(nnx.Module):
         Args:
           tokens_BL: int32 token ids.
           positions_BL: int32 positions within documents; None counts from 0.
-          segment_ids_BL: int32 document of each token: tokens see only their own document, 0 is
+          document_ids_BL: int32 document of each token: tokens see only their own document, 0 is
             padding; None is one document per row.
           cache: from `init_cache`, to continue the tokens in it.
 
@@ -297,14 +297,14 @@ class LanguageModel(nnx.Module):
         """
         if positions_BL is None:
             positions_BL = jnp.broadcast_to(jnp.arange(tokens_BL.shape[1]), tokens_BL.shape)
-        if segment_ids_BL is None:
-            segment_ids_BL = jnp.ones_like(tokens_BL)
+        if document_ids_BL is None:
+            document_ids_BL = jnp.ones_like(tokens_BL)
         with jax.named_scope("embedding"):
             x_BLD = self.embedding[...][tokens_BL].astype(compute_dtype(self.config))
         if cache is None:
-            x_BLD = self.segments(x_BLD, positions_BL, segment_ids_BL)
+            x_BLD = self.segments(x_BLD, positions_BL, document_ids_BL)
         else:
-            x_BLD, cache = self.segments.decode(x_BLD, cache, positions_BL, segment_ids_BL)
+            x_BLD, cache = self.segments.decode(x_BLD, cache, positions_BL, document_ids_BL)
         x_BLD = constrain(x_BLD, "batch", "sequence", None)
         return normed(self.final_norm, x_BLD), cache
 

@@ -19,7 +19,7 @@ class KVCache:
 
     k_BSNK: jax.Array
     v_BSNK: jax.Array
-    segment_ids_BS: jax.Array
+    document_ids_BS: jax.Array
     """int32; 0 marks rows not written yet and padding."""
     length: jax.Array
     """int32 scalar: rows written."""
@@ -29,10 +29,10 @@ class KVCache:
         cls, batch: int, length: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
     ) -> Self:
         kv = jnp.zeros((batch, length, num_kv_heads, head_dim), dtype)
-        segment_ids = jnp.zeros((batch, length), jnp.int32)
-        return cls(k_BSNK=kv, v_BSNK=kv, segment_ids_BS=segment_ids, length=jnp.int32(0))
+        document_ids = jnp.zeros((batch, length), jnp.int32)
+        return cls(k_BSNK=kv, v_BSNK=kv, document_ids_BS=document_ids, length=jnp.int32(0))
 
-    def append(self, k_BLNK: jax.Array, v_BLNK: jax.Array, segment_ids_BL: jax.Array) -> Self:
+    def append(self, k_BLNK: jax.Array, v_BLNK: jax.Array, document_ids_BL: jax.Array) -> Self:
         """Writes L more tokens; the caller keeps `length + L` within the cache.
 
         Tokens beyond it, which a compiled program cannot refuse, make its values NaN.
@@ -48,6 +48,6 @@ class KVCache:
             self,
             k_BSNK=write(self.k_BSNK, k_BLNK.astype(self.k_BSNK.dtype), self.length, axis=1),
             v_BSNK=write(self.v_BSNK, v_BLNK.astype(self.v_BSNK.dtype), self.length, axis=1),
-            segment_ids_BS=write(self.segment_ids_BS, segment_ids_BL, self.length, axis=1),
+            document_ids_BS=write(self.document_ids_BS, document_ids_BL, self.length, axis=1),
             length=self.length + new,
         )

@@ -37,9 +37,9 @@ def training_loss(
         return nll + z_loss * jnp.sum(jnp.square(log_z_BL)) / tokens, nll
     model = skeleton.merge(params)
     hidden_BLD, _ = model(
-        batch["inputs"], positions_BL=batch["positions"], segment_ids_BL=batch["segment_ids"]
+        batch["inputs"], positions_BL=batch["positions"], document_ids_BL=batch["document_ids"]
     )
-    weights_BL = (batch["segment_ids"] > 0) / tokens
+    weights_BL = (batch["document_ids"] > 0) / tokens
     return total_loss(hidden_BLD, model.head_DV, batch["targets"], weights_BL, chunk, z_loss)
 
 
@@ -65,8 +65,8 @@ def batch_losses(
     Args:
       skeleton: the model's structure.
       params: its parameters.
-      batch: int32 (B, L) arrays `inputs`, `targets`, `positions` and `segment_ids`;
-        segment id 0 is padding, which is not scored.
+      batch: int32 (B, L) arrays `inputs`, `targets`, `positions` and `document_ids`;
+        document id 0 is padding, which is not scored.
       chunk: see `cross_entropy.token_losses`.
       training: whether the losses are there to be differentiated.
 
@@ -77,8 +77,8 @@ def batch_losses(
         return online.online_losses(skeleton, params, batch, chunk=chunk)
     model = skeleton.merge(params)
     hidden_BLD, _ = model(
-        batch["inputs"], positions_BL=batch["positions"], segment_ids_BL=batch["segment_ids"]
+        batch["inputs"], positions_BL=batch["positions"], document_ids_BL=batch["document_ids"]
     )
     nll_BL, log_z_BL = token_losses(hidden_BLD, model.head_DV, batch["targets"], chunk=chunk)
-    scored_BL = batch["segment_ids"] > 0
+    scored_BL = batch["document_ids"] > 0
     return jnp.where(scored_BL, nll_BL, 0.0), jnp.where(scored_BL, log_z_BL, 0.0), scored_BL

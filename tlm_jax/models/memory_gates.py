@@ -26,12 +26,12 @@ class Gates:
 
 
 def documents(
-    segment_ids_BL: jax.Array, chunk: int, last_B: jax.Array
+    document_ids_BL: jax.Array, chunk: int, last_B: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Numbers the documents of each chunk; padding belongs to the document before it.
 
     Args:
-      segment_ids_BL: int32, 0 is padding; L is a multiple of `chunk`.
+      document_ids_BL: int32, 0 is padding; L is a multiple of `chunk`.
       chunk: tokens of a chunk.
       last_B: int32, document of the last token before these, 0 if there is none.
 
@@ -40,8 +40,8 @@ def documents(
       restart_BN: bool, the chunk's first token begins a new document.
       last_B: as given, after these tokens.
     """
-    B, L = segment_ids_BL.shape
-    ids = jnp.concatenate([last_B[:, None], segment_ids_BL], axis=1)
+    B, L = document_ids_BL.shape
+    ids = jnp.concatenate([last_B[:, None], document_ids_BL], axis=1)
     index = jnp.where(ids > 0, jnp.arange(L + 1), 0)
     ids = jnp.take_along_axis(ids, jax.lax.cummax(index, axis=1), axis=1)
     begins_BNC = ((ids[:, 1:] != ids[:, :-1]) & (ids[:, :-1] > 0)).reshape(B, -1, chunk)

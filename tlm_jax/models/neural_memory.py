@@ -48,7 +48,7 @@ class MemoryState:
     """(B, H, I, O): S, the last step; empty without momentum."""
     offset: jax.Array
     """int32 scalar: tokens so far in the present chunk, padding included."""
-    segment_ids_B: jax.Array
+    document_ids_B: jax.Array
     """int32: document of the last token that was not padding; 0 before the first."""
 
     @classmethod
@@ -60,7 +60,7 @@ class MemoryState:
             now=zeros,
             step=zeros if momentum else (),
             offset=jnp.int32(0),
-            segment_ids_B=jnp.zeros((batch,), jnp.int32),
+            document_ids_B=jnp.zeros((batch,), jnp.int32),
         )
 
 
@@ -219,7 +219,7 @@ def neural_memory(
     gates: Gates,
     *,
     chunk: int,
-    segment_ids_BL: jax.Array | None = None,
+    document_ids_BL: jax.Array | None = None,
     state: MemoryState | None = None,
     aligned: bool = False,
     clip: float | None = None,
@@ -236,7 +236,7 @@ def neural_memory(
       gates: of each token and head.
       chunk: tokens whose gradients are taken at the same weights. Chunks are counted from
         the first token of a row; the last one may be shorter.
-      segment_ids_BL: int32 document of each token, 0 for padding; None is one document a
+      document_ids_BL: int32 document of each token, 0 for padding; None is one document a
         row. A document is a run of equal ids (padding inside it is skipped); it starts
         from `initial` and sees nothing of others. Padding writes nothing, and its reads
         mean nothing.
@@ -269,7 +269,7 @@ def neural_memory(
     elif aligned:
         slots, num_chunks = chunk, L // chunk
         carry = ((), _unless_new(initial, state, state.now), state.step)
-        complete_N, last_B = None, state.segment_ids_B
+        complete_N, last_B = None, state.document_ids_B
     else:
         # The tokens take their places in the present chunk and those after it.
         slots, num_chunks = (1, 1) if L == 1 else (chunk, -(-(L + chunk - 1) // chunk))
@@ -277,9 +277,9 @@ def neural_memory(
         start = _unless_new(initial, state, state.chunk_start)
         carry = (start, _unless_new(initial, state, state.now), state.step)
         reached = state.offset + L - slots * jnp.arange(num_chunks)
-        complete_N, last_B = reached >= chunk, state.segment_ids_B
-    if state is not None and segment_ids_BL is None:
-        segment_ids_BL = jnp.ones((B, L), jnp.int32)
+        complete_N, last_B = reached >= chunk, state.document_ids_B
+    if state is not None and document_ids_BL is None:
+        document_ids_BL = jnp.ones((B, L), jnp.int32)
 
     def placed(x_BL: jax.Array) -> jax.Array:
         """(B, L, ...) -> (N, B, C, ...), zero where there is no token."""
@@ -301,8 +301,8 @@ def neural_memory(
         log_momentum_BHC=None if log_momentum is None else per_head(log_momentum),
         rate_BHC=per_head(gates.rate_BLH),
     )
-    if segment_ids_BL is not None:
-        ids_NBC = placed(segment_ids_BL)
+    if document_ids_BL is not None:
+        ids_NBC = placed(document_ids_BL)
         run_BL, restart_BN, last_B = documents(ids_NBC.swapaxes(0, 1).reshape(B, -1), slots, last_B)
         run_NBC = run_BL.reshape(B, num_chunks, slots).swapaxes(0, 1)
         tokens = dataclasses.replace(
@@ -324,7 +324,7 @@ def neural_memory(
             now=now,
             step=step,
             offset=(state.offset + L) % chunk,
-            segment_ids_B=last_B,
+            document_ids_B=last_B,
         )
     return out.astype(q_BLHK.dtype), state
 
@@ -333,7 +333,7 @@ def recall(
     initial: Weights,
     state: MemoryState,
     q_BLHK: jax.Array,
-    segment_ids_BL: jax.Array,
+    document_ids_BL: jax.Array,
     precision: str = "highest",
 ) -> jax.Array:
     """Reads every token at the state's present weights, and learns nothing.
@@ -342,7 +342,7 @@ def recall(
       initial: M_0 (H, I, O); what tokens of documents read that begin after the state.
       state: where to read.
       q_BLHK: the queries.
-      segment_ids_BL: int32 documents of the tokens.
+      document_ids_BL: int32 documents of the tokens.
       precision: see `neural_memory`.
 
     Returns:
@@ -352,8 +352,8 @@ def recall(
     initial = tuple(w.astype(dtype) for w in initial)
     now = _unless_new(initial, state, state.now)
     body = _Chunk(initial=initial, clip=None, precision=jax.lax.Precision(precision))
-    seen_BL = (segment_ids_BL == state.segment_ids_B[:, None]) | (segment_ids_BL == 0)
-    new_BL = ~seen_BL & (state.segment_ids_B > 0)[:, None]
+    seen_BL = (document_ids_BL == state.document_ids_B[:, None]) | (document_ids_BL == 0)
+    new_BL = ~seen_BL & (state.document_ids_B > 0)[:, None]
 
     def read(late_BL: jax.Array | None) -> jax.Array:
         q_BHLK = x = q_BLHK.astype(dtype).swapaxes(1, 2)
@@ -370,7 +370,7 @@ def _unless_new(initial: Weights, state: MemoryState, weights: Weights) -> Weigh
 
     So an empty state need not know the initial weights of its layer.
     """
-    begun = (state.segment_ids_B > 0)[:, None, None, None]
+    begun = (state.document_ids_B > 0)[:, None, None, None]
     return _where(begun, weights, initial)
 
 

@@ -142,7 +142,7 @@ class _Pieces:
         hidden, cache = model(
             piece["inputs"],
             positions_BL=piece["positions"],
-            segment_ids_BL=piece["segment_ids"],
+            document_ids_BL=piece["document_ids"],
             cache=cache,
         )
         nll, log_z = self.losses(hidden, model.head_DV, piece["targets"], chunk=self.chunk)
@@ -187,8 +187,8 @@ def online_losses(
     Args:
       skeleton: the model's structure; its config has `mlp.online_chunks`.
       params: its parameters.
-      batch: int32 (B, L) arrays `inputs`, `targets`, `positions` and `segment_ids`; a
-        document is a run of equal segment ids, 0 is padding. L need not be a multiple
+      batch: int32 (B, L) arrays `inputs`, `targets`, `positions` and `document_ids`; a
+        document is a run of equal document ids, 0 is padding. L need not be a multiple
         of the chunks.
       chunk: see `cross_entropy.token_losses`; cut to a divisor of the piece.
       losses: gives the negative log-likelihoods, which the updates descend on, and one more
@@ -211,7 +211,7 @@ def online_losses(
     def body(carry: Any, index_and_piece: Any) -> tuple[Any, Any]:
         fast, cache, document_B = carry
         index, piece = index_and_piece
-        ids_BC = piece["segment_ids"]
+        ids_BC = piece["document_ids"]
         last_B = ids_BC[:, -1]
         continues_B = last_B == document_B  # then the whole piece is of one document
         leaving_BC = (ids_BC == document_B[:, None]) & ~continues_B[:, None]
@@ -230,12 +230,12 @@ def online_losses(
 
     if skeleton.config.remat != "none":
         body = jax.checkpoint(body, prevent_cse=False)
-    names = ("inputs", "targets", "positions", "segment_ids")
+    names = ("inputs", "targets", "positions", "document_ids")
     start = (*pieces.start(B, P * C), jnp.zeros(B, jnp.int32))
     split_batch = {name: split(batch[name]) for name in names}
     _, (nll, log_z) = jax.lax.scan(body, start, (jnp.arange(P), split_batch))
     nll_BL, log_z_BL = (a.swapaxes(0, 1).reshape(B, P * C)[:, :L] for a in (nll, log_z))
-    scored_BL = batch["segment_ids"] > 0
+    scored_BL = batch["document_ids"] > 0
     return jnp.where(scored_BL, nll_BL, 0.0), jnp.where(scored_BL, log_z_BL, 0.0), scored_BL
 
 
@@ -297,7 +297,7 @@ def advance(
             "inputs": state.tokens_BC,
             "targets": jnp.concatenate([state.tokens_BC[:, 1:], token_B[:, None]], axis=1),
             "positions": jnp.broadcast_to(state.length - C + jnp.arange(C), state.tokens_BC.shape),
-            "segment_ids": jnp.ones_like(state.tokens_BC),
+            "document_ids": jnp.ones_like(state.tokens_BC),
         }
         everywhere = jnp.ones(state.tokens_BC.shape, bool)
         gradients, _ = pieces.learn(state.fast.used, state.piece_cache, piece, everywhere)

@@ -2,7 +2,7 @@
 
 | part | config derives from | module is built as | and called as |
 |---|---|---|---|
-| mixer | `MixerConfig` | `Module(config, context, rngs=rngs)` | `y_BLD, cache = module(x_BLD, positions_BL, segment_ids_BL, cache)` |
+| mixer | `MixerConfig` | `Module(config, context, rngs=rngs)` | `y_BLD, cache = module(x_BLD, positions_BL, document_ids_BL, cache)` |
 | MLP | `MLPConfig` | `Module(config, width, context, rngs=rngs)` | `y_BLD = module(x_BLD)` |
 | norm | (a name) | `make(dim, eps, rngs=rngs)` | `y = norm(x)` |
 

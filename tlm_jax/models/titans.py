@@ -64,21 +64,21 @@ class Titans(nnx.Module):
         self,
         x_BLD: jax.Array,
         positions_BL: jax.Array,
-        segment_ids_BL: jax.Array,
+        document_ids_BL: jax.Array,
         cache: TitansCache | None = None,
     ) -> tuple[jax.Array, TitansCache | None]:
-        """Mixes tokens of equal segment id; segment id 0 is padding."""
+        """Mixes tokens of equal document id; document id 0 is padding."""
         memory = self.memory
         state, tail, kv = (cache.memory, cache.tail, cache.kv) if cache else (None, None, None)
-        (q_BLHK, k_BLHK, v_BLHK), tail = memory.project(x_BLD, segment_ids_BL, tail)
+        (q_BLHK, k_BLHK, v_BLHK), tail = memory.project(x_BLD, document_ids_BL, tail)
         y_BLHK, state = memory.learn(
-            q_BLHK, k_BLHK, v_BLHK, memory.gate(x_BLD), segment_ids_BL, state
+            q_BLHK, k_BLHK, v_BLHK, memory.gate(x_BLD), document_ids_BL, state
         )
         y_BLHK = self.memory_norm(y_BLHK)
         if self.attention is not None and self.attention_norm is not None:
             mal = self.config.variant == "mal"
             inputs = y_BLHK.reshape(*x_BLD.shape[:2], -1) if mal else x_BLD
-            a_BLHK, kv = self.attention(inputs, positions_BL, segment_ids_BL, kv)
+            a_BLHK, kv = self.attention(inputs, positions_BL, document_ids_BL, kv)
             a_BLHK = self.attention_norm(a_BLHK)
             y_BLHK = a_BLHK if mal else a_BLHK * jax.nn.sigmoid(y_BLHK)
         if state is not None and tail is not None:

@@ -40,7 +40,7 @@ class Tokens:
     k_BLHK: jax.Array
     v_BLHK: jax.Array
     positions_BL: jax.Array
-    segment_ids_BL: jax.Array
+    document_ids_BL: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -50,7 +50,7 @@ class SegmentKeys:
 
     kv_BC4HK: jax.Array
     """Of each token: key and value of h, key and value of x."""
-    segment_ids_BC: jax.Array
+    document_ids_BC: jax.Array
     """int32; 0 where the segment has no token yet."""
 
 
@@ -98,7 +98,7 @@ class MemoryAsContext(nnx.Module):
             tail=self.memory.init_tail(batch, dtype),
             keys=SegmentKeys(
                 kv_BC4HK=jnp.zeros((batch, C, 4, H, K), dtype),
-                segment_ids_BC=jnp.zeros((batch, C), jnp.int32),
+                document_ids_BC=jnp.zeros((batch, C), jnp.int32),
             ),
             offset=jnp.int32(0),
         )
@@ -106,7 +106,7 @@ class MemoryAsContext(nnx.Module):
     def retrieve(self, tokens: Tokens, state: MemoryState) -> tuple[jax.Array, jax.Array]:
         """Keys and values of what the memory knew of the tokens before their segment."""
         precision = self.config.precision
-        h_BLHK = recall(self.memory.start, state, tokens.ask_BLHK, tokens.segment_ids_BL, precision)
+        h_BLHK = recall(self.memory.start, state, tokens.ask_BLHK, tokens.document_ids_BL, precision)
         h_BLD = _merge(self.retrieved_norm(h_BLHK), self.retrieved_out[...])
         k_BLHK, v_BLHK = self.attention.project(h_BLD, tokens.positions_BL, queries=False)
         return k_BLHK, v_BLHK
@@ -114,7 +114,7 @@ class MemoryAsContext(nnx.Module):
     def learn(
         self,
         a_BLHK: jax.Array,
-        segment_ids_BL: jax.Array,
+        document_ids_BL: jax.Array,
         state: MemoryState,
         tail: Tail,
         *,
@@ -122,10 +122,10 @@ class MemoryAsContext(nnx.Module):
     ) -> tuple[jax.Array, MemoryState, Tail]:
         """Teaches the memory what attention gave, and gates that by what it then says."""
         y_BLD = _merge(a_BLHK, self.attention_out[...])
-        (q_BLHK, k_BLHK, v_BLHK), new_tail = self.memory.project(y_BLD, segment_ids_BL, tail)
+        (q_BLHK, k_BLHK, v_BLHK), new_tail = self.memory.project(y_BLD, document_ids_BL, tail)
         gates = self.memory.gate(y_BLD)
         m_BLHK, new_state = self.memory.learn(
-            q_BLHK, k_BLHK, v_BLHK, gates, segment_ids_BL, state, aligned=aligned
+            q_BLHK, k_BLHK, v_BLHK, gates, document_ids_BL, state, aligned=aligned
         )
         assert new_state is not None
         assert new_tail is not None
@@ -136,15 +136,15 @@ class MemoryAsContext(nnx.Module):
         self,
         x_BLD: jax.Array,
         positions_BL: jax.Array,
-        segment_ids_BL: jax.Array,
+        document_ids_BL: jax.Array,
         cache: ContextCache | None = None,
     ) -> tuple[jax.Array, ContextCache | None]:
-        """Mixes tokens of equal segment id; segment id 0 is padding.
+        """Mixes tokens of equal document id; document id 0 is padding.
 
         With a cache tokens go one by one.
         """
         ask_tail = None if cache is None else cache.ask_tail
-        (ask_BLHK,), ask_tail = self.memory.project(x_BLD, segment_ids_BL, ask_tail, first=1)
+        (ask_BLHK,), ask_tail = self.memory.project(x_BLD, document_ids_BL, ask_tail, first=1)
         q_BLHK, k_BLHK, v_BLHK = self.attention.project(x_BLD, positions_BL)
         tokens = Tokens(
             ask_BLHK=ask_BLHK,
@@ -152,7 +152,7 @@ class MemoryAsContext(nnx.Module):
             k_BLHK=k_BLHK,
             v_BLHK=v_BLHK,
             positions_BL=positions_BL,
-            segment_ids_BL=segment_ids_BL,
+            document_ids_BL=document_ids_BL,
         )
         if cache is None or ask_tail is None:
             return self.output(self.segments(tokens), x_BLD), None
@@ -183,7 +183,7 @@ class MemoryAsContext(nnx.Module):
             kh, vh = self.retrieve(segment, state)
             keys = jnp.concatenate([kh, segment.k_BLHK], axis=1)
             values = jnp.concatenate([vh, segment.v_BLHK], axis=1)
-            ids = segment.segment_ids_BL
+            ids = segment.document_ids_BL
             mask = jnp.tile(causal_CC & (ids[:, :, None] == ids[:, None, :]), (1, 1, 2))
             a_BCHK = self.attention.attend(segment.q_BLHK, keys, values, mask, persistent)
             y_BCHK, state, tail = self.learn(a_BCHK, ids, state, tail, aligned=True)
@@ -197,16 +197,16 @@ class MemoryAsContext(nnx.Module):
 
     def one_token(self, cache: ContextCache, token: Tokens) -> tuple[ContextCache, jax.Array]:
         """The next token of the present segment -> (B, 1, H, K)."""
-        keys, ids_B1, C = cache.keys, token.segment_ids_BL, self.config.window
+        keys, ids_B1, C = cache.keys, token.document_ids_BL, self.config.window
         write = jax.lax.dynamic_update_slice_in_dim
         kv = jnp.stack([*self.retrieve(token, cache.retrieved), token.k_BLHK, token.v_BLHK], axis=2)
         keys = SegmentKeys(
             kv_BC4HK=write(keys.kv_BC4HK, kv.astype(keys.kv_BC4HK.dtype), cache.offset, axis=1),
-            segment_ids_BC=write(keys.segment_ids_BC, ids_B1, cache.offset, axis=1),
+            document_ids_BC=write(keys.document_ids_BC, ids_B1, cache.offset, axis=1),
         )
         kh, vh, k, v = (keys.kv_BC4HK[:, :, i] for i in range(4))
         seen_C = jnp.arange(C) <= cache.offset
-        mask = jnp.tile(seen_C & (ids_B1[:, :, None] == keys.segment_ids_BC[:, None]), (1, 1, 2))
+        mask = jnp.tile(seen_C & (ids_B1[:, :, None] == keys.document_ids_BC[:, None]), (1, 1, 2))
         a_B1HK = self.attention.attend(
             token.q_BLHK,
             jnp.concatenate([kh, k], axis=1),

@@ -30,25 +30,25 @@ class Tail:
 
     qkv_BW3HK: jax.Array
     """Projections before the convolution."""
-    segment_ids_BW: jax.Array
+    document_ids_BW: jax.Array
 
     @classmethod
     def empty(cls, batch: int, width: int, channels: tuple[int, ...], dtype: jnp.dtype) -> Self:
         return cls(
             qkv_BW3HK=jnp.zeros((batch, width - 1, *channels), dtype),
-            segment_ids_BW=jnp.zeros((batch, width - 1), jnp.int32),
+            document_ids_BW=jnp.zeros((batch, width - 1), jnp.int32),
         )
 
 
 def short_conv(
-    x_BL3HK: jax.Array, filters_W3HK: jax.Array, segment_ids_BL: jax.Array, tail: Tail | None
+    x_BL3HK: jax.Array, filters_W3HK: jax.Array, document_ids_BL: jax.Array, tail: Tail | None
 ) -> tuple[jax.Array, Tail]:
     """Depthwise causal convolution within documents: y_t = sum_w filter_w x_{t-w}.
 
     Args:
       x_BL3HK: the channels; the third dim may hold any number of projections.
       filters_W3HK: filter 0 weighs the token itself.
-      segment_ids_BL: int32 documents; a token sees only its own.
+      document_ids_BL: int32 documents; a token sees only its own.
       tail: what went before, or None.
 
     Returns:
@@ -59,14 +59,14 @@ def short_conv(
     if tail is None:
         tail = Tail.empty(B, W, tuple(channels), x_BL3HK.dtype)
     x = jnp.concatenate([tail.qkv_BW3HK.astype(x_BL3HK.dtype), x_BL3HK], axis=1)
-    ids = jnp.concatenate([tail.segment_ids_BW, segment_ids_BL], axis=1)
+    ids = jnp.concatenate([tail.document_ids_BW, document_ids_BL], axis=1)
     filters = filters_W3HK.astype(x.dtype)
     y = filters[0] * x_BL3HK
     for back in range(1, W):
         place = slice(W - 1 - back, W - 1 - back + L)
-        same_BL = ids[:, place] == segment_ids_BL
+        same_BL = ids[:, place] == document_ids_BL
         y = y + filters[back] * jnp.where(same_BL[..., None, None, None], x[:, place], 0)
-    return y, Tail(qkv_BW3HK=x[:, L:], segment_ids_BW=ids[:, L:])
+    return y, Tail(qkv_BW3HK=x[:, L:], document_ids_BW=ids[:, L:])
 
 
 class Memory(nnx.Module):
@@ -132,7 +132,7 @@ class Memory(nnx.Module):
         return Tail.empty(batch, self.config.conv_width, (num, *self.qkv[...].shape[-2:]), dtype)
 
     def project(
-        self, x_BLD: jax.Array, segment_ids_BL: jax.Array, tail: Tail | None, first: int = 3
+        self, x_BLD: jax.Array, document_ids_BL: jax.Array, tail: Tail | None, first: int = 3
     ) -> tuple[list[jax.Array], Tail | None]:
         """The first of q, k and v (B, L, H, K) of the tokens, and the new tail."""
         filters = None if self.conv is None else self.conv[...][:, :first]
@@ -141,7 +141,7 @@ class Memory(nnx.Module):
         @jax.checkpoint
         def after(y_BL3HK: jax.Array, filters: Any, tail: Any) -> Any:
             if filters is not None:
-                y_BL3HK, tail = short_conv(y_BL3HK, filters, segment_ids_BL, tail)
+                y_BL3HK, tail = short_conv(y_BL3HK, filters, document_ids_BL, tail)
             y_BL3HK = jax.nn.silu(y_BL3HK)
             channels = (y_BL3HK[:, :, i] for i in range(first))
             return [_unit(y) if i < 2 else y for i, y in enumerate(channels)], tail
@@ -167,7 +167,7 @@ class Memory(nnx.Module):
         k_BLHK: jax.Array,
         v_BLHK: jax.Array,
         gates: Gates,
-        segment_ids_BL: jax.Array,
+        document_ids_BL: jax.Array,
         state: MemoryState | None,
         *,
         aligned: bool = False,
@@ -181,7 +181,7 @@ class Memory(nnx.Module):
             v_BLHK,
             gates,
             chunk=c.chunk,
-            segment_ids_BL=segment_ids_BL,
+            document_ids_BL=document_ids_BL,
             state=state,
             aligned=aligned,
             clip=c.gradient_clip,

@@ -78,23 +78,23 @@ class WindowAttention(nnx.Module):
         self,
         x_BLI: jax.Array,
         positions_BL: jax.Array,
-        segment_ids_BL: jax.Array,
+        document_ids_BL: jax.Array,
         cache: KVCache | None,
     ) -> tuple[jax.Array, KVCache | None]:
         """Each token sees the last `window` tokens of its document; returns (B, L, H, K)."""
         q, k, v = self.project(x_BLI, positions_BL)
         B, L, H, K = q.shape
         window = self.config.window
-        index_L, ids_BL, ids_BS = jnp.arange(L), segment_ids_BL, segment_ids_BL
+        index_L, ids_BL, ids_BS = jnp.arange(L), document_ids_BL, document_ids_BL
         if cache is not None:
             index_L = index_L + cache.length
-            cache = cache.append(k, v, segment_ids_BL)
-            k, v, ids_BS = cache.k_BSNK, cache.v_BSNK, cache.segment_ids_BS
+            cache = cache.append(k, v, document_ids_BL)
+            k, v, ids_BS = cache.k_BSNK, cache.v_BSNK, cache.document_ids_BS
         elif window < L:  # each block of `window` tokens sees itself and the block before
             index_L = window + jnp.arange(window)
-            q, ids_BL = _blocks(q, window), _blocks(segment_ids_BL, window)
+            q, ids_BL = _blocks(q, window), _blocks(document_ids_BL, window)
             k, v = _with_block_before(k, window), _with_block_before(v, window)
-            ids_BS = _with_block_before(segment_ids_BL, window, before_first=-1)
+            ids_BS = _with_block_before(document_ids_BL, window, before_first=-1)
         back_LS = index_L[:, None] - jnp.arange(k.shape[1])
         near_LS = (back_LS >= 0) & (back_LS < window)
         mask_BLS = near_LS & (ids_BL[:, :, None] == ids_BS[:, None, :])

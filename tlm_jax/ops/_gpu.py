@@ -7,9 +7,9 @@ import jax
 from tlm_jax.ops.masks import causal_mask
 
 
-def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+def cudnn(q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BL: jax.Array) -> jax.Array:
     """cuDNN's flash attention."""
-    mask_B1LL = causal_mask(segment_ids_BL)[:, None]
+    mask_B1LL = causal_mask(document_ids_BL)[:, None]
     return jax.nn.dot_product_attention(q, k, v, mask=mask_B1LL, implementation="cudnn")
 
 

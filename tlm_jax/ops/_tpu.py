@@ -14,7 +14,7 @@ _BLOCKS = (1024, 512, 256, 128)
 
 
 def splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids_BL: jax.Array, interpret: bool = False
+    q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BL: jax.Array, interpret: bool = False
 ) -> jax.Array:
     """JAX's Pallas kernel, which never writes the L x L scores.
 
@@ -67,7 +67,7 @@ def splash(
             out_specs=where,
             check_vma=False,  # Pallas does not say how its results vary over the mesh
         )
-    return rows(kernel, q, k, v, segment_ids_BL, segment_ids_BL).transpose(0, 2, 1, 3)
+    return rows(kernel, q, k, v, document_ids_BL, document_ids_BL).transpose(0, 2, 1, 3)
 
 
 def runs_splash(*, target: str, length: int, **_: Any) -> bool:

@@ -33,7 +33,7 @@ def self_attention(
     q_BLHK: jax.Array,
     k_BLNK: jax.Array,
     v_BLNK: jax.Array,
-    segment_ids_BL: jax.Array,
+    document_ids_BL: jax.Array,
     *,
     kernel: str = "auto",
 ) -> jax.Array:
@@ -56,7 +56,7 @@ def self_attention(
     )
     q_BLHK = constrain(q_BLHK, "batch", "sequence", "heads", None)
     k_BLNK, v_BLNK = (constrain(a, "batch", None, "kv_heads", None) for a in (k_BLNK, v_BLNK))
-    return checkpoint_name(version.function(q_BLHK, k_BLNK, v_BLNK, segment_ids_BL), ATTENTION)
+    return checkpoint_name(version.function(q_BLHK, k_BLNK, v_BLNK, document_ids_BL), ATTENTION)
 
 
 def attend(
@@ -149,15 +149,15 @@ def _softmax_backward(residuals: Any, dy: jax.Array) -> Any:
 _softmax_attention.defvjp(_softmax_forward, _softmax_backward)
 
 
-def _xla(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
-    return attend(q, k, v, causal_mask(segment_ids_BL), causal=True)
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BL: jax.Array) -> jax.Array:
+    return attend(q, k, v, causal_mask(document_ids_BL), causal=True)
 
 
-def _reference(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids_BL: jax.Array) -> jax.Array:
+def _reference(q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BL: jax.Array) -> jax.Array:
     B, L, H, K = q.shape
     q_BLNGK = q.reshape(B, L, k.shape[2], -1, K)
     scores = jnp.einsum("BLNGK,BSNK->BNGLS", q_BLNGK, k, preferred_element_type=jnp.float32)
-    mask_BLL = causal_mask(segment_ids_BL)[:, None, None]
+    mask_BLL = causal_mask(document_ids_BL)[:, None, None]
     weights = jax.nn.softmax(jnp.where(mask_BLL, scores * K**-0.5, -jnp.inf), axis=-1)
     return jnp.einsum("BNGLS,BSNK->BLNGK", weights.astype(v.dtype), v).reshape(B, L, H, K)
 

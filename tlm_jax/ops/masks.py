@@ -18,7 +18,7 @@ def sees(query_ids_BL: jax.Array, key_ids_BS: jax.Array) -> jax.Array:
     return (key_ids == query_ids) | (key_ids == query_ids % BRANCH)
 
 
-def causal_mask(segment_ids_BL: jax.Array) -> jax.Array:
+def causal_mask(document_ids_BL: jax.Array) -> jax.Array:
     """(B, L, L) bool: a token sees itself and what is before it in its document."""
-    index_L = jnp.arange(segment_ids_BL.shape[1])
-    return (index_L[:, None] >= index_L) & sees(segment_ids_BL, segment_ids_BL)
+    index_L = jnp.arange(document_ids_BL.shape[1])
+    return (index_L[:, None] >= index_L) & sees(document_ids_BL, document_ids_BL)

@@ -1,7 +1,7 @@
 """Training state and the train step, as pure functions.
 
 Shapes: B batch, L length. A batch has int32 (B, L) arrays `inputs`, `targets`,
-`positions` and `segment_ids` (0 is padding, not scored).
+`positions` and `document_ids` (0 is padding, not scored).
 """
 
 import dataclasses
@@ -94,7 +94,7 @@ def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDty
     """Shape, dtype and sharding of the arrays of a batch."""
     where = sharding.token_sharding(mesh)
     shape = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=where)
-    return dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), shape)
+    return dict.fromkeys(("inputs", "targets", "document_ids", "positions"), shape)
 
 
 def lower_train_step(
@@ -150,7 +150,7 @@ def make_train_step(
         def objective(params: Any) -> tuple[jax.Array, jax.Array]:
             if loss is not None:
                 loss_BL = loss(skeleton.merge(params), batch)
-                mean = jnp.sum(jnp.where(batch["segment_ids"] > 0, loss_BL, 0.0)) / tokens
+                mean = jnp.sum(jnp.where(batch["document_ids"] > 0, loss_BL, 0.0)) / tokens
                 return mean, mean
             return training_loss(skeleton, params, batch, tokens, chunk=chunk, z_loss=z_loss)
 
@@ -172,7 +172,7 @@ def make_train_step(
         return jax.lax.scan(add, zeros, split)[0]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        tokens = jnp.sum(batch["segment_ids"] > 0)
+        tokens = jnp.sum(batch["document_ids"] > 0)
         value, grads = accumulated(state.params, batch, jnp.maximum(tokens, 1))
         grad_norm = global_norm(grads)
         good = jnp.isfinite(value) & jnp.isfinite(grad_norm)
