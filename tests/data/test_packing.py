@@ -190,6 +190,28 @@ def test_shares_of_a_mixture_are_shares_of_tokens(
     assert abs(share_of_b(made) - weights[1] / sum(weights)) < 0.01
 
 
+@pytest.mark.parametrize("readers", [2, 16])
+@pytest.mark.parametrize("weights", [(3, 1), (0.2, 1.8)])
+def test_each_batch_of_several_readers_is_mixed(
+    weights: tuple[float, float], readers: int, folders: tuple[str, str]
+) -> None:
+    """They do not all turn to the same folder at once, and each has its share of both."""
+    data = dataset(*folders, weights=weights, batch_size=16, readers=readers)
+    iterator = data.train_iterator()
+    begin = list(itertools.islice(iterator, 30))
+    state = json.loads(json.dumps(iterator.get_state()))
+    batches = begin + list(itertools.islice(iterator, 30))
+    wanted = weights[1] / sum(weights)
+    assert all(abs(share_of_b(batch) - wanted) <= 2 / 16 for batch in batches)
+    for first in range(0, 16, 16 // readers):
+        alone = [{"targets": b["targets"][first : first + 16 // readers]} for b in batches]
+        assert abs(np.mean([share_of_b(part) for part in alone]) - wanted) < 0.04
+    resumed = data.train_iterator()
+    resumed.set_state(state)
+    for expected, got in zip(batches[30:], resumed, strict=False):
+        np.testing.assert_array_equal(got["targets"], expected["targets"])
+
+
 def test_what_a_mixture_holds(folders: tuple[str, str]) -> None:
     data = dataset(*folders, weights=(1, 3))
     short, long = dataset(folders[0]), dataset(folders[1])

@@ -189,6 +189,7 @@ def test_layout(many: Dataset) -> None:
         "seed": 0,
         "packing": "concat",
         "mixture": None,
+        "readers": None,
         "version": 2,
     }
 
