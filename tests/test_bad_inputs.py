@@ -71,7 +71,7 @@ def test_unknown_option_as_a_user_sees_it(encoding: str, train: tuple[str, ...])
         (
             "titans",
             "--model.mixer.variant mac --model.mixer.chunk 48",
-            "chunk=48 does not divide window=64, the segment of variant mac; use one of "
+            "chunk=48 does not divide window=64, the block of variant mac; use one of "
             "[1, 2, 4, 8, 16, 32, 64], or window=96",
         ),
         (

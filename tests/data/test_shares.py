@@ -165,7 +165,7 @@ def test_one_reader_reads_what_it_always_has(many_files: pathlib.Path, cache_dir
         data = open_bytes(many_files, cache_dir, packing=packing)
         digest = hashlib.sha256()
         for batch in take(data.train_iterator(), 20):
-            for name in sorted(batch):
+            for name in ("inputs", "positions", "document_ids", "targets"):
                 digest.update(batch[name].tobytes())
         digests[packing] = digest.hexdigest()[:16]
     assert digests == {"concat": "8c29b4a95d61f040", "best_fit": "0fff879ccfc8c0ba"}
