@@ -90,7 +90,7 @@ def _read(number: int, folder: pathlib.Path, text: pathlib.Path) -> list[Any]:
         for index in range(number)
     ]
     try:
-        answers = [process.communicate(timeout=100) for process in processes]
+        answers = [process.communicate(timeout=300) for process in processes]
     finally:
         for process in processes:
             process.kill()
