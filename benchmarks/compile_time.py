@@ -2,9 +2,10 @@
 
     python -m benchmarks.compile_time
 
-A 24-layer model in the shape of configs/tiny.py, compiled for the devices at
-hand: a uniform scan, stairs of 1, 4 and 8 segments, and the exact taper. The
-variants take turns; medians over the rounds are written to docs/speed.md.
+A 24-layer model in the shape of configs/tiny.py, compiled for the devices at hand: a uniform scan,
+stairs of 1, 4 and 8 segments, the exact taper, and a hybrid of three layers of attention to one
+of Titans, whose turn of four layers is one scan body. The variants take turns; medians over the
+rounds are written to docs/speed.md.
 """
 
 import argparse
@@ -17,11 +18,12 @@ import jax
 
 from benchmarks import report
 from tlm_jax import config_io
+from tlm_jax.architectures import with_architecture
 from tlm_jax.config import RunConfig
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.models import skeleton
 from tlm_jax.training import step
-from tlm_jax.training.optimizer import About, make_optimizer
+from tlm_jax.training.updates import About, make_optimizer
 
 LAYERS = 24
 
@@ -41,6 +43,8 @@ def variants() -> dict[str, RunConfig]:
         "num_segments=4": run(num_segments=4),
         "num_segments=8": run(num_segments=8),
         "exact taper": run(),
+        "hybrid, uniform": with_architecture(run(schedule="uniform"), "hybrid"),
+        "hybrid, num_segments=3": with_architecture(run(num_segments=3), "hybrid"),
     }
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.data [--only prepare] [--text FOLDER --tokenizer FILE] [--processes 2]
 
-Every measurement is a process of its own, and arms that are compared take turns. Three tables
+Every measurement is a process of its own, and arms that are compared take turns. Four tables
 go to docs/speed.md:
 
 - prepare: seconds to tokenise the same documents with the same tokenizer and number of
@@ -11,10 +11,13 @@ go to docs/speed.md:
   function is timed with `encode_batch`, which transformers calls, and with `encode_batch_fast`.
 - loader: tokens a second that the train iterator delivers, packing included, and how many times
   what the tiny model consumes here (its train step is timed in the same run).
+- shares: the same of one process of a job that shares out the reading of large batches, by the
+  number of processes, against what a pod takes.
 - start: seconds to the first batch and peak memory of synthetic sets of several sizes.
 """
 
 import argparse
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -30,10 +33,14 @@ import numpy as np
 
 from benchmarks import race
 
-TABLES = ("prepare", "loader", "start")
+TABLES = ("prepare", "loader", "shares", "start")
 PREPARERS = ("tlm prepare", "datasets.map, encode_batch", "datasets.map, encode_batch_fast")
 TINY_ROWS, TINY_LENGTH = 8, 256
 """The batch of configs/tiny.py."""
+POD_ROWS, POD_LENGTH = 128, 4096
+"""The batch of configs/tlm_440m.py."""
+POD_RATE = 6.3e6
+"""Tokens a second that it takes on v5e:16x16 (64 processes) at 40% of the peak."""
 START_BATCHES = 500
 DOCUMENT_TOKENS = 1000
 
@@ -222,6 +229,74 @@ def measure_loader(options: argparse.Namespace, folder: pathlib.Path) -> str:
     )
 
 
+def share(folder: str, readers: str, processes: str, index: str, seconds: str) -> dict[str, float]:
+    """Batches a second of one of several processes, and CPU seconds for each; all its threads."""
+    from tlm_jax.config import DataConfig
+    from tlm_jax.data import open_dataset
+    from tlm_jax.data.shares import shares
+
+    config = DataConfig(path=folder, seq_len=POD_LENGTH, batch_size=POD_ROWS, readers=int(readers))
+    size = POD_ROWS // int(processes)
+    rows = [range(size * i, size * (i + 1)) for i in range(int(processes))]
+    each = shares(rows, num_readers=config.readers, batch_size=POD_ROWS)
+    iterator = open_dataset(config, 4096).train_iterator(each[int(index)])
+    for _ in range(max(2, int(processes))):
+        next(iterator)
+    count, cpu, begin = 0, time.process_time(), time.perf_counter()
+    while (taken := time.perf_counter() - begin) < float(seconds):
+        next(iterator)
+        count += 1
+    cpu = time.process_time() - cpu
+    iterator.close()
+    return {"rate": count / taken, "cpu": cpu / count, "rows": size + each[int(index)].spare}
+
+
+def measure_shares(options: argparse.Namespace, folder: pathlib.Path) -> str:
+    """The table of reading in shares."""
+    from benchmarks import report
+
+    out = folder / "10M"
+    if not out.exists():
+        write_synthetic(out, 10_000_000)
+    rows = []
+    arms = [(1, 64, 1), (64, 1, 1), (64, 2, 1), (64, 2, 2), (64, 4, 1), (64, 16, 1), (64, 64, 1)]
+    for readers, processes, at_once in arms:
+        runs = []
+        for _ in range(options.rounds):
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                words = (readers, processes)
+                found = pool.map(
+                    lambda i, words=words: run_arm("share", out, *words, i, options.seconds),
+                    range(at_once),
+                )
+                runs.append(min(found, key=lambda r: r["rate"]))  # the others wait for it
+        rate = statistics.median(r["rate"] for r in runs)
+        cores = statistics.median(r["cpu"] for r in runs) * POD_RATE / (POD_ROWS * POD_LENGTH)
+        read = round(runs[0]["rows"])
+        rows.append(
+            [
+                str(readers),
+                str(processes),
+                str(at_once),
+                str(read),
+                f"{rate * read * POD_LENGTH:,.0f}",
+                f"{rate * POD_ROWS * POD_LENGTH:,.0f}",
+                f"{rate * POD_ROWS * POD_LENGTH / POD_RATE:.1f}",
+                f"{cores:.2f}",
+            ]
+        )
+    header = ["readers", "processes", "of them run here", "rows that one reads"]
+    header += ["tokens/s that one reads", "tokens/s of the job's batches", "times 6.3M"]
+    header += ["cores of each at 6.3M"]
+    return (
+        f"{report.table(header, rows)}\n\n"
+        f"Medians of {options.rounds} runs of {options.seconds:g} s, batches of {POD_ROWS} rows of "
+        f"{POD_LENGTH}, concat, synthetic documents of {DOCUMENT_TOKENS} tokens on average, no "
+        "reader processes. A job's rate is that of its slowest process here; where others would "
+        f"run on machines of their own, it is one's. {report.machine()}."
+    )
+
+
 def write_synthetic(folder: pathlib.Path, tokens: int) -> None:
     """A store of so many tokens: random ids in documents of about DOCUMENT_TOKENS."""
     from tlm_jax.data import load_tokenizer, store
@@ -313,6 +388,7 @@ ARMS: dict[str, Callable[..., dict[str, float]]] = {
     "ours": prepare_ours,
     "theirs": prepare_theirs,
     "load": load,
+    "share": share,
     "start": start,
 }
 
@@ -338,7 +414,12 @@ def main() -> None:
         return
     from benchmarks import report
 
-    measures = {"prepare": measure_prepare, "loader": measure_loader, "start": measure_start}
+    measures = {
+        "prepare": measure_prepare,
+        "loader": measure_loader,
+        "shares": measure_shares,
+        "start": measure_start,
+    }
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or pathlib.Path(temporary)
         for table in [options.only] if options.only else TABLES:

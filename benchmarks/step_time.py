@@ -3,13 +3,12 @@
     python -m benchmarks.step_time tiny
     python -m benchmarks.step_time others [--torch_python X/bin/python]
         [--nanodo Y/bin/python CHECKOUT] [--maxtext_python Z/bin/python]
-    python -m benchmarks.step_time gpu [--results FILE.json]
 
-`tiny` and `others` write their tables to docs/speed.md; `gpu` too, where there is one. X is an
-environment with torch and transformers; the heads of nanodo_worker.py and maxtext_worker.py say how
-to make Y and Z. MKL, which torch multiplies with, keeps its best kernels from processors that are
-not Intel's; a preloaded function lifts that (this needs a C compiler). Each runs as its users
-would run it: ours asks for large pages, as train.py does.
+Both write their tables to docs/speed.md; `benchmarks.gpu` is the one for a GPU. X is an environment
+with torch and transformers; the heads of nanodo_worker.py and maxtext_worker.py say how to make Y
+and Z. MKL, which torch multiplies with, keeps its best kernels from processors that are not
+Intel's; a preloaded function lifts that (this needs a C compiler). Each runs as its users would
+run it: ours asks for large pages, as train.py does.
 """
 
 import argparse
@@ -19,14 +18,12 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 
 from benchmarks import race, report
 from tlm_jax import config_io, costs
-from tlm_jax.architectures import ARCHITECTURES, with_architecture
+from tlm_jax.architectures import ARCHITECTURES
 from tlm_jax.cli import large_pages
 from tlm_jax.config import AttentionConfig, DataConfig, ModelConfig, RunConfig, TaperConfig
 
@@ -203,76 +200,14 @@ def describe(config: RunConfig) -> str:
     )
 
 
-GPU_ROWS = 16
-"""Rows of 4,096 tokens in a step on one GPU."""
-
-
-def gpu(options: argparse.Namespace, folder: Folder) -> None:
-    """configs/tlm_440m.py on one GPU: segments, kernels and architectures."""
-    base = config_io.load_config(ROOT / "configs" / "tlm_440m.py")
-    base = dataclasses.replace(base, data=dataclasses.replace(base.data, batch_size=GPU_ROWS))
-    two = stairs(base, 2)
-    plain = dataclasses.replace(two.model, attention_kernel="xla")
-    arms: dict[str, RunConfig] = {
-        "transformer, uniform": with_taper(base, UNIFORM),
-        "transformer, 2 stairs": two,
-        "transformer, 4 stairs": stairs(base, 4),
-        "transformer, exact": base,
-        "transformer, 2 stairs, plain attention": dataclasses.replace(two, model=plain),
-    }
-    for name in ("gated_attention", "hope_attention", "titans"):
-        arms[f"{name}, 2 stairs"] = with_architecture(two, name)
-    keep = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    workers = {name: folder.ours(one, **keep) for name, one in arms.items() if options.only in name}
-    found = race.run(workers, options.steps, together=False)
-    rows = [
-        {
-            "arm": name,
-            "ms": one.median * 1e3,
-            "middle_half": one.middle_half,
-            "tokens_per_second": GPU_ROWS * base.data.seq_len / one.median,
-            "tflops": flops_a_step(arms[name]) / one.median / 1e12,
-            **one.said,
-        }
-        for name, one in found.items()
-    ]
-    record = {"rows": rows, "machine": report.software(), "steps": options.steps}
-    options.results.write_text(json.dumps(record, indent=1) + "\n")
-    publish_gpu(record)
-
-
-def publish_gpu(record: Mapping[str, Any]) -> None:
-    """The table of a GPU's record."""
-    rows = [
-        [
-            row["arm"],
-            f"{row['compile_s']:.0f}",
-            f"{row['ms']:.0f}",
-            row["middle_half"],
-            f"{row['tokens_per_second']:,.0f}",
-            f"{row['tflops']:.0f}",
-            f"{row['device_peak_mib'] / 1024:.1f}",
-        ]
-        for row in record["rows"]
-    ]
-    header = ["model", "compile s", "ms a step", "middle half", "tokens/s", "TFLOP/s", "peak GiB"]
-    report.publish(
-        "step-gpu",
-        f"{report.table(header, rows)}\n\nMedians of {record['steps']} steps of {GPU_ROWS} rows of "
-        f"4,096 tokens; {record['machine']}.",
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    tables = {"tiny": tiny, "others": others, "gpu": gpu}
+    tables = {"tiny": tiny, "others": others}
     parser.add_argument("table", choices=tables, nargs="?", default="tiny")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--torch_python", default="", help="of others: PyTorch's interpreter")
     parser.add_argument("--maxtext_python", default="", help="of others: MaxText's interpreter")
     parser.add_argument("--nanodo", nargs=2, metavar=("PYTHON", "CHECKOUT"), help="of others")
-    parser.add_argument("--only", default="", help="arms of gpu whose name has this")
-    parser.add_argument("--results", type=pathlib.Path, default=ROOT / "docs/results/gpu.json")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as path:
         tables[options.table](options, Folder(path))

@@ -3,8 +3,10 @@
     X/bin/python benchmarks/torch_worker.py '{"num_layers": 12, ...}' [--compile]
 
 Needs torch and transformers, not this package: X is an environment of its own. The model has the
-shape of ours (SwiGLU, rotary positions, RMSNorm, tied embeddings, no biases), uniform, in float32;
-AdamW as torch has it, gradients clipped to norm 1. Random tokens, a document a row.
+shape of ours (SwiGLU, rotary positions, RMSNorm, tied embeddings, no biases), uniform, with
+parameters in float32; AdamW as torch has it, gradients clipped to norm 1. Random tokens, a
+document per row. On a GPU products are in bfloat16 (autocast); attention and AdamW are torch's
+fused ones.
 """
 
 import json
@@ -33,13 +35,17 @@ def main() -> None:
         tie_word_embeddings=True,
         use_cache=False,
     )
-    model = transformers.LlamaForCausalLM(config).float()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.1, betas=(0.9, 0.95))
-    ids = torch.randint(0, shape["vocab_size"], (shape["batch_size"], shape["seq_len"]))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = transformers.LlamaForCausalLM(config).float().to(device)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1e-4, weight_decay=0.1, betas=(0.9, 0.95), fused=device == "cuda"
+    )
+    ids = torch.randint(0, shape["vocab_size"], (shape["batch_size"], shape["seq_len"])).to(device)
     forward = torch.compile(model) if "--compile" in sys.argv else model
 
     def step() -> None:
-        loss = forward(input_ids=ids, labels=ids).loss
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = forward(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -53,7 +59,12 @@ def main() -> None:
         "parameters": sum(p.numel() for p in model.parameters()),
         "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
     }
-    race.answer(step, start=start, end=lambda: {"peak_mib": race.resident_mib()})
+
+    def end() -> dict[str, float]:
+        peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+        return {"peak_mib": race.resident_mib(), "device_peak_mib": peak / 2**20}
+
+    race.answer(step, start=start, end=end)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from tlm_jax.distributed.sharding import to_devices
 from tlm_jax.models import skeleton
 from tlm_jax.training import step
 from tlm_jax.training.allocator import release_freed_memory
-from tlm_jax.training.optimizer import About, make_optimizer
+from tlm_jax.training.updates import About, make_optimizer
 
 
 def serve(config: RunConfig) -> None:

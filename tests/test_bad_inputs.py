@@ -25,6 +25,7 @@ from tlm_jax import cli
         ("--training.grad_accumulation 3", "grad_accumulation=3", "a batch of 9"),
         ("--data.batch_size 12", "data.batch_size=12", "8 devices"),
         ("--data.batch_size 12", "data.batch_size=12", "use data.batch_size=16"),
+        ("--data.readers 3", "data.readers=3", "one of [1, 2, 4, 8] readers"),
         ("--data.batch_size 0", "batch_size is 0", "at least 1"),
         ("--mesh.fsdp 3", "fsdp=3", "there are 8"),
         ("--data.seq_len 200", "data.seq_len=200", "one of [1, 2, 4,"),
@@ -70,7 +71,7 @@ def test_unknown_option_as_a_user_sees_it(encoding: str, train: tuple[str, ...])
         (
             "titans",
             "--model.mixer.variant mac --model.mixer.chunk 48",
-            "chunk=48 does not divide window=64, the segment of variant mac; use one of "
+            "chunk=48 does not divide window=64, the block of variant mac; use one of "
             "[1, 2, 4, 8, 16, 32, 64], or window=96",
         ),
         (

@@ -17,31 +17,47 @@ if TYPE_CHECKING:
     from tlm_jax.api import load as load
     from tlm_jax.api import train as train
     from tlm_jax.config import DataConfig as DataConfig
+    from tlm_jax.config import MeshConfig as MeshConfig
     from tlm_jax.config import ModelConfig as ModelConfig
     from tlm_jax.config import RunConfig as RunConfig
     from tlm_jax.config import TrainingConfig as TrainingConfig
     from tlm_jax.config_io import load_config as load_config
+    from tlm_jax.mixers import AttentionConfig as AttentionConfig
+    from tlm_jax.mixers import GatedAttentionConfig as GatedAttentionConfig
+    from tlm_jax.mixers import InterleavedConfig as InterleavedConfig
+    from tlm_jax.mixers import ListedConfig as ListedConfig
     from tlm_jax.mixers import MixerConfig as MixerConfig
+    from tlm_jax.mixers import TitansConfig as TitansConfig
     from tlm_jax.mlp import MLPConfig as MLPConfig
     from tlm_jax.models.registry import register as register
     from tlm_jax.models.registry import register_norm as register_norm
+    from tlm_jax.optimizers import AdafactorConfig as AdafactorConfig
+    from tlm_jax.optimizers import MuonConfig as MuonConfig
     from tlm_jax.optimizers import OptimizerConfig as OptimizerConfig
     from tlm_jax.stack import Stack as Stack
     from tlm_jax.taper import layer_widths as layer_widths
     from tlm_jax.taper_config import TaperConfig as TaperConfig
-    from tlm_jax.training.optimizer import register_optimizer as register_optimizer
+    from tlm_jax.training.updates import register_optimizer as register_optimizer
 
 __version__ = "0.1.0"
 _HOMES = {
+    "AdafactorConfig": "optimizers",
+    "AttentionConfig": "mixers",
     "DataConfig": "config",
+    "GatedAttentionConfig": "mixers",
+    "InterleavedConfig": "mixers",
+    "ListedConfig": "mixers",
     "LoadedModel": "api",
     "MLPConfig": "mlp",
+    "MeshConfig": "config",
     "MixerConfig": "mixers",
     "ModelConfig": "config",
+    "MuonConfig": "optimizers",
     "OptimizerConfig": "optimizers",
     "RunConfig": "config",
     "Stack": "stack",
     "TaperConfig": "taper_config",
+    "TitansConfig": "mixers",
     "TrainingConfig": "config",
     "layer_widths": "taper",
     "load": "api",
@@ -49,7 +65,7 @@ _HOMES = {
     "plan": "analysis.plan",
     "register": "models.registry",
     "register_norm": "models.registry",
-    "register_optimizer": "training.optimizer",
+    "register_optimizer": "training.updates",
     "train": "api",
 }
 

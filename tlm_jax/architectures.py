@@ -90,7 +90,7 @@ def _titans(model: ModelConfig, seq_len: int) -> ModelConfig:
 
 
 def _hybrid(model: ModelConfig, seq_len: int) -> ModelConfig:
-    """Three layers of attention, then one of Titans, to the last layer (our choice)."""
+    """Three layers of attention, then one of Titans, and so on (our choice)."""
     titans = _titans(model, seq_len).mixer
     return dataclasses.replace(
         model, mixer=InterleavedConfig(mixers=(*(_attention(model),) * 3, titans))
@@ -114,7 +114,7 @@ def with_architecture(config: RunConfig, name: str) -> RunConfig:
     What the new mixer has more than attention is taken off the mean MLP width, in
     multiples of 32; the paper does not say how it matched architectures (our choice). Titans' FLOPs
     follow from its heads and the width of its memory (docs/architectures.md has both figures of
-    each size). Only a model and its uniform twin are equal to the last parameter.
+    each size). Only a model and its uniform twin are exactly equal.
 
     Args:
       config: the run of a Transformer.

@@ -172,6 +172,9 @@ class DataConfig(Checked):
     """Seed of the order of documents."""
     num_workers: Annotated[int, Range(least=0, most=1024)] = 0
     """Reader processes; batches depend on it, so it is fixed for a run."""
+    readers: Count = 1
+    """Shares of a batch's rows that are read apart, so that a process of a job reads only its own
+    rows: as many as processes, or a multiple. Batches depend on it, so it is fixed for a run."""
     skip_corrupt: bool = _may_change(False)
     """Skip damaged records of prepared text, with a note for each, instead of stopping."""
     cache_dir: str | None = None
@@ -188,6 +191,12 @@ class DataConfig(Checked):
         require(
             len(dict(self.mixture)) == len(self.mixture),
             f"mixture {self.mixture} names a folder twice",
+        )
+        batch = self.batch_size
+        require(
+            batch % self.readers == 0,
+            f"data.batch_size={batch} does not divide over data.readers={self.readers}; "
+            f"use a batch of {round_up(batch, self.readers)} or one of {divisors(batch)} readers",
         )
 
 

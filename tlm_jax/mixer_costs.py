@@ -194,9 +194,9 @@ def _keys_seen(mixer: TitansConfig, seq_len: int) -> tuple[float, int]:
     if not mixer.attends:
         return 0, 0
     P, window = mixer.num_persistent, mixer.window
-    if mixer.variant == "mac":  # what the tokens of the segment retrieved, and they themselves
-        segment = min(window, -(-seq_len // mixer.chunk) * mixer.chunk)
-        return P + segment + 1, P + 2 * segment
+    if mixer.variant == "mac":  # what the tokens of the window retrieved, and they themselves
+        tokens = min(window, -(-seq_len // mixer.chunk) * mixer.chunk)
+        return P + tokens + 1, P + 2 * tokens
     if seq_len <= window:
         return P + (seq_len + 1) / 2, P + seq_len
     return P + window - window * (window - 1) / (2 * seq_len), P + 2 * window

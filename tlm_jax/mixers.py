@@ -294,7 +294,7 @@ class TitansConfig(MixerConfig):
     num_persistent: NaturalNumber = 4
     """Learned tokens that attention sees in front of every document (not in lmm)."""
     window: Count = 256
-    """Tokens that attention sees; in mac the length of a segment."""
+    """Tokens that attention sees; in mac the length of a block of them."""
     rope_theta: _RopeTheta = 10_000.0
     """Base of attention's rotary frequencies."""
     chunks_per_checkpoint: Count = 1
@@ -312,7 +312,7 @@ class TitansConfig(MixerConfig):
         _check_head_dim(self.head_dim)
         require(
             self.variant != "mac" or self.window % self.chunk == 0,
-            f"chunk={self.chunk} does not divide window={self.window}, the segment of variant mac; "
+            f"chunk={self.chunk} does not divide window={self.window}, the block of variant mac; "
             f"use one of {divisors(self.window)}, or window={round_up(self.window, self.chunk)}",
         )
         require(

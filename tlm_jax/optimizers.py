@@ -1,4 +1,4 @@
-"""Configs of optimizers and learning-rate schedules; `training.optimizer` makes them.
+"""Configs of optimizers and learning-rate schedules; `training.updates` makes them.
 
 An optimizer of your own is a config that derives from `OptimizerConfig`, and a function registered
 for it with `tlm_jax.register_optimizer`.

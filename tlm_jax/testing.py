@@ -11,6 +11,7 @@ needs simulated ones: set JAX_NUM_CPU_DEVICES=8 before jax is imported.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,7 @@ from tlm_jax.distributed import sharding
 from tlm_jax.mixers import MixerConfig
 from tlm_jax.models import skeleton
 from tlm_jax.training import step
-from tlm_jax.training.optimizer import About, make_optimizer
+from tlm_jax.training.updates import About, make_optimizer
 
 VOCAB = 64
 _TOLERANCE = 1e-4
@@ -97,10 +98,10 @@ def check_causality(config: ModelConfig) -> None:
     """A token changes nothing before it, in other rows, or in other documents of its row."""
     run, params = forward(config)
     ids = tokens(2, 40)
-    segments = jnp.array([[1] * 25 + [2] * 15] * 2)
+    documents = jnp.array([[1] * 25 + [2] * 15] * 2)
     positions = jnp.array([[*range(25), *range(15)]] * 2)
-    base = run(params, ids, segments, positions)
-    late = run(params, ids.at[0, 10].add(1) % VOCAB, segments, positions)
+    base = run(params, ids, documents, positions)
+    late = run(params, ids.at[0, 10].add(1) % VOCAB, documents, positions)
     np.testing.assert_array_equal(base[0, :10], late[0, :10], "tokens before it changed")
     np.testing.assert_array_equal(base[1], late[1], "another row changed")
     np.testing.assert_array_equal(base[0, 25:], late[0, 25:], "another document changed")
@@ -117,9 +118,9 @@ def check_documents(config: ModelConfig) -> None:
         return
     run, params = forward(config)
     ids = tokens(1, 40)
-    segments = jnp.array([[1] * 17 + [2] * 19 + [0] * 4])
+    documents = jnp.array([[1] * 17 + [2] * 19 + [0] * 4])
     positions = jnp.array([[*range(17), *range(19), *range(4)]])
-    packed = run(params, ids, segments, positions)
+    packed = run(params, ids, documents, positions)
     for begin, end in ((0, 17), (17, 36)):
         alone = run(params, ids[:, begin:end])
         np.testing.assert_allclose(
@@ -159,14 +160,15 @@ def check_decoding(config: ModelConfig) -> None:
     run, params = forward(config)
     model, ids = skeleton(config), tokens(2, length)
 
-    @jax.jit
-    def advance(ids: Any, start: Any, cache: Any) -> Any:
+    @functools.partial(jax.jit, static_argnames="prefill")
+    def advance(ids: Any, start: Any, cache: Any, *, prefill: bool = False) -> Any:
         built = model.merge(params)
         positions = jnp.broadcast_to(start + jnp.arange(ids.shape[1]), ids.shape)
-        hidden, cache = built(ids, positions_BL=positions, cache=cache)
+        hidden, cache = built(ids, positions_BL=positions, cache=cache, prefill=prefill)
         return built.logits(hidden), cache
 
-    first, cache = advance(ids[:, :prompt], 0, model.merge(params).init_cache(2, length))
+    empty = model.merge(params).init_cache(2, length)
+    first, cache = advance(ids[:, :prompt], 0, empty, prefill=True)
     parts = [first]
     for index in range(prompt, length):
         part, cache = advance(ids[:, index : index + 1], index, cache)

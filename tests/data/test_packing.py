@@ -58,8 +58,8 @@ def rows(iterator: Any, count: int) -> Batch:
     return {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
 
 
-def segments(data: Batch) -> list[np.ndarray]:
-    """The targets of each segment of each row; checks ids, positions, inputs and padding."""
+def documents(data: Batch) -> list[np.ndarray]:
+    """The targets of each document of each row; checks ids, positions, inputs and padding."""
     found = []
     for x, y, s, p in zip(*(data[k] for k in ("inputs", "targets", "document_ids", "positions")),
                           strict=True):  # fmt: skip
@@ -100,7 +100,7 @@ def test_best_fit_keeps_documents_whole(folders: tuple[str, str]) -> None:
     data = dataset(folders[0], packing="best_fit")
     epoch = data.statistics["train"]
     made = rows(data.train_iterator(), 6 * epoch.num_targets // LENGTH)
-    found = segments(made)
+    found = documents(made)
     whole = [bytes(s[:-1].astype(np.uint8)) for s in found if s[0] == ord("a") and s[-1] == EOT]
     started = [s for s in found if s[0] == ord("a")]
     assert all(len(s) == LENGTH for s in started if s[-1] != EOT)
@@ -168,7 +168,7 @@ def test_workers_of_a_mixture_resume_exactly(folders: tuple[str, str]) -> None:
     resumed.close()
     for name in expected:
         np.testing.assert_array_equal(got[name], expected[name])
-    segments(got)
+    documents(got)
     assert abs(share_of_b(got) - 0.25) < 0.03
 
 
@@ -188,6 +188,28 @@ def test_shares_of_a_mixture_are_shares_of_tokens(
     made = rows(dataset(*folders, weights=weights, batch_size=2).train_iterator(), 1000)
     assert (made["document_ids"] > 0).all()
     assert abs(share_of_b(made) - weights[1] / sum(weights)) < 0.01
+
+
+@pytest.mark.parametrize("readers", [2, 16])
+@pytest.mark.parametrize("weights", [(3, 1), (0.2, 1.8)])
+def test_each_batch_of_several_readers_is_mixed(
+    weights: tuple[float, float], readers: int, folders: tuple[str, str]
+) -> None:
+    """They do not all turn to the same folder at once, and each has its share of both."""
+    data = dataset(*folders, weights=weights, batch_size=16, readers=readers)
+    iterator = data.train_iterator()
+    begin = list(itertools.islice(iterator, 30))
+    state = json.loads(json.dumps(iterator.get_state()))
+    batches = begin + list(itertools.islice(iterator, 30))
+    wanted = weights[1] / sum(weights)
+    assert all(abs(share_of_b(batch) - wanted) <= 2 / 16 for batch in batches)
+    for first in range(0, 16, 16 // readers):
+        alone = [{"targets": b["targets"][first : first + 16 // readers]} for b in batches]
+        assert abs(np.mean([share_of_b(part) for part in alone]) - wanted) < 0.04
+    resumed = data.train_iterator()
+    resumed.set_state(state)
+    for expected, got in zip(batches[30:], resumed, strict=False):
+        np.testing.assert_array_equal(got["targets"], expected["targets"])
 
 
 def test_what_a_mixture_holds(folders: tuple[str, str]) -> None:

@@ -61,7 +61,7 @@ def texts(data: Dataset, folder: pathlib.Path, split: str) -> list[str]:
 
 
 def check_rows(batches: list[Batch]) -> None:
-    """Targets are inputs shifted by one within segments; ids and positions count up."""
+    """Targets are inputs shifted by one within documents; ids and positions count up."""
     for batch in batches:
         for x, y, s, p in zip(*(batch[k] for k in ("inputs", "targets", "document_ids",
                                                    "positions")), strict=True):  # fmt: skip
@@ -189,6 +189,7 @@ def test_layout(many: Dataset) -> None:
         "seed": 0,
         "packing": "concat",
         "mixture": None,
+        "readers": None,
         "version": 2,
     }
 

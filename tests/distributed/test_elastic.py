@@ -1,11 +1,21 @@
-"""A checkpoint of one mesh continues on another."""
+"""A checkpoint of one mesh, or number of processes, continues on another."""
 
+import itertools
 import json
 import pathlib
 import shutil
+import socket
+import subprocess
+import sys
+from typing import Any
 
+import numpy as np
 import pytest
-from helpers import run
+import shared_reading
+from helpers import ROOT, environment, run
+
+from tlm_jax.data import open_dataset
+from tlm_jax.training import verification
 
 CONFIG = """
 from tlm_jax import config as c
@@ -61,3 +71,71 @@ def test_eight_devices_then_four_or_one(text_folder: pathlib.Path, tmp_path: pat
         assert losses(moved) == pytest.approx(
             {step: loss for step, loss in expected.items() if step > BEFORE}, abs=1e-5
         )
+
+
+def _read(number: int, folder: pathlib.Path, text: pathlib.Path) -> list[Any]:
+    """What each of several real processes prints (see shared_reading.py)."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    script = ROOT / "tests" / "distributed" / "shared_reading.py"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), address, *map(str, (number, index, folder, text))],
+            env=environment(4 // number),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(number)
+    ]
+    try:
+        answers = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [p.returncode for p in processes] == [0] * number, [errors for _, errors in answers]
+    return [json.loads(out.splitlines()[-1]) for out, _ in answers]
+
+
+def test_four_processes_then_two_then_one_read_the_same_batches(
+    text_folder: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Real ones, each on two meshes; they run the readers of their rows, and save where all are."""
+    data = shared_reading.config(str(text_folder)).data
+    expected = [
+        batch["targets"] for batch in itertools.islice(open_dataset(data, 257).train_iterator(), 15)
+    ]
+    place = 0
+
+    def check(answers: list[Any], readers: list[list[int]]) -> None:
+        nonlocal place
+        assert [mine for mine, _ in answers] == readers
+        for batch in range(shared_reading.BATCHES):
+            rows = {int(k): v for _, found in answers for k, v in found[batch].items()}
+            got = np.concatenate([rows[first] for first in sorted(rows)])
+            np.testing.assert_array_equal(got, expected[place])
+            place += 1
+
+    folder = tmp_path / "checkpoints"
+    answers = _read(4, folder, text_folder)
+    check([a[0] for a in answers], [[0], [1], [2], [3]])
+    check([a[1] for a in answers], [[0, 1], [0, 1], [2, 3], [2, 3]])
+    assert {a[2][0] for a in answers} == {
+        "data.readers=2 does not divide over 4 processes: up to 2 of the 8 rows of a batch are "
+        "read where no device needs them. A new run with data.readers=4 would read none in vain."
+    }
+    answers = _read(2, folder, text_folder)
+    assert all(a[2] == [] for a in answers)
+    check([a[0] for a in answers], [[0, 1], [2, 3]])
+    check([a[1] for a in answers], [[0, 1], [2, 3]])
+    mesh = shared_reading.meshes(str(text_folder))[0]
+    check([shared_reading.read(str(text_folder), folder, mesh)], [[0, 1, 2, 3]])
+    assert place == len(expected)
+
+    found = list(verification.verify(tmp_path, None))
+    assert [finding.verdict for finding in found] == ["whole", "whole"]
+    (folder / "15" / "data" / "position-00002.json").unlink()
+    damaged = next(verification.verify(tmp_path, 15))
+    assert damaged.verdict == "damaged"
+    assert damaged.detail.startswith("position-00002.json: ")

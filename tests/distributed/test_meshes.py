@@ -31,7 +31,7 @@ from tlm_jax.mlp import MLPConfig
 from tlm_jax.models import skeleton
 from tlm_jax.models.loss import training_loss
 from tlm_jax.training import step
-from tlm_jax.training.optimizer import About, make_optimizer
+from tlm_jax.training.updates import About, make_optimizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "shardings.txt"

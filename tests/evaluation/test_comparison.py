@@ -9,7 +9,7 @@ from helpers import ROOT, Fails
 
 from tlm_jax import cli, files
 from tlm_jax.config import UserError
-from tlm_jax.evaluation import records, suites
+from tlm_jax.evaluation import result_files, suites
 from tlm_jax.evaluation.options import NeedleConfig, SuiteConfig
 
 FULL = {"limit": None, "num_fewshot": None, "max_length": None}
@@ -145,7 +145,7 @@ def test_older_records_are_read(tmp_path: pathlib.Path, capsys: pytest.CaptureFi
 def test_a_damaged_record_changes_no_figure(tmp_path: pathlib.Path, fails: Fails) -> None:
     """Each of 100 flipped bytes is an error, or leaves everything as it was."""
     path = write(tmp_path / "eval" / "piqa-20.json", {("piqa", "acc"): (0.61, 1838)})
-    (whole,) = records.read(tmp_path)
+    (whole,) = result_files.read(tmp_path)
     content = path.read_bytes()
     rng = random.Random(0)
     refused = 0
@@ -154,7 +154,7 @@ def test_a_damaged_record_changes_no_figure(tmp_path: pathlib.Path, fails: Fails
         damaged[position] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
         try:
-            found = records.read(tmp_path)
+            found = result_files.read(tmp_path)
         except UserError:
             refused += 1
         else:
@@ -191,11 +191,11 @@ def test_names_of_files_tell_measurements_apart() -> None:
     known = {key: value for key, value in CONDITIONS.items() if key != "data"}
 
     def name(data: str = "d", precision: str = "float32", **how: Any) -> str:
-        conditions = records.Conditions(
+        conditions = result_files.Conditions(
             **{**known, "precision": precision},  # type: ignore[arg-type]
             data={"boolq": data},
         )
-        return records.file_name(SuiteConfig(tasks=("boolq", "niah"), **how), 20, conditions)
+        return result_files.file_name(SuiteConfig(tasks=("boolq", "niah"), **how), 20, conditions)
 
     assert name() == "boolq+niah-20"
     assert name(limit=4, num_fewshot=0, max_length=9) == "boolq+niah-20-limit4-shots0-length9"

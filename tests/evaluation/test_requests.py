@@ -42,10 +42,10 @@ def test_what_a_token_sees_is_its_request(pack: bool) -> None:
             request = requests[key]
             flat = batch.at_PN[part, begin:end] + part * B * L // 2
             row, last = divmod(int(flat[-1]), L)
-            segment = arrays["document_ids"][row, last]
-            assert segment > 0
+            document = arrays["document_ids"][row, last]
+            assert document > 0
             ids = arrays["document_ids"][row, : last + 1]
-            visible = (ids == segment) | (ids == segment % BRANCH)
+            visible = (ids == document) | (ids == document % BRANCH)
             np.testing.assert_array_equal(
                 arrays["inputs"][row, : last + 1][visible], request.tokens[:-1]
             )
@@ -53,7 +53,7 @@ def test_what_a_token_sees_is_its_request(pack: bool) -> None:
                 arrays["positions"][row, : last + 1][visible], range(len(request.tokens) - 1)
             )
             np.testing.assert_array_equal(arrays["targets"].reshape(-1)[flat], request.continuation)
-            seen[key] = (row, segment)
+            seen[key] = (row, document)
     assert seen.keys() == requests.keys()
 
 

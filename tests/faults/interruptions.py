@@ -128,7 +128,7 @@ def results(folder: pathlib.Path) -> object:
     """Loss of each cell of a sweep."""
     lines = (folder / "results.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    return {(r["arm"], r["seed"]): r["loss"] for r in records}
+    return {(r["arm"], r["seed"]): r["final"]["loss"] for r in records}
 
 
 def contents(folder: pathlib.Path) -> object:

@@ -50,6 +50,7 @@ def get_config():
             tokenizer="bytes",
             seq_len=64,
             batch_size=8,
+            readers=2,
         ),
         optimizer=c.OptimizerConfig(warmup_steps=5),
         training=c.TrainingConfig(

@@ -35,11 +35,15 @@ def random_params(model: c.ModelConfig, seed: int = 0) -> Any:
 
 
 def write_run(
-    folder: pathlib.Path, model: c.ModelConfig, tokenizer: str | None = "bytes", **data: Any
+    folder: pathlib.Path,
+    model: c.ModelConfig,
+    tokenizer: str | None = "bytes",
+    seed: int = 0,
+    **data: Any,
 ) -> Any:
     """Makes a run folder with one checkpoint; returns its parameters."""
     config = c.RunConfig(model=model, data=c.DataConfig(tokenizer=tokenizer, seq_len=64, **data))
-    params = jax.tree.map(jax.numpy.asarray, random_params(model))
+    params = jax.tree.map(jax.numpy.asarray, random_params(model, seed))
     layout = {"tokenizer": load_tokenizer(tokenizer).fingerprint, "dataset": "0123"}
     with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
         checkpoints.save_params(0, params, checkpoint.metadata(config, params, layout))

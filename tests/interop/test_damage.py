@@ -24,7 +24,7 @@ from tlm_jax.interop import (
     gguf_tokenizer,
     importing,
     llama,
-    loading,
+    parameters,
 )
 from tlm_jax.models import skeleton
 
@@ -37,8 +37,8 @@ _skeleton = functools.cache(skeleton)
 def _read(path: pathlib.Path) -> tuple[Any, ...]:
     """Everything that an import takes from a GGUF file."""
     file = gguf_file.GgufFile(path)
-    loading.check_sizes(file.config, file)
-    loading.check(_skeleton(llama.model_config(file.config, file.where)), file, native=False)
+    parameters.check_sizes(file.config, file)
+    parameters.check(_skeleton(llama.model_config(file.config, file.where)), file, native=False)
     tensors = {name: file.read(name, 0, shape[0]).tobytes() for name, shape in file.shapes.items()}
     return file.config, tensors, gguf_tokenizer.tokenizer_file(file)
 

@@ -197,6 +197,31 @@ def test_what_llama_cannot_express(
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_there_already_is_not_made_again(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same import or export succeeds and writes nothing; one of another model is refused."""
+    run, out, back = tmp_path / "run", tmp_path / "out", tmp_path / "back"
+    write_run(run, TAPERED)
+    to, fro = (["export", "--checkpoint", run, "--out", out], ["import", "--model", out])
+    calls = [[*map(str, to)], [*map(str, fro), "--out", str(back)]]
+    assert [cli.main(words) for words in calls] == [0, 0]
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert [cli.main(words) for words in calls] == [0, 0]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == made
+    assert cli.main([*calls[0], "--dtype", "bfloat16"]) == 1
+    shutil.rmtree(run)
+    write_run(run, TAPERED, seed=1)
+    capsys.readouterr()
+    assert cli.main(calls[0]) == 1
+    assert "is not an empty folder" in only_error(capsys.readouterr().err)
+    shutil.rmtree(out)
+    assert cli.main(calls[0]) == 0
+    capsys.readouterr()
+    assert cli.main(calls[1]) == 1
+    assert "already holds a run" in only_error(capsys.readouterr().err)
+
+
 def test_a_folder_in_use_is_left_alone(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,7 +17,7 @@ from tlm_jax.config import MeshConfig, UserError
 from tlm_jax.data import load_tokenizer
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed import sharding
-from tlm_jax.interop import gguf_file, gguf_tokenizer, importing, loading
+from tlm_jax.interop import gguf_file, gguf_tokenizer, importing, parameters
 from tlm_jax.interop.tensors import SafetensorsFolder
 from tlm_jax.models import skeleton
 
@@ -171,7 +171,7 @@ def test_each_device_reads_its_share(bpe: pathlib.Path, tmp_path: pathlib.Path) 
     source.read = spy  # type: ignore[method-assign]
     mesh = mesh_lib.device_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     with jax.set_mesh(mesh):
-        loaded = loading.load(structure, source, mesh, native=False)
+        loaded = parameters.load(structure, source, mesh, native=False)
     assert_bit_equal(params, loaded)
     wanted = sharding.param_shardings(structure.shapes, structure.logical_axes, mesh)
     for leaf, placed in zip(jax.tree.leaves(loaded), jax.tree.leaves(wanted), strict=True):

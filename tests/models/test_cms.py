@@ -24,7 +24,7 @@ from tlm_jax.config import (
 from tlm_jax.models import skeleton
 from tlm_jax.models.counted_costs import count_products
 from tlm_jax.training import step
-from tlm_jax.training.optimizer import About, make_optimizer
+from tlm_jax.training.updates import About, make_optimizer
 
 VOCAB, LENGTH = 64, 24
 # Little optimised, which halves the time to compile.

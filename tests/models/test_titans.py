@@ -74,7 +74,7 @@ def test_short_convolution_equals_a_loop_and_stays_within_documents():
 
 
 def test_memory_as_context_retrieves_attends_writes_and_reads_again():
-    """The paper's order in each segment: h = M(q) before it, attention, M learns y, M_t(y_t)."""
+    """The paper's order in each window: h = M(q) before it, attention, M learns y, M_t(y_t)."""
     mac = layer(dataclasses.replace(CONFIG, variant="mac"))
     x = inputs()
     out, _ = jax.jit(lambda: mac(x, POSITIONS, IDS))()

@@ -31,7 +31,7 @@ from tlm_jax.config import (
 )
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.models import skeleton
-from tlm_jax.training import checkpoint, optimizer, step
+from tlm_jax.training import checkpoint, step, updates
 from tlm_jax.validation import UserError, lacks_resources, system_errors
 
 pytestmark = [  # Orbax leaves coroutines and event loops behind where it fails
@@ -190,8 +190,8 @@ def test_another_optimizer_state_is_refused_and_nothing_is_damaged(tmp_path: pat
                 mlp=MLPConfig(periods=periods),
             )
         )
-        about = optimizer.About.of(model)
-        tx = optimizer.make_optimizer(OptimizerConfig(), 10, about, MLPConfig(periods=periods))
+        about = updates.About.of(model)
+        tx = updates.make_optimizer(OptimizerConfig(), 10, about, MLPConfig(periods=periods))
         shapes = step.abstract_state(model, tx, mesh)
         init = jax.jit(lambda: step.init_state(model, tx, jax.random.key(0)))
         return shapes, init

@@ -21,7 +21,7 @@ from tlm_jax.config import (
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.models import skeleton
 from tlm_jax.models.settings import scans_layers
-from tlm_jax.training import aot, optimizer, step
+from tlm_jax.training import aot, step, updates
 
 UNIFORM = ModelConfig(
     vocab_size=64,
@@ -58,9 +58,9 @@ def test_a_tpu_scans_unless_told_not_to() -> None:
 def test_global_norm_and_clipping_are_optax_s() -> None:
     rng = np.random.default_rng(0)
     grads = {n: rng.normal(size=(5, s)).astype("float32") for n, s in (("a", 3), ("b", 70))}
-    np.testing.assert_allclose(optimizer.global_norm(grads), optax.global_norm(grads), rtol=1e-6)
+    np.testing.assert_allclose(updates.global_norm(grads), optax.global_norm(grads), rtol=1e-6)
     for most in (0.1, 1e3):
-        ours, _ = optimizer.clip_by_global_norm(most).update(grads, optax.EmptyState())
+        ours, _ = updates.clip_by_global_norm(most).update(grads, optax.EmptyState())
         theirs, _ = optax.clip_by_global_norm(most).update(grads, optax.EmptyState())
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), ours, theirs)
 
@@ -73,13 +73,13 @@ def test_gradients_are_made_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> N
     model, mesh = skeleton(config.model), mesh_lib.device_mesh(MeshConfig(data=1, fsdp=1))
 
     def temporary() -> int:
-        tx = optimizer.make_optimizer(config.optimizer, 10, optimizer.About.of(model))
+        tx = updates.make_optimizer(config.optimizer, 10, updates.About.of(model))
         program = step.lower_train_step(config, model, tx, mesh).compile()
         return int(program.memory_analysis().temp_size_in_bytes)
 
     ours = temporary()
     monkeypatch.setattr(step, "global_norm", optax.global_norm)
-    monkeypatch.setattr(optimizer, "clip_by_global_norm", optax.clip_by_global_norm)
+    monkeypatch.setattr(updates, "clip_by_global_norm", optax.clip_by_global_norm)
     assert ours < 0.83 * temporary()
 
 

@@ -1,20 +1,24 @@
 """Schedules; Muon and Adafactor on stacks; rates by width; optimizers of a user's own."""
 
 import dataclasses
+import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import NUM_STEPS, steps
 from test_step import CONFIG, batch
 
+import tlm_jax
 from tlm_jax import config_io
 from tlm_jax.config import RunConfig
 from tlm_jax.models import skeleton
 from tlm_jax.optimizers import AdafactorConfig, MuonConfig, OptimizerConfig
-from tlm_jax.training import step
-from tlm_jax.training.optimizer import About, learning_rate, make_optimizer, register_optimizer
+from tlm_jax.training import checkpoint, checksums, step
+from tlm_jax.training.updates import About, learning_rate, make_optimizer, register_optimizer
 
 OTHERS = [MuonConfig(weight_decay=0.0), AdafactorConfig(weight_decay=0.0)]
 
@@ -101,6 +105,23 @@ def test_muon_on_a_stack_is_muon_on_each_layer(axes, shape) -> None:
             assert 0.5 < values.min() <= values.max() < 1.5
 
 
+def test_adafactor_on_a_stack_is_adafactor_on_each_layer() -> None:
+    config = AdafactorConfig(min_dim_factored=8)
+    keys = jax.random.split(jax.random.key(0), 3)
+    scale = jnp.array([1e-3, 1.0, 1e3])[:, None, None]
+    params, *gradients = (scale * jax.random.normal(key, (3, 8, 12)) for key in keys)
+
+    def of(layers: slice) -> list[jax.Array]:
+        trees = [{"segments": {"w": leaf[layers]}} for leaf in (params, *gradients)]
+        return [u["segments"]["w"] for u in directions(config, trees[0], trees[1:], None)]
+
+    together = of(slice(None))
+    for layer in range(3):
+        for a, b in zip(together, of(slice(layer, layer + 1)), strict=True):
+            np.testing.assert_allclose(a[layer], b[0], rtol=1e-5)
+            assert float(jnp.sqrt(jnp.mean(b**2))) <= 1.0 + 1e-5
+
+
 def test_muon_leaves_embeddings_norms_and_vectors_to_adamw() -> None:
     model = skeleton(CONFIG.model)
     params = model.init(jax.random.key(0))
@@ -131,6 +152,29 @@ def test_other_optimizers_learn_and_survive_json(optimizer: OptimizerConfig) -> 
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.8 * losses[0]
     assert int(state.skipped) == 0
+
+
+WSD = OptimizerConfig(schedule="wsd")
+
+
+@pytest.mark.parametrize("optimizer", [*OTHERS, WSD], ids=["muon", "adafactor", "wsd"])
+def test_resumed_bit_for_bit(
+    optimizer: OptimizerConfig, config_file: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    config = dataclasses.replace(
+        config_io.load_config(config_file),
+        optimizer=dataclasses.replace(optimizer, learning_rate=1e-2, warmup_steps=2),
+    )
+
+    def last_state() -> dict[str, str]:
+        tlm_jax.train(config, tmp_path, quiet=True)
+        folder = tmp_path / "checkpoints" / str(NUM_STEPS)
+        return checksums.saved(folder / checkpoint.CHECKSUMS)
+
+    straight = last_state()
+    shutil.rmtree(tmp_path / "checkpoints" / str(NUM_STEPS))
+    assert steps(tmp_path) == [NUM_STEPS // 2]
+    assert last_state() == straight
 
 
 def test_a_wider_mlp_moves_its_last_matrix_less_if_asked() -> None:

@@ -27,7 +27,7 @@ from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed.sharding import to_devices
 from tlm_jax.models import skeleton
 from tlm_jax.training import checkpoint, step
-from tlm_jax.training.optimizer import (
+from tlm_jax.training.updates import (
     About,
     clip_by_global_norm,
     learning_rate,

@@ -254,6 +254,7 @@ def test_eval_gives_the_loss_that_training_printed(
         (("--data.num_workers", "1"), "data.num_workers: 0 -> 1"),
         (("--data.seq_len", "32"), "data.seq_len: 64 -> 32"),
         (("--data.batch_size", "16"), "data.batch_size: 8 -> 16"),
+        (("--data.readers", "2"), "data.readers: 1 -> 2"),
         (("--data.seed", "1"), "data.seed: 0 -> 1"),
         (("--seed", "1"), "seed: 0 -> 1"),
     ],
@@ -320,3 +321,27 @@ def test_other_shapes_are_refused_even_when_changes_are_allowed(
     assert "mlp" in message
     assert "[1, 32, 96] -> [1, 32, 192]" in message or "[1, 96, 32] -> [1, 192, 32]" in message
     assert contents(finished) == before
+
+
+def test_other_readers_are_refused_even_when_changes_are_allowed(
+    finished: pathlib.Path, config_file: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No position of one number of readers is a position of another; nothing is set aside."""
+    before = contents(finished)
+    train = ["train", "--config", str(config_file), "--workdir", str(finished)]
+    assert cli.main([*train, "--data.readers", "2", "--allow_config_change"]) == 1
+    message = only_error(capsys.readouterr().err)
+    assert "data.readers=1" in message
+    assert contents(finished) == before
+
+
+def test_a_run_from_before_there_were_readers_goes_on(
+    finished: pathlib.Path, config_file: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = finished / "checkpoints" / str(NUM_STEPS) / "_CHECKPOINT_METADATA"
+    record = json.loads(path.read_text())
+    saved = record["custom_metadata"]
+    del saved[files.CHECKSUM], saved["config"]["data"]["readers"], saved["data_layout"]["readers"]
+    path.write_text(json.dumps(record | {"custom_metadata": files.sealed(saved)}))
+    assert cli.main(["train", "--config", str(config_file), "--workdir", str(finished)]) == 0
+    assert f"is complete at step {NUM_STEPS}" in capsys.readouterr().out

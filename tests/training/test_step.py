@@ -27,7 +27,7 @@ from tlm_jax.distributed.sharding import ShardingRules, to_devices
 from tlm_jax.mixers import TitansConfig
 from tlm_jax.models import skeleton
 from tlm_jax.training import checkpoint, step
-from tlm_jax.training.optimizer import About, learning_rate, make_optimizer
+from tlm_jax.training.updates import About, learning_rate, make_optimizer
 
 CONFIG = RunConfig(
     model=ModelConfig(

@@ -60,7 +60,7 @@ def summary_lines(config: RunConfig) -> list[str]:
             f"{name} {value:+,}" for name, value in difference.items()
         )
     else:
-        twin = "parameters and FLOPs equal to its uniform twin, to the last one"
+        twin = "parameters and FLOPs exactly equal to its uniform twin's"
     return [
         f"model    {_shape(model)}",
         f"         {costs.parameters:,} parameters, {costs.non_embedding_parameters:,} without "

@@ -63,7 +63,7 @@ def plot_differences(found: Sequence[Finding], path: Path) -> None:
             axes.plot([f.difference.mean] * 2, [place - 0.3, place + 0.3], color=color)
         axes.axvline(0, color=MUTED, linewidth=1)
         axes.set_yticks(range(len(shown)), [f.arm for f in reversed(shown)])
-        axes.set_xlabel("validation loss less that of the baseline (nats a token)")
+        axes.set_xlabel("validation loss less that of the baseline (nats per token)")
         axes.grid(axis="x", color=GRID)
         axes.set_axisbelow(True)
 

@@ -6,9 +6,10 @@ import json
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
+from rich.table import Table
 
 from tlm_jax import files, output
 from tlm_jax.cli.parsing import (
@@ -23,6 +24,9 @@ from tlm_jax.config import UserError
 from tlm_jax.distributed import start
 from tlm_jax.distributed.start import ProcessesConfig
 from tlm_jax.evaluation.options import SuiteConfig
+
+if TYPE_CHECKING:
+    from tlm_jax.evaluation.perplexity import Score
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,13 +71,12 @@ def run(argv: Sequence[str], prog: str) -> int:
 def _held_out(folder: pathlib.Path, step: int, command: Command) -> int:
     import jax
 
-    from tlm_jax.evaluation import report
     from tlm_jax.training import restore
 
     result = restore.evaluate(folder, step, command.run)
     if jax.process_index():
         return 0
-    output.console().print(report.table(folder, step, result))
+    output.console().print(_table(folder, step, result))
     record = {"checkpoint": str(folder), "step": step} | dataclasses.asdict(result)
     with contextlib.suppress(OSError):  # a read-only run can still be evaluated
         files.write_json(folder / "eval.json", record, indent=None)
@@ -81,11 +84,28 @@ def _held_out(folder: pathlib.Path, step: int, command: Command) -> int:
     return 0
 
 
+def _table(folder: pathlib.Path, step: int, score: "Score") -> Table:
+    """One checkpoint's score, with the standard error of the loss carried over."""
+    error = score.standard_error
+    rows = (
+        ("loss (nats per token)", score.loss, error),
+        ("perplexity", score.perplexity, score.perplexity * error),
+        ("bits per byte", score.bits_per_byte, error * score.bits_per_byte / score.loss),
+    )
+    result = Table(title=f"{folder}, step {step}: {score.tokens:,} tokens of held-out text")
+    result.add_column("metric")
+    result.add_column("value", justify="right")
+    result.add_column("standard error", justify="right")
+    for name, value, spread in rows:
+        result.add_row(name, f"{value:,.4f}", f"{spread:.4f}")
+    return result
+
+
 def _suites(folder: pathlib.Path, step: int, command: Command) -> int:
     import jax
 
     from tlm_jax.analysis import evaluation_plots
-    from tlm_jax.evaluation import comparison, records
+    from tlm_jax.evaluation import comparison, result_files
     from tlm_jax.training import restore
 
     how = command.suites
@@ -97,7 +117,7 @@ def _suites(folder: pathlib.Path, step: int, command: Command) -> int:
     for notice in outcome.notices:
         print(f"note: {notice}", file=sys.stderr)
     console = output.console()
-    record = records.record(
+    record = result_files.record(
         outcome,
         checkpoint=str(folder),
         step=step,
@@ -105,8 +125,8 @@ def _suites(folder: pathlib.Path, step: int, command: Command) -> int:
         how=how,
         conditions=conditions,
     )
-    name = records.file_name(how, step, conditions)
-    target = folder / records.FOLDER / f"{name}.json"
+    name = result_files.file_name(how, step, conditions)
+    target = folder / result_files.FOLDER / f"{name}.json"
     try:
         target.parent.mkdir(exist_ok=True)
         files.write_json(target, record)
@@ -123,5 +143,5 @@ def _suites(folder: pathlib.Path, step: int, command: Command) -> int:
             console.print(f"Drawn in {picture}")
     except OSError as error:  # a read-only run can still be evaluated
         console.print(f"{target} is not written: {error.strerror}", style="yellow")
-    console.print(comparison.table([records.parsed(record)]))
+    console.print(comparison.table([result_files.parsed(record)]))
     return 0

@@ -48,9 +48,9 @@ def run(argv: Sequence[str], prog: str) -> int:
         found = [files.read_json(path) for path in command.runs]
         _show(command, None, alignment.side_by_side(found))
         return 0
-    from tlm_jax.evaluation import comparison, records
+    from tlm_jax.evaluation import comparison, result_files
 
-    results = [one for folder in command.runs for one in records.read(folder)]
+    results = [one for folder in command.runs for one in result_files.read(folder)]
     _show(command, comparison.table(results), comparison.markdown(results))
     if not command.markdown and (apart := comparison.note(results)):
         output.console().print(apart, soft_wrap=True)

@@ -3,8 +3,11 @@
 Legend: N tokens of a document, L row length.
 """
 
+import bisect
 import dataclasses
+import itertools
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -12,10 +15,13 @@ import numpy as np
 from grain import experimental as grain_experimental
 
 from tlm_jax.data import store
+from tlm_jax.data.shares import READERS
 
 _PAIRS = "pairs"
 BINS = 64
 """Rows that best-fit packing fills at a time: more waste less, and restore more slowly."""
+_GOLDEN = 0x9E3779B97F4A7C15
+"""2^64 over the golden ratio: its multiples modulo 2^64 are spread evenly, however many."""
 
 
 class TokenDocuments:
@@ -60,7 +66,7 @@ class PackedRows(grain.IterDataset):
 
     Yields int32 arrays of shape (L,): `inputs`, `targets`, `document_ids` (1, 2, ...
     for the documents of the row, 0 for padding) and `positions` (from 0 in each
-    segment; a document that goes on in another row starts from 0 there).
+    document; one that goes on in another row starts from 0 there).
 
     `concat` lays documents end to end and cuts them where a row ends; only the very
     last row has padding. `best_fit` fills BINS rows at a time, puts each document
@@ -127,3 +133,84 @@ class _PackedRowsIterator(grain.DatasetIterator):
             slices = {name: tuple(ends) for name, ends in state["remainder_slices"].items()}
             state = {**state, "remainder_slices": slices}
         self._parent.set_state(state)
+
+
+class MixedRows(grain.IterDataset):
+    """Rows of several parents by weight, as evenly as may be, from a place in the mixture.
+
+    Readers that begin at different places make batches whose rows are mixed by weight too; all
+    of them beginning at 0, a batch would have rows of one parent (Grain's `mix` has no such place).
+    """
+
+    def __init__(
+        self, parents: Sequence[grain.IterDataset], weights: Sequence[float], place: int
+    ) -> None:
+        super().__init__(parents)
+        ends = list(itertools.accumulate(weights))
+        self._ends = [int(end / ends[-1] * 2**64) for end in ends[:-1]]
+        self._place = place
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _MixedRowsIterator([p.__iter__() for p in self._parents], self._ends, self._place)
+
+
+class _MixedRowsIterator(grain.DatasetIterator):
+    def __init__(
+        self, parents: Sequence[grain.DatasetIterator], ends: Sequence[int], place: int
+    ) -> None:
+        super().__init__(parents)
+        self._ends, self._place = ends, place
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        parent = bisect.bisect(self._ends, self._place * _GOLDEN % 2**64)
+        row = next(self._parents[parent])
+        self._place += 1
+        return row
+
+    def get_state(self) -> dict[str, Any]:
+        return {"place": self._place, "parents": [p.get_state() for p in self._parents]}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._place = state["place"]
+        for parent, of_parent in zip(self._parents, state["parents"], strict=True):
+            parent.set_state(of_parent)
+
+
+class ReadersRows(grain.IterDataset):
+    """Some rows of each reader, one reader after the other.
+
+    Yields arrays of shape (len(readers) * rows, L). States are kept apart by reader.
+
+    Args:
+      readers: rows by the number of the reader.
+      rows: how many of each.
+    """
+
+    def __init__(self, readers: dict[int, grain.IterDataset], rows: int) -> None:
+        super().__init__(list(readers.values()))
+        self._numbers, self._rows = list(map(str, readers)), rows
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _ReadersRowsIterator(
+            [reader.__iter__() for reader in self._parents], self._numbers, self._rows
+        )
+
+
+class _ReadersRowsIterator(grain.DatasetIterator):
+    def __init__(
+        self, readers: Sequence[grain.DatasetIterator], numbers: Sequence[str], rows: int
+    ) -> None:
+        super().__init__(readers)
+        self._numbers, self._rows = numbers, rows
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        rows = [next(reader) for reader in self._parents for _ in range(self._rows)]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def get_state(self) -> dict[str, Any]:
+        states = (reader.get_state() for reader in self._parents)
+        return {READERS: dict(zip(self._numbers, states, strict=True))}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        for number, reader in zip(self._numbers, self._parents, strict=True):
+            reader.set_state(state[READERS][number])

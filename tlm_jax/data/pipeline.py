@@ -11,16 +11,16 @@ import itertools
 import json
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tlm_jax.config import DataConfig, UserError
+from tlm_jax.data import cache, store
 from tlm_jax.data import prepare as prepare_lib
-from tlm_jax.data import prepared as prepared_lib
 from tlm_jax.data import processes as processes_lib
-from tlm_jax.data import store
+from tlm_jax.data import shares as shares_lib
 from tlm_jax.data import tokenizers as tokenizers_lib
 from tlm_jax.data.store import SPLITS, Split, SplitStatistics
 
@@ -57,7 +57,7 @@ def open_dataset(config: DataConfig, vocab_size: int) -> "Dataset":
     elif config.path is not None and _is_prepared(pathlib.Path(config.path).expanduser()):
         folders = {pathlib.Path(config.path).expanduser(): 1.0}
     else:
-        folders = {prepared_lib.prepare_cached(config, tokenizer): 1.0}
+        folders = {cache.prepare_cached(config, tokenizer): 1.0}
     parts = tuple(_open_part(folder, weight, tokenizer) for folder, weight in folders.items())
     return Dataset(config=config, tokenizer=tokenizer, parts=parts)
 
@@ -147,58 +147,96 @@ class Dataset:
             "seq_len": self.config.seq_len,
             "batch_size": self.config.batch_size,
             "num_workers": self.config.num_workers,
+            # Not there before there were several.
+            "readers": self.config.readers if self.config.readers > 1 else None,
             "seed": self.config.seed,
             "packing": self.config.packing,
             "version": LAYOUT_VERSION,
         }
 
-    def train_iterator(self) -> "grain.DatasetIterator":
+    def train_iterator(
+        self, share: shares_lib.Share | None = None
+    ) -> "grain.DatasetIterator | shares_lib.SharedBatches":
         """Endless batches of the train split, documents reshuffled in each epoch.
 
         Of several parts, each fills rows of its own; these are mixed by the parts' weights.
-        With several processes each makes all batches, and puts its own rows on its devices:
-        reading is much cheaper than training, and batches do not depend on their number.
+        With several readers (`DataConfig.readers`), document n of the shuffled ones goes to
+        reader n modulo their number, and each makes rows of its own.
 
         With `num_workers` > 0, reader processes import the main module: its code
         must stand under `if __name__ == "__main__"`. Call the iterator's `close()`
         at the end, which stops them.
 
+        Args:
+          share: of several readers, those whose rows are wanted; the others' rows are zeros. None
+            is all. It means nothing to a single reader.
+
         Returns:
-          A Grain iterator, with `get_state` and `set_state`, of dicts of int32 arrays
+          An iterator, with `get_state` and `set_state`, of dicts of int32 arrays
           (B, L): `inputs`, `targets`, `document_ids` (1, 2, ... for the documents of a row)
-          and `positions` (from 0 in each segment).
+          and `positions` (from 0 in each document).
         """
+        from tlm_jax.data import packing
+
+        number = self.config.readers
+        if number == 1:
+            rows = self._rows(1)[0]
+            return iter(self._in_processes(rows.batch(self.config.batch_size, drop_remainder=True)))
+        share = share or shares_lib.Share(readers=tuple(range(number)), saves=tuple(range(number)))
+        joined = packing.ReadersRows(
+            self._rows(number, share.readers), self.config.batch_size // number
+        )
+        return shares_lib.SharedBatches(iter(self._in_processes(joined)), share, number)
+
+    def _rows(self, count: int, readers: Sequence[int] = (0,)) -> dict[int, "grain.IterDataset"]:
+        """The endless rows of some of `count` readers."""
         import grain
-        from absl import flags
 
         from tlm_jax.data import packing
 
-        rows = [
-            packing.PackedRows(
-                grain.MapDataset.source(documents)
-                .seed((self.config.seed + number) % 2**32)
-                .shuffle()
-                .repeat()
-                .to_iter_dataset(grain.ReadOptions(_READ_THREADS, _READ_AHEAD)),
-                self.config.seq_len,
-                best_fit=self.config.packing == "best_fit",
-                seed=(self.config.seed + number) % 2**32,
-            )
-            for number, documents in enumerate(self._documents("train"))
+        seeds = [(self.config.seed + number) % 2**32 for number in range(len(self.parts))]
+        orders = [
+            grain.MapDataset.source(documents).seed(seed).shuffle().repeat()
+            for documents, seed in zip(self._documents("train"), seeds, strict=True)
         ]
-        mixed: grain.IterDataset = rows[0]
-        if len(rows) > 1:
-            mixed = grain.IterDataset.mix(rows, [part.weight for part in self.parts])
-        batches = mixed.batch(self.config.batch_size, drop_remainder=True)
-        if self.config.num_workers:
-            processes_lib.require_semaphores("use --data.num_workers 0")
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags; we have none
-            batches = batches.mp_prefetch(
-                grain.MultiprocessingOptions(num_workers=self.config.num_workers),
-                worker_init_fn=_start_reader,
-            )
-        return iter(batches)
+        weights = [part.weight for part in self.parts]
+        threads = max(1, _READ_THREADS // len(readers))
+        found = {}
+        for reader in readers:
+            rows = [
+                packing.PackedRows(
+                    (
+                        order if count == 1 else order.slice(slice(reader, None, count))
+                    ).to_iter_dataset(grain.ReadOptions(threads, _READ_AHEAD)),
+                    self.config.seq_len,
+                    best_fit=self.config.packing == "best_fit",
+                    seed=(seed + reader * len(orders)) % 2**32,
+                )
+                for order, seed in zip(orders, seeds, strict=True)
+            ]
+            if len(rows) == 1:
+                found[reader] = rows[0]
+            elif count == 1:
+                found[reader] = grain.IterDataset.mix(rows, weights)
+            else:
+                place = reader * self.config.batch_size // count
+                found[reader] = packing.MixedRows(rows, weights, place)
+        return found
+
+    def _in_processes(self, batches: "grain.IterDataset") -> "grain.IterDataset":
+        """The same batches, made by `num_workers` reader processes if there are to be any."""
+        import grain
+        from absl import flags
+
+        if not self.config.num_workers:
+            return batches
+        processes_lib.require_semaphores("use --data.num_workers 0")
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags; we have none
+        return batches.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=self.config.num_workers),
+            worker_init_fn=_start_reader,
+        )
 
     def validation_batches(self, *, batch_size: int | None = None) -> "ValidationBatches":
         """One pass over the validation split in fixed order; each target occurs once.

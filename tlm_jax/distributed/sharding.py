@@ -81,15 +81,24 @@ def param_shardings(
 
 
 def optimizer_shardings(tx: optax.GradientTransformation, shapes: Any, params: Any) -> Any:
-    """Shardings of the optimizer's state: moments lie where their parameters lie."""
+    """Shardings of the optimizer's state: moments lie where their parameters lie.
+
+    What has another shape than its parameter (Adafactor's rows and columns) is on every device.
+    """
     mesh = jax.tree.leaves(params)[0].mesh
     replicated = NamedSharding(mesh, PartitionSpec())
+
+    def place(leaf: Any, sharding: NamedSharding, parameter: Any) -> Any:
+        if _is_masked(leaf):  # a part of an optimizer that is for other parameters only
+            return leaf
+        return sharding if leaf.shape == parameter.shape else replicated
+
     return optax.tree_utils.tree_map_params(
         tx,
-        # A part of an optimizer for some parameters only holds empty nodes for the others.
-        lambda leaf, sharding: leaf if _is_masked(leaf) else sharding,
+        place,
         jax.eval_shape(tx.init, shapes),
         params,
+        shapes,
         transform_non_params=lambda _: replicated,
         is_leaf=_is_masked,
     )
@@ -109,11 +118,20 @@ def token_sharding(mesh: Mesh, rules: ShardingRules = RULES) -> NamedSharding:
     return NamedSharding(mesh, rules.spec(("batch", "sequence")))
 
 
-def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Global arrays of a batch (B, L), of which every process holds all rows.
+def rows_by_process(mesh: Mesh, batch_size: int) -> list[set[int]]:
+    """The rows of a batch that the devices of each process need; the same on all processes."""
+    where: dict[Any, Any] = dict(batch_sharding(mesh).devices_indices_map((batch_size,)))
+    rows: list[set[int]] = [set() for _ in range(1 + max(d.process_index for d in where))]
+    for device, (part,) in where.items():
+        rows[device.process_index].update(range(*part.indices(batch_size)))
+    return rows
 
-    Each process copies what its devices need, so that batches depend neither on the number of
-    processes nor on the mesh.
+
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Global arrays of a batch (B, L), of which every process holds the rows it needs.
+
+    Those are `rows_by_process`. Each process copies what its devices need, so that batches depend
+    neither on the number of processes nor on the mesh.
     """
     where = token_sharding(mesh)
     return {

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tlm_jax.evaluation import suites
-from tlm_jax.evaluation.records import Result, digest
+from tlm_jax.evaluation.result_files import Result, digest
 from tlm_jax.evaluation.suites import Metric
 
 _SMALLER_IS_BETTER = ("perplexity", "bits_per_byte")

@@ -175,6 +175,7 @@ def _begin(
         positions_BL=jnp.maximum(positions_BP, 0),
         document_ids_BL=(positions_BP >= 0).astype(jnp.int32),
         cache=model.init_cache(B, room),
+        prefill=True,
     )
     logits_BV = model.logits(hidden_BPD[:, -1:])[:, 0, :vocab_size]
     return jnp.argmax(logits_BV, -1).astype(jnp.int32), (lengths_B, cache)

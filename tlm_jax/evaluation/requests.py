@@ -188,13 +188,13 @@ def _fill(
     spans = []
     total = number * length // parts  # positions of a part
 
-    def put(row: int, column: int, tokens: Sequence[int], position: int, segment: int) -> int:
+    def put(row: int, column: int, tokens: Sequence[int], position: int, document_id: int) -> int:
         """Writes all tokens but the last, which is a target only; returns the next column."""
         end = column + len(tokens) - 1
         arrays["inputs"][row, column:end] = tokens[:-1]
         arrays["targets"][row, column:end] = tokens[1:]
         arrays["positions"][row, column:end] = np.arange(position, position + end - column)
-        arrays["document_ids"][row, column:end] = segment
+        arrays["document_ids"][row, column:end] = document_id
         return end
 
     for row, groups in enumerate(rows):
@@ -205,8 +205,8 @@ def _fill(
                 column = put(row, column, tokens[: group.trunk + 1], 0, document)
             for branch, key in enumerate(group.members):
                 request = requests[key]
-                segment = document + (branch + 1) * BRANCH if group.trunk else document
-                column = put(row, column, request.tokens[group.trunk :], group.trunk, segment)
+                document_id = document + (branch + 1) * BRANCH if group.trunk else document
+                column = put(row, column, request.tokens[group.trunk :], group.trunk, document_id)
                 part, end = divmod(row * length + column - 1, total)
                 begin, size = len(scored[part]), len(request.continuation)
                 scored[part].extend(range(end + 1 - size, end + 1))

@@ -22,10 +22,17 @@ from tlm_jax.config import ModelConfig, RunConfig, UserError
 from tlm_jax.data import Tokenizer
 from tlm_jax.data.tokenizers import EMBEDDED
 from tlm_jax.distributed import mesh as mesh_lib
-from tlm_jax.interop import card, gguf_tokenizer, llama, loading, sentencepiece_json
+from tlm_jax.interop import (
+    card,
+    gguf_tokenizer,
+    llama,
+    own_exports,
+    parameters,
+    sentencepiece_json,
+)
 from tlm_jax.interop.tensors import SHARD_BYTES, write_safetensors
 from tlm_jax.models import skeleton
-from tlm_jax.training import restore
+from tlm_jax.training import checkpoint, restore
 
 Format = Literal["llama", "compact", "native"]
 Dtype = Literal["float32", "bfloat16"]
@@ -45,6 +52,9 @@ def export_model(
 ) -> Format:
     """Writes a checkpoint's model into a new folder, all or nothing; returns the format.
 
+    A folder that this very export has made, as one that was killed in its last moment has, is
+    left as it is.
+
     Args:
       folder: the run folder.
       out: the folder to make; it may be there if it is empty.
@@ -57,10 +67,25 @@ def export_model(
       UserError: the format cannot express the model, or `out` is not empty.
     """
     step, metadata = restore.saved_metadata(folder, step)
-    form = _checked_format(restore.saved_config(metadata).model, form)
-    with files.new_folder(out) as part:
-        _fill(part, folder, step, metadata, form, dtype, shard_bytes)
+    config = restore.saved_config(metadata)
+    form = _checked_format(config.model, form)
+    tokenizer = restore.model_tokenizer(config, metadata)
+    values = _config_json(config, metadata, form, dtype, step, _special_tokens(metadata, tokenizer))
+    if not _made_before(out, values):
+        with files.new_folder(out) as part:
+            _fill(part, folder, step, metadata, form, dtype, shard_bytes, tokenizer, values)
     return form
+
+
+def _made_before(out: pathlib.Path, values: dict[str, Any]) -> bool:
+    """Whether a folder is the export whose config.json would hold `values`."""
+    if values[own_exports.KEY]["params"] is None or not list(out.glob("*.safetensors")):
+        return False
+    try:
+        found = json.loads((out / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return bool(found == json.loads(json.dumps(values)))
 
 
 def _fill(
@@ -71,9 +96,10 @@ def _fill(
     form: Format,
     dtype: Dtype,
     shard_bytes: int,
+    tokenizer: Tokenizer,
+    values: dict[str, Any],
 ) -> None:
     config = restore.saved_config(metadata)
-    tokenizer = restore.model_tokenizer(config, metadata)
     structure = skeleton(config.model)
     mesh = mesh_lib.single_device_mesh()
     with jax.set_mesh(mesh):
@@ -84,14 +110,12 @@ def _fill(
         ((name, array.astype(_NUMPY[dtype], copy=False)) for name, array in tensors),
         shard_bytes=shard_bytes,
     )
-    ends = _special_tokens(metadata, tokenizer)
-    values = _config_json(config, metadata, form, dtype, step, ends)
     _write_json(out / "config.json", values)
     if form == "compact":
         source = pathlib.Path(__file__).parent / "remote" / f"{_MODELING}.py"
         shutil.copyfile(source, out / f"{_MODELING}.py")
     if form != "native":
-        _write_json(out / "generation_config.json", ends)
+        _write_json(out / "generation_config.json", _special_tokens(metadata, tokenizer))
     _write_tokenizer(config.data.tokenizer, tokenizer, metadata, values, out)
     (out / "README.md").write_text(
         card.text(out, folder, step, metadata, form, dtype), encoding="utf-8"
@@ -124,18 +148,18 @@ def _special_tokens(metadata: dict[str, Any], tokenizer: Tokenizer) -> dict[str,
 
 def _native(params: Any) -> Iterator[tuple[str, np.ndarray]]:
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-        yield loading.path_of(keys), np.asarray(leaf)
+        yield parameters.path_of(keys), np.asarray(leaf)
 
 
 def _llama(params: Any, model: ModelConfig, form: Format) -> Iterator[tuple[str, np.ndarray]]:
     widest = max(model.mlp_widths)
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path, layers = loading.place(model, loading.path_of(keys))
+        path, layers = parameters.place(model, parameters.path_of(keys))
         for index, layer in enumerate(layers or [None]):
             spelled = llama.tensor(path, layer)
             array = np.asarray(leaf if layers is None else leaf[index])
             if spelled.inputs is not None:
-                outputs, inputs = loading.flat_shape(array.shape, spelled.inputs)
+                outputs, inputs = parameters.flat_shape(array.shape, spelled.inputs)
                 array = array.reshape(inputs, outputs).T
             if form == "llama" and (dim := llama.mlp_dim(spelled.name)) is not None:
                 missing = [(0, 0), (0, 0)]
@@ -156,6 +180,7 @@ def _config_json(
         "version": tlm_jax.__version__,
         "format": form,
         "step": step,
+        "params": checkpoint.params_id(metadata),
         "mlp_widths": list(config.model.mlp_widths),
         "config": metadata["config"],
         "data_layout": metadata["data_layout"],

@@ -1,6 +1,7 @@
 """A published model as a run folder: parameters, config and tokenizer."""
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
@@ -11,7 +12,7 @@ from tlm_jax import files
 from tlm_jax.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, UserError
 from tlm_jax.data import Tokenizer, load_tokenizer
 from tlm_jax.data.tokenizers import file_fingerprint
-from tlm_jax.interop import digests, gguf_tokenizer, llama, loading, original, special_tokens
+from tlm_jax.interop import digests, gguf_tokenizer, llama, own_exports, parameters, special_tokens
 from tlm_jax.interop.gguf_file import GgufFile
 from tlm_jax.interop.tensors import SafetensorsFolder, TensorSource
 from tlm_jax.models import Skeleton, skeleton
@@ -28,6 +29,9 @@ def import_model(
 ) -> dict[str, Any]:
     """Writes a run folder from a model, all or nothing; returns the metadata saved with it.
 
+    A folder that this very import has made, as one that was killed in its last moment has, is
+    left as it is.
+
     Args:
       model: a Hugging Face folder, or a GGUF file.
       out: the run folder; it may be there if it is empty.
@@ -37,15 +41,34 @@ def import_model(
     Raises:
       UserError: the model cannot be imported exactly, or `out` is not empty.
     """
-    if (out / CHECKPOINTS).exists():
-        raise UserError(f"{out} already holds a run; choose another --out")
     opened = _open(model)
     structure = skeleton(opened.run.model)
-    loading.check(structure, opened.source, native=opened.native)
+    parameters.check(structure, opened.source, native=opened.native)
     found = _find_tokenizer(opened, model, tokenizer)
     opened.provenance["sha256"] = digests.check(opened.files)
+    if (out / CHECKPOINTS).exists():
+        return _made_before(out, opened, found)
     with files.new_folder(out) as part:
         return _fill(part, out, model, opened, structure, found, mesh)
+
+
+def _made_before(
+    out: pathlib.Path, opened: "_Opened", tokenizer: tuple[str, bytes] | None
+) -> dict[str, Any]:
+    """The metadata of a run folder, if it is this import.
+
+    Raises:
+      UserError: it is not.
+    """
+    record = out / "config.json"
+    metadata = files.read_json(record) if record.is_file() else {}
+    same = metadata.get("source") == json.loads(json.dumps(opened.provenance))
+    if same and tokenizer is not None:
+        name, content = tokenizer
+        same = (out / name).is_file() and (out / name).read_bytes() == content
+    if not same:
+        raise UserError(f"{out} already holds a run; choose another --out")
+    return metadata
 
 
 def _fill(
@@ -80,7 +103,7 @@ def _fill(
     about_texts, special = _special_tokens(opened, model, reader)
     layout = about_texts | opened.data_layout | {"tokenizer": reader.fingerprint}
     with jax.set_mesh(mesh):
-        params = loading.load(structure, opened.source, mesh, native=opened.native)
+        params = parameters.load(structure, opened.source, mesh, native=opened.native)
         metadata = checkpoint.metadata(run, params, layout)
         metadata |= special | {"source": opened.provenance}
         with checkpoint.Checkpoints(part / CHECKPOINTS) as checkpoints:
@@ -116,8 +139,8 @@ def _open(model: pathlib.Path) -> _Opened:
         values = source.config
     else:
         raise UserError(f"{model} does not exist; give a Hugging Face folder or a GGUF file")
-    loading.check_sizes(values, source)
-    if original.KEY not in values:
+    parameters.check_sizes(values, source)
+    if own_exports.KEY not in values:
         return _Opened(
             run=_run_config(llama.model_config(values, source.where), values, model),
             source=source,
@@ -127,10 +150,10 @@ def _open(model: pathlib.Path) -> _Opened:
             files=source.files,
             values=values,
         )
-    ours = original.read(values, source.where)
+    ours = own_exports.read(values, source.where)
     return _Opened(
         run=ours.run,
-        source=source if ours.native else original.Trimmed(source, ours.run.model.mlp_widths),
+        source=source if ours.native else own_exports.Trimmed(source, ours.run.model.mlp_widths),
         native=ours.native,
         data_layout=ours.data_layout,
         provenance=ours.source or {"file": model.name, "config": {}},

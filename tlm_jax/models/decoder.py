@@ -27,7 +27,7 @@ from tlm_jax.distributed.sharding import constrain
 from tlm_jax.mixers import AttentionConfig
 from tlm_jax.mlp import MLPConfig
 from tlm_jax.models import registry
-from tlm_jax.models.kv_cache import KVCache
+from tlm_jax.models.kv_cache import KVCache, known_empty
 from tlm_jax.models.settings import compute_dtype, scans_layers
 from tlm_jax.stack import Stack
 
@@ -171,19 +171,19 @@ class Attention(nnx.Module):
         k_BLNK = ops.rotary(k_BLNK, positions_BL, self.config.rope_theta)
 
         B, L, _, _ = q_BLHK.shape
-        if cache is None:
+        new = None if cache is None else cache.append(k_BLNK, v_BLNK, document_ids_BL)
+        if cache is None or new is None or cache.is_empty:
             kernel = self.kernel
             y_BLHK = ops.self_attention(q_BLHK, k_BLNK, v_BLNK, document_ids_BL, kernel=kernel)
         else:
             query_index_L = jnp.arange(L) + cache.length
-            cache = cache.append(k_BLNK, v_BLNK, document_ids_BL)
-            causal_LS = query_index_L[:, None] >= jnp.arange(cache.k_BSNK.shape[1])
-            mask_BLS = causal_LS & ops.sees(document_ids_BL, cache.document_ids_BS)
-            y_BLHK = ops.attend(q_BLHK, cache.k_BSNK, cache.v_BSNK, mask_BLS)
+            causal_LS = query_index_L[:, None] >= jnp.arange(new.k_BSNK.shape[1])
+            mask_BLS = causal_LS & ops.sees(document_ids_BL, new.document_ids_BS)
+            y_BLHK = ops.attend(q_BLHK, new.k_BSNK, new.v_BSNK, mask_BLS)
         y_BLHK = self.gate_heads(x_BLD, y_BLHK)
         out_HKD = self.out[...]
         out = out_HKD.reshape(-1, out_HKD.shape[-1])
-        return ops.dense(y_BLHK.reshape(B, L, -1), out), cache
+        return ops.dense(y_BLHK.reshape(B, L, -1), out), new
 
 
 registry.register(AttentionConfig, Attention)
@@ -282,6 +282,7 @@ class LanguageModel(nnx.Module):
         positions_BL: jax.Array | None = None,
         document_ids_BL: jax.Array | None = None,
         cache: list[Any] | None = None,
+        prefill: bool = False,
     ) -> tuple[jax.Array, list[Any] | None]:
         """Hidden states after the final norm; multiply by `head_DV` for logits.
 
@@ -291,6 +292,7 @@ class LanguageModel(nnx.Module):
           document_ids_BL: int32 document of each token: tokens see only their own document, 0 is
             padding; None is one document per row.
           cache: from `init_cache`, to continue the tokens in it.
+          prefill: the cache is empty; attention then runs as in training, by the same kernel.
 
         Returns:
           hidden_BLD in the compute dtype, and the new cache (None without one).
@@ -307,7 +309,8 @@ class LanguageModel(nnx.Module):
         if cache is None:
             x_BLD = self.segments(x_BLD, positions_BL, document_ids_BL)
         else:
-            x_BLD, cache = self.segments.decode(x_BLD, cache, positions_BL, document_ids_BL)
+            before = known_empty(cache) if prefill else cache
+            x_BLD, cache = self.segments.decode(x_BLD, before, positions_BL, document_ids_BL)
         x_BLD = constrain(x_BLD, "batch", "sequence", None)
         return normed(self.final_norm, x_BLD), cache
 

@@ -4,7 +4,7 @@ Shapes: B batch, L new tokens, S slots, N key/value heads, K head dim.
 """
 
 import dataclasses
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,8 @@ class KVCache:
     """int32; 0 marks rows not written yet and padding."""
     length: jax.Array
     """int32 scalar: rows written."""
+    is_empty: bool = dataclasses.field(default=False, metadata={"static": True})
+    """Whether nothing is written for certain, so that new tokens see each other only."""
 
     @classmethod
     def empty(
@@ -50,4 +52,14 @@ class KVCache:
             v_BSNK=write(self.v_BSNK, v_BLNK.astype(self.v_BSNK.dtype), self.length, axis=1),
             document_ids_BS=write(self.document_ids_BS, document_ids_BL, self.length, axis=1),
             length=self.length + new,
+            is_empty=False,
         )
+
+
+def known_empty(caches: Any) -> Any:
+    """Caches of a model that are empty, marked as such for the next tokens (see `is_empty`)."""
+
+    def one(node: Any) -> Any:
+        return dataclasses.replace(node, is_empty=True) if isinstance(node, KVCache) else node
+
+    return jax.tree.map(one, caches, is_leaf=lambda node: isinstance(node, KVCache))

@@ -22,7 +22,7 @@ def training_loss(
     chunk: int,
     z_loss: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """What training descends on, and the mean negative log-likelihood in it, in nats a token.
+    """What training descends on, and the mean negative log-likelihood in it, in nats per token.
 
     The first is the second plus z_loss times the mean of log_z^2.
 

@@ -54,11 +54,14 @@ def make_decoder(skeleton: Skeleton) -> tuple[Callable[..., Any], Callable[..., 
     Returns:
       start: (params, rows, length) -> the state before the first of `length` tokens a row.
       advance: (params, tokens_BL, state) -> logits_BV float32 after the last of the tokens, and
-        the new state.
+        the new state; `prefill=True` says that the tokens are the first.
     """
     if skeleton.config.mlp.online_chunks:
 
-        def advance_online(params: Any, tokens_BL: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+        def advance_online(
+            params: Any, tokens_BL: jax.Array, state: Any, *, prefill: bool = False
+        ) -> tuple[jax.Array, Any]:
+            del prefill
             logits_BLV, state = online.advance(skeleton, params, tokens_BL, state)
             return logits_BLV[:, -1], state
 
@@ -67,11 +70,13 @@ def make_decoder(skeleton: Skeleton) -> tuple[Callable[..., Any], Callable[..., 
     def start(params: Any, rows: int, length: int) -> Any:
         return jnp.int32(0), skeleton.merge(params).init_cache(rows, length)
 
-    def advance(params: Any, tokens_BL: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    def advance(
+        params: Any, tokens_BL: jax.Array, state: Any, *, prefill: bool = False
+    ) -> tuple[jax.Array, Any]:
         (done, cache), L = state, tokens_BL.shape[1]
         model = skeleton.merge(params)
         positions_BL = jnp.broadcast_to(done + jnp.arange(L), tokens_BL.shape)
-        hidden, cache = model(tokens_BL, positions_BL=positions_BL, cache=cache)
+        hidden, cache = model(tokens_BL, positions_BL=positions_BL, cache=cache, prefill=prefill)
         return model.logits(hidden[:, -1:])[:, 0], (done + L, cache)
 
     return start, advance
@@ -140,13 +145,15 @@ def stream(
 
     start, advance = make_decoder(skeleton)
 
-    def next_token(params: Any, tokens_BL: jax.Array, last: jax.Array, state: Any) -> Any:
-        logits_BV, state = advance(params, tokens_BL, state)
+    def next_token(
+        params: Any, tokens_BL: jax.Array, last: jax.Array, state: Any, *, prefill: bool = False
+    ) -> Any:
+        logits_BV, state = advance(params, tokens_BL, state, prefill=prefill)
         return draw(logits_BV[:, :vocab_size], jax.random.fold_in(key, last), config), state
 
-    step = jax.jit(next_token, donate_argnums=3)
+    step = jax.jit(next_token, donate_argnums=3, static_argnames="prefill")
     state = jax.jit(lambda p: start(p, B, P + num_tokens))(params)
-    tokens_B, state = step(params, jnp.asarray(prompt_BP), jnp.int32(P - 1), state)
+    tokens_B, state = step(params, jnp.asarray(prompt_BP), jnp.int32(P - 1), state, prefill=True)
     for index in range(num_tokens):
         yield np.asarray(tokens_B)
         if index + 1 < num_tokens:

@@ -1,16 +1,16 @@
 """Titans, memory as context (MAC; arXiv 2501.00663, section 4.1).
 
-Shapes: B batch, L length, D model, H heads, K head dim, N segments, C tokens of a segment.
+Shapes: B batch, L length, D model, H heads, K head dim, N windows, C tokens of a window.
 
-A row is cut into segments of `window` tokens, counted from its start. In each, in this order:
+A row is cut into windows of `window` tokens, counted from its start. In each, in this order:
 
-    h = M(q) at the weights that the segment begins with         (retrieve)
-    y = attention over [persistent | h | segment]                (attend)
+    h = M(q) at the weights that the window begins with         (retrieve)
+    y = attention over [persistent | h | window]                (attend)
     M learns from y; m_t = M_t(q(y_t)) after each token's write  (write, read)
     o = norm(y) * sigmoid(norm(m))
 
 Attention and the retrieved h_j are causal, and so is the last read: the paper's M_t after
-the whole segment would tell a token of the tokens after it.
+the whole window would tell a token of the tokens after it.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from tlm_jax.models.window_attention import WindowAttention
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokens:
-    """What a layer computes of all its tokens before it goes through the segments."""
+    """What a layer computes of all its tokens before it goes through the windows."""
 
     ask_BLHK: jax.Array
     """The memory's query."""
@@ -45,13 +45,13 @@ class Tokens:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SegmentKeys:
-    """Keys and values of the tokens of the present segment and of what they retrieved."""
+class WindowKeys:
+    """Keys and values of the tokens of the present window and of what they retrieved."""
 
     kv_BC4HK: jax.Array
     """Of each token: key and value of h, key and value of x."""
     document_ids_BC: jax.Array
-    """int32; 0 where the segment has no token yet."""
+    """int32; 0 where the window has no token yet."""
 
 
 @jax.tree_util.register_dataclass
@@ -61,16 +61,16 @@ class ContextCache:
 
     memory: MemoryState
     retrieved: MemoryState
-    """The memory as the present segment found it."""
+    """The memory as the present window found it."""
     ask_tail: Tail
     tail: Tail
-    keys: SegmentKeys
+    keys: WindowKeys
     offset: jax.Array
-    """int32 scalar: tokens in the present segment."""
+    """int32 scalar: tokens in the present window."""
 
 
 class MemoryAsContext(nnx.Module):
-    """Segments that attend to what the memory knew before them, then teach it."""
+    """Windows that attend to what the memory knew before them, then teach it."""
 
     def __init__(self, config: TitansConfig, context: LayerContext, *, rngs: nnx.Rngs):
         D, std = context.d_model, context.std
@@ -96,7 +96,7 @@ class MemoryAsContext(nnx.Module):
             retrieved=state,
             ask_tail=self.memory.init_tail(batch, dtype, 1),
             tail=self.memory.init_tail(batch, dtype),
-            keys=SegmentKeys(
+            keys=WindowKeys(
                 kv_BC4HK=jnp.zeros((batch, C, 4, H, K), dtype),
                 document_ids_BC=jnp.zeros((batch, C), jnp.int32),
             ),
@@ -104,9 +104,11 @@ class MemoryAsContext(nnx.Module):
         )
 
     def retrieve(self, tokens: Tokens, state: MemoryState) -> tuple[jax.Array, jax.Array]:
-        """Keys and values of what the memory knew of the tokens before their segment."""
+        """Keys and values of what the memory knew of the tokens before their window."""
         precision = self.config.precision
-        h_BLHK = recall(self.memory.start, state, tokens.ask_BLHK, tokens.document_ids_BL, precision)
+        h_BLHK = recall(
+            self.memory.start, state, tokens.ask_BLHK, tokens.document_ids_BL, precision
+        )
         h_BLD = _merge(self.retrieved_norm(h_BLHK), self.retrieved_out[...])
         k_BLHK, v_BLHK = self.attention.project(h_BLD, tokens.positions_BL, queries=False)
         return k_BLHK, v_BLHK
@@ -155,21 +157,21 @@ class MemoryAsContext(nnx.Module):
             document_ids_BL=document_ids_BL,
         )
         if cache is None or ask_tail is None:
-            return self.output(self.segments(tokens), x_BLD), None
+            return self.output(self.windows(tokens), x_BLD), None
         y_BLHK, cache = self.one_by_one(tokens, dataclasses.replace(cache, ask_tail=ask_tail))
         return self.output(y_BLHK, x_BLD), cache
 
     def one_by_one(self, tokens: Tokens, cache: ContextCache) -> tuple[jax.Array, ContextCache]:
-        """Decoding: the next tokens of the present segment and those after it."""
+        """Decoding: the next tokens of the present window and those after it."""
         tokens_LB1 = jax.tree.map(lambda a: a.swapaxes(0, 1)[:, :, None], tokens)
         cache, y_LB1HK = jax.lax.scan(self.one_token, cache, tokens_LB1)
         return y_LB1HK[:, :, 0].swapaxes(0, 1), cache
 
-    def segments(self, tokens: Tokens) -> jax.Array:
-        """All segments of a row, one after the other -> (B, L, H, K)."""
+    def windows(self, tokens: Tokens) -> jax.Array:
+        """All windows of a row, one after the other -> (B, L, H, K)."""
         B, L = tokens.positions_BL.shape
         C, chunk = self.config.window, self.config.chunk
-        if L < C:  # one segment, no longer than it need be
+        if L < C:  # one window, no longer than it need be
             C = -(-L // chunk) * chunk
         causal_CC = jnp.arange(C)[:, None] >= jnp.arange(C)
         persistent = self.attention.persistent_kv()
@@ -178,14 +180,14 @@ class MemoryAsContext(nnx.Module):
             x_BL = jnp.pad(x_BL, ((0, 0), (0, -L % C)) + ((0, 0),) * (x_BL.ndim - 2))
             return x_BL.reshape(B, -1, C, *x_BL.shape[2:]).swapaxes(0, 1)
 
-        def one(carry: tuple, segment: Tokens) -> tuple[tuple, jax.Array]:
+        def one(carry: tuple, window: Tokens) -> tuple[tuple, jax.Array]:
             state, tail = carry
-            kh, vh = self.retrieve(segment, state)
-            keys = jnp.concatenate([kh, segment.k_BLHK], axis=1)
-            values = jnp.concatenate([vh, segment.v_BLHK], axis=1)
-            ids = segment.document_ids_BL
+            kh, vh = self.retrieve(window, state)
+            keys = jnp.concatenate([kh, window.k_BLHK], axis=1)
+            values = jnp.concatenate([vh, window.v_BLHK], axis=1)
+            ids = window.document_ids_BL
             mask = jnp.tile(causal_CC & (ids[:, :, None] == ids[:, None, :]), (1, 1, 2))
-            a_BCHK = self.attention.attend(segment.q_BLHK, keys, values, mask, persistent)
+            a_BCHK = self.attention.attend(window.q_BLHK, keys, values, mask, persistent)
             y_BCHK, state, tail = self.learn(a_BCHK, ids, state, tail, aligned=True)
             return (state, tail), y_BCHK
 
@@ -196,11 +198,11 @@ class MemoryAsContext(nnx.Module):
         return y_BNCHK.reshape(B, -1, *y_BNCHK.shape[3:])[:, :L]
 
     def one_token(self, cache: ContextCache, token: Tokens) -> tuple[ContextCache, jax.Array]:
-        """The next token of the present segment -> (B, 1, H, K)."""
+        """The next token of the present window -> (B, 1, H, K)."""
         keys, ids_B1, C = cache.keys, token.document_ids_BL, self.config.window
         write = jax.lax.dynamic_update_slice_in_dim
         kv = jnp.stack([*self.retrieve(token, cache.retrieved), token.k_BLHK, token.v_BLHK], axis=2)
-        keys = SegmentKeys(
+        keys = WindowKeys(
             kv_BC4HK=write(keys.kv_BC4HK, kv.astype(keys.kv_BC4HK.dtype), cache.offset, axis=1),
             document_ids_BC=write(keys.document_ids_BC, ids_B1, cache.offset, axis=1),
         )

@@ -86,10 +86,10 @@ class WindowAttention(nnx.Module):
         B, L, H, K = q.shape
         window = self.config.window
         index_L, ids_BL, ids_BS = jnp.arange(L), document_ids_BL, document_ids_BL
-        if cache is not None:
+        new = None if cache is None else cache.append(k, v, document_ids_BL)
+        if cache is not None and new is not None and not cache.is_empty:
             index_L = index_L + cache.length
-            cache = cache.append(k, v, document_ids_BL)
-            k, v, ids_BS = cache.k_BSNK, cache.v_BSNK, cache.document_ids_BS
+            k, v, ids_BS = new.k_BSNK, new.v_BSNK, new.document_ids_BS
         elif window < L:  # each block of `window` tokens sees itself and the block before
             index_L = window + jnp.arange(window)
             q, ids_BL = _blocks(q, window), _blocks(document_ids_BL, window)
@@ -99,7 +99,7 @@ class WindowAttention(nnx.Module):
         near_LS = (back_LS >= 0) & (back_LS < window)
         mask_BLS = near_LS & (ids_BL[:, :, None] == ids_BS[:, None, :])
         y = self.attend(q, k, v, mask_BLS, self.persistent_kv())
-        return y.reshape(B, -1, H, K)[:, :L], cache
+        return y.reshape(B, -1, H, K)[:, :L], new
 
 
 def _blocks(x_BL: jax.Array, size: int) -> jax.Array:

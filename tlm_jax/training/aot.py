@@ -18,7 +18,7 @@ from tlm_jax.evaluation import perplexity
 from tlm_jax.models import Skeleton, skeleton
 from tlm_jax.models.settings import attention_kernel
 from tlm_jax.training import step
-from tlm_jax.training.optimizer import About, make_optimizer
+from tlm_jax.training.updates import About, make_optimizer
 
 STEPS = ("train", "evaluation")
 _GIB = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2**10}

@@ -48,7 +48,8 @@ def of(tree: Any) -> dict[str, str]:
 class Saved:
     """The checksums of a tree, as Orbax saves them beside the arrays.
 
-    They are computed at once, before the next update takes the arrays' memory.
+    They are dispatched at once, before the next update takes the arrays' memory, and run while
+    the arrays are copied and written.
     """
 
     def __init__(self, tree: Any) -> None:
@@ -87,10 +88,20 @@ def identity(checksums: Mapping[str, str], below: str) -> str:
 
 
 def _computed(tree: Any) -> _Sums:
-    # One after the other, and before anything else is dispatched: on simulated devices, programs
-    # whose collectives overlap can wait for each other for ever.
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {name(path): jax.block_until_ready(_sums(leaf)) for path, leaf in leaves}
+    found: _Sums = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        sums = _sums(leaf)
+        if _simulated(sums[0]):
+            # Programs whose collectives overlap can wait for each other for ever there.
+            jax.block_until_ready(sums)
+        found[name(path)] = sums
+    return found
+
+
+def _simulated(array: jax.Array) -> bool:
+    """Whether an array lies on several devices that are one CPU."""
+    devices: set[Any] = array.sharding.device_set
+    return len(devices) > 1 and all(device.platform == "cpu" for device in devices)
 
 
 def _read(sums: _Sums) -> dict[str, str]:

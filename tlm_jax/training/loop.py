@@ -30,8 +30,9 @@ from tlm_jax.models.settings import attention_kernel, compute_dtype
 from tlm_jax.training import checkpoint, faults, metrics, step
 from tlm_jax.training.allocator import release_freed_memory
 from tlm_jax.training.evaluations import Evaluations
-from tlm_jax.training.optimizer import About, make_optimizer
 from tlm_jax.training.profiling import Profiler, ProfileSpan
+from tlm_jax.training.reading import train_iterator
+from tlm_jax.training.updates import About, make_optimizer
 
 CHECKPOINTS = "checkpoints"
 
@@ -97,7 +98,7 @@ class Trainer:
             config.model.mlp,
         )
         self.shapes = step.abstract_state(self.skeleton, self.tx, self.mesh)
-        self.iterator = self.dataset.train_iterator()
+        self.iterator = train_iterator(self.dataset, config.data, self.mesh, self._say)
         layout = self.dataset.layout()
         agreement.require_equal("data", {f"data, {k}": repr(v) for k, v in layout.items()})
         self.metadata = checkpoint.metadata(config, self.skeleton.shapes, layout)
@@ -284,7 +285,14 @@ class Trainer:
             )
         for line in lines:
             self._say(f"Config change: {line}", "yellow")
-        before = config_io.from_dict(saved["config"]).training.num_steps
+        old = config_io.from_dict(saved["config"])
+        if old.data.readers != self.config.data.readers:  # there is no position of the new ones
+            raise UserError(
+                f"the position in the text that {self.workdir} holds is that of data.readers="
+                f"{old.data.readers}, with which alone it goes on; use --data.readers "
+                f"{old.data.readers}, or another --workdir"
+            )
+        before = old.training.num_steps
         if before != self.config.training.num_steps:
             self._say(
                 f"num_steps: {before} -> {self.config.training.num_steps}; the learning rate "

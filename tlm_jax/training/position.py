@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from tlm_jax import files
+from tlm_jax.data.shares import SharedBatches
 
 FILE = "position.json"
 
@@ -15,33 +16,60 @@ FILE = "position.json"
 class Position:
     """Where the data iterator stands, as Orbax saves and loads it.
 
-    One file, whatever the number of processes: all of them read the same batches. (Grain's own
-    way is a file for each process, which no other number of them can read.)
+    One file for each reader, whatever the number of processes: each is written by one process,
+    and read by those that run this reader then. (Grain's own way is a file for each process, which
+    no other number of them can read.)
 
     Args:
-      iterator: with `get_state` and `set_state`.
+      iterator: with `get_state` and `set_state`; of several readers, a `data.shares.SharedBatches`.
       sealed: whether a file that is loaded must have a checksum.
     """
 
     def __init__(self, iterator: Any, *, sealed: bool = True) -> None:
         self._iterator, self._sealed = iterator, sealed
+        self._share = iterator.share if isinstance(iterator, SharedBatches) else None
 
     async def save(self, directory: Any) -> Awaitable[None]:
-        state = json.dumps(files.sealed(self._iterator.get_state()))  # now; written later
+        state = self._iterator.get_state()
+        if self._share is not None:
+            mine = {_file(reader): state[str(reader)] for reader in self._share.saves}
+        else:
+            mine = {FILE: state} if jax.process_index() == 0 else {}
+        texts = {name: json.dumps(files.sealed(s)) for name, s in mine.items()}  # written later
 
         async def write() -> None:
             folder = await directory.await_creation()
-            if jax.process_index() == 0:
-                await asyncio.to_thread((folder / FILE).write_text, state)
+            for name, text in texts.items():
+                await asyncio.to_thread((folder / name).write_text, text)
 
         return write()
 
     async def load(self, directory: Any) -> Awaitable[None]:
+        async def of(name: str) -> dict[str, Any]:
+            text = await asyncio.to_thread((directory / name).read_text)
+            return verified(json.loads(text), sealed=self._sealed)
+
         async def read() -> None:
-            text = await asyncio.to_thread((directory / FILE).read_text)
-            self._iterator.set_state(verified(json.loads(text), sealed=self._sealed))
+            if self._share is None:
+                self._iterator.set_state(await of(FILE))
+            else:
+                self._iterator.set_state({str(r): await of(_file(r)) for r in self._share.readers})
 
         return read()
+
+
+def names(layout: dict[str, Any]) -> list[str]:
+    """The files of a position.
+
+    Args:
+      layout: the data layout that is saved with it (`Dataset.layout`).
+    """
+    readers = layout.get("readers")
+    return [_file(reader) for reader in range(readers)] if readers else [FILE]
+
+
+def _file(reader: int) -> str:
+    return f"position-{reader:05d}.json"
 
 
 def verified(record: dict[str, Any], *, sealed: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from tlm_jax.data import SpecialTokens, Tokenizer, chat, load_tokenizer, open_da
 from tlm_jax.data.tokenizers import file_fingerprint
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed import sharding
-from tlm_jax.evaluation import perplexity, records, suites
+from tlm_jax.evaluation import perplexity, result_files, suites
 from tlm_jax.evaluation.evaluator import Evaluator, progress
 from tlm_jax.evaluation.journal import Journal
 from tlm_jax.evaluation.options import SuiteConfig
@@ -101,7 +101,7 @@ def evaluate(folder: pathlib.Path, step: int, config: RunConfig) -> perplexity.S
 
 def evaluate_suites(
     folder: pathlib.Path, step: int, config: RunConfig, how: SuiteConfig
-) -> tuple[suites.Outcome, records.Conditions]:
+) -> tuple[suites.Outcome, result_files.Conditions]:
     """Runs suites of tasks on the checkpoint of a step; also says under which conditions.
 
     Answers are kept in the run folder as they come, so that the same command goes on after a
@@ -110,7 +110,7 @@ def evaluate_suites(
     Raises:
       UserError: see `load_params` and `Evaluator`; or another process evaluates the same.
     """
-    with _answers_file(folder, records.file_name(how, step)) as path:
+    with _answers_file(folder, result_files.file_name(how, step)) as path:
         return _evaluate_suites(folder, step, config, how, path)
 
 
@@ -121,11 +121,11 @@ def _answers_file(folder: pathlib.Path, name: str) -> Iterator[pathlib.Path | No
     None for a run folder that cannot be written: it can still be evaluated.
     """
     try:
-        make_writable(folder / records.FOLDER)
+        make_writable(folder / result_files.FOLDER)
     except UserError:
         yield None
         return
-    path = folder / records.FOLDER / f"{name}.answers.jsonl"
+    path = folder / result_files.FOLDER / f"{name}.answers.jsonl"
     if jax.process_index() > 0:
         yield path
         return
@@ -141,7 +141,7 @@ def _evaluate_suites(
     config: RunConfig,
     how: SuiteConfig,
     path: pathlib.Path | None,
-) -> tuple[suites.Outcome, records.Conditions]:
+) -> tuple[suites.Outcome, result_files.Conditions]:
     mesh = mesh_lib.device_mesh(config.mesh)
     model = skeleton(config.model)
     _, saved = saved_metadata(folder, step)
@@ -156,7 +156,7 @@ def _evaluate_suites(
             max_length=config.data.seq_len,
             prefix=document_prefix(saved, tokenizer),
         )
-        conditions = records.Conditions(
+        conditions = result_files.Conditions(
             params_id=params_id(folder, step, saved),
             max_length=how.max_length or config.data.seq_len,
             trained_length=config.data.seq_len,
@@ -186,7 +186,7 @@ def params_id(folder: pathlib.Path, step: int, saved: dict[str, Any]) -> str:
     if (found := checkpoint.params_id(saved)) is not None:
         return found
     noted = folder / CHECKPOINTS / str(step) / "_CHECKPOINT_METADATA"
-    return records.digest(noted.read_text(encoding="utf-8"))
+    return result_files.digest(noted.read_text(encoding="utf-8"))
 
 
 def document_prefix(saved: dict[str, Any], tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from tlm_jax.config import RunConfig
 from tlm_jax.distributed import sharding
 from tlm_jax.models import LanguageModel, Skeleton
 from tlm_jax.models.loss import training_loss
-from tlm_jax.training.optimizer import global_norm, learning_rate, updates_made
+from tlm_jax.training.updates import global_norm, learning_rate, updates_made
 
 _NORM_STEPS = 100
 """Updates that the typical gradient norm is made of, and before which none is a spike."""
@@ -129,7 +129,7 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The function (state, batch) -> (state, metrics), not yet compiled.
 
-    Metrics: `loss` (nats a token), `grad_norm` (before clipping), `tokens`
+    Metrics: `loss` (nats per token), `grad_norm` (before clipping), `tokens`
     (scored in this step), `learning_rate` (what this update is multiplied by, or would have been
     if it is skipped: the schedule counts updates that were made; absent with an optimizer that
     has no schedule), `skipped` and `skipped_in_a_row`.

@@ -85,7 +85,8 @@ def _checkpoint(checkpoints: checkpoint.Checkpoints, step: int, tokenizers: set[
     if checksums.shapes(tree) != saved["state_shapes"]:
         faults.append("it holds other arrays than were saved")
     if not saved.get("parameters_only"):
-        faults += _position(checkpoints.folder / str(step) / "data" / position.FILE)
+        for file in position.names(saved["data_layout"]):
+            faults += _position(checkpoints.folder / str(step) / "data" / file)
     for part in _parts(tree):
         faults += _arrays(checkpoints, step, tree, part)
     return _found(name, faults, "")
@@ -130,7 +131,7 @@ def _position(path: pathlib.Path) -> list[str]:
     try:
         position.verified(json.loads(path.read_bytes()), sealed=True)
     except (FileNotFoundError, ValueError, TypeError, files.DamagedFileError) as error:
-        return [f"{position.FILE}: {damage.reason(error)}"]
+        return [f"{path.name}: {damage.reason(error)}"]
     return []
 
 

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from tlm_jax.config import DataConfig, UserError
-from tlm_jax.data import open_dataset, prepare, prepared, store
+from tlm_jax.data import cache, open_dataset, prepare, store
 from tlm_jax.data import tokenizers as tokenizers_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -107,7 +107,7 @@ def test_another_was_first_without_locks(
 
     monkeypatch.setattr(prepare, "prepare", prepare_late)
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    folder = prepared.prepare_cached(config, tokenizer)
+    folder = cache.prepare_cached(config, tokenizer)
     assert store.open_manifest(folder).statistics["train"].num_documents > 0
     assert list(tmp_path.glob("*incomplete*")) == others
 
@@ -133,11 +133,11 @@ def test_is_done_once(
 
 def test_where_it_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert prepared.cache_root(None) == tmp_path / "tlm_jax"
+    assert cache.cache_root(None) == tmp_path / "tlm_jax"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert prepared.cache_root(None) == tmp_path / ".cache" / "tlm_jax"
-    assert prepared.cache_root("~/there") == tmp_path / "there"
+    assert cache.cache_root(None) == tmp_path / ".cache" / "tlm_jax"
+    assert cache.cache_root("~/there") == tmp_path / "there"
 
 
 def test_cache_that_cannot_be_written(many_files: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from tlm_jax.config import ModelConfig, UserError
 from tlm_jax.distributed import sharding
-from tlm_jax.interop import llama, original
+from tlm_jax.interop import llama, own_exports
 from tlm_jax.interop.tensors import TensorSource
 from tlm_jax.models import Skeleton
 
@@ -101,7 +101,7 @@ def check_sizes(values: dict[str, Any], source: TensorSource) -> None:
     So memory and time are bounded by the size of the files.
 
     Args:
-      values: what config.json holds, and under `original.KEY` perhaps the config of an export.
+      values: what config.json holds, and under `own_exports.KEY` perhaps the config of an export.
       source: the tensors.
 
     Raises:
@@ -114,10 +114,10 @@ def check_sizes(values: dict[str, Any], source: TensorSource) -> None:
     limits = {"num_hidden_layers": layers} | dict.fromkeys(_DIMS, widest)
     sizes = [(name, values.get(name), most) for name, most in limits.items()]
     ours: Any = values
-    for key in (original.KEY, "config", "model"):
+    for key in (own_exports.KEY, "config", "model"):
         ours = ours.get(key) if isinstance(ours, dict) else None
     most = max(_HARMLESS, sum(map(math.prod, shapes.values())))
-    for name, value in _leaves(ours, f"{original.KEY}.config.model"):
+    for name, value in _leaves(ours, f"{own_exports.KEY}.config.model"):
         sizes.append((name, value, layers if name.endswith(".num_layers") else most))
     for name, value, most in sizes:
         if isinstance(value, int | float) and value > most:

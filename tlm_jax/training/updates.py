@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from tlm_jax.mlp import MLPConfig
@@ -211,9 +212,21 @@ def _adafactor(config: AdafactorConfig, about: About) -> optax.GradientTransform
             min_dim_size_to_factor=config.min_dim_factored,
             epsilon=config.eps,
         ),
-        optax.clip_by_block_rms(1.0),
+        _clip_by_rms(),
         optax.add_decayed_weights(config.weight_decay, about.decay_mask),
     )
+
+
+def _clip_by_rms() -> optax.GradientTransformation:
+    """Each layer's update of a parameter scaled down to a root mean square of at most 1."""
+
+    def one(path: Any, update: jax.Array) -> jax.Array:
+        stacked = str(path[0].key) == "segments"
+        axes = tuple(range(int(stacked), update.ndim))
+        mean = jnp.mean(jnp.square(update), axes, keepdims=True)
+        return update / jnp.maximum(1.0, jnp.sqrt(mean))
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(one, updates))
 
 
 register_optimizer(OptimizerConfig, _adamw)

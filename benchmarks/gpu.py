@@ -1,0 +1,315 @@
+"""configs/tlm_440m.py on one GPU: steps, kernels, memory policies, torch, decoding, evaluation.
+
+    python -m benchmarks.gpu [--minutes 25] [--torch_python X/bin/python] [--results FILE.json]
+    python -m benchmarks.gpu --small --results FILE.json        # every arm in miniature, on a CPU
+
+Each arm is a process of its own, and its figures are written to the file as soon as it ends, so
+that the same command continues after an interruption; arms are in order of importance, and none
+begins after `--minutes`. An arm that broke is recorded with what it said, and tried again. X is an
+interpreter with torch and transformers; without it their arms are left out. The table goes to
+docs/speed.md (not with --small).
+
+The first arm measures an 8,192 x 8,192 x 8,192 product in bfloat16. Shares are of that and of the
+datasheet's dense bfloat16 rate, with FLOPs that leave out masked attention and what is computed
+again.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import race, report
+from benchmarks.step_time import ROOT, UNIFORM, Folder, stairs, with_taper, worker
+from tlm_jax import config_io, costs, files
+from tlm_jax.architectures import with_architecture
+from tlm_jax.config import AttentionConfig, RunConfig
+from tlm_jax.data.tokenizers import load_tokenizer
+from tlm_jax.distributed import mesh as mesh_lib
+from tlm_jax.evaluation.generation import Generator
+from tlm_jax.evaluation.requests import Request
+from tlm_jax.evaluation.scoring import Scorer
+from tlm_jax.models import skeleton
+
+RESULTS = ROOT / "docs" / "results" / "gpu.json"
+DATASHEET = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "A100": 312.0}
+"""Dense bfloat16 TFLOP/s by part of the device's name, special names first."""
+ROWS = 16
+"""Of 4,096 tokens in a step, unless an arm says otherwise."""
+VARIABLES = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    # Trying Triton's tilings takes minutes for each new product; cuBLAS needs none of that.
+    "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false",
+}
+AUTOTUNED = {**VARIABLES, "XLA_FLAGS": ""}
+_SECONDS = 600
+"""Longest that an arm may take."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """Train steps of a config, ours or a uniform Llama of its shape in torch."""
+
+    config: RunConfig
+    env: Mapping[str, str] = dataclasses.field(default_factory=lambda: VARIABLES)
+    torch: tuple[str, ...] | None = None
+    """Words for torch_worker.py; None is ours."""
+
+
+def base_config(*, small: bool) -> RunConfig:
+    """The 440M config with the rows of one GPU, or a miniature of it."""
+    config = config_io.load_config(ROOT / "configs" / "tlm_440m.py")
+    data = dataclasses.replace(config.data, batch_size=2 if small else ROWS)
+    if small:
+        data = dataclasses.replace(data, seq_len=128)
+        model = dataclasses.replace(
+            config.model,
+            vocab_size=512,
+            num_layers=4,
+            d_model=64,
+            mlp_width=256,
+            mixer=AttentionConfig(num_heads=2),
+        )
+        config = dataclasses.replace(config, model=model)
+    return dataclasses.replace(config, data=data)
+
+
+def steps(base: RunConfig) -> dict[str, Step]:
+    """The arms that train, the most important first."""
+    two = stairs(base, 2)
+
+    def change(rows: int, **model: Any) -> RunConfig:
+        data = dataclasses.replace(two.data, batch_size=max(two.data.batch_size * rows // ROWS, 1))
+        return dataclasses.replace(two, data=data, model=dataclasses.replace(two.model, **model))
+
+    arms = {
+        "uniform": Step(config=with_taper(base, UNIFORM)),
+        "2 stairs": Step(config=two),
+        "torch": Step(config=base, torch=()),
+        "torch.compile": Step(config=base, torch=("--compile",)),
+        "4 stairs": Step(config=stairs(base, 4)),
+        "exact taper": Step(config=base),
+    }
+    for name in ("gated_attention", "hope_attention", "titans"):
+        arms[f"{name}, 2 stairs"] = Step(config=with_architecture(two, name))
+    for policy, rows in (("attention", 16), ("dots", 8), ("none", 4), ("full", 32), ("full", 8)):
+        arms[f"2 stairs, remat {policy}, {rows} rows"] = Step(config=change(rows, remat=policy))
+    arms["2 stairs, unrolled"] = Step(config=change(ROWS, scan_layers=False))
+    arms["2 stairs, plain attention"] = Step(config=change(ROWS, attention_kernel="xla"))
+    arms["2 stairs, autotuned by XLA"] = Step(config=two, env=AUTOTUNED)
+    return arms
+
+
+def take_steps(step: Step, turns: int, folder: Folder, python: str) -> dict[str, Any]:
+    """Times a worker's steps."""
+    config = step.config
+    if step.torch is None:
+        entrant = folder.ours(config, **step.env)
+    else:
+        entrant = worker(python, "torch_worker.py", config, *step.torch)
+    found = race.run({"arm": entrant}, turns, together=False)
+    if "arm" not in found:
+        raise RuntimeError("the worker broke; its message is above")
+    seconds, tokens = found["arm"].median, config.data.batch_size * config.data.seq_len
+    flops = costs.model_costs(config.model, config.data.seq_len).training_flops * tokens
+    return {
+        "ms": seconds * 1e3,
+        "middle_half": found["arm"].middle_half,
+        "tokens_per_second": tokens / seconds,
+        "tflops": flops / seconds / 1e12,
+        **found["arm"].said,
+    }
+
+
+def product(base: RunConfig) -> dict[str, Any]:
+    """TFLOP/s of a large product of random bfloat16 numbers, the median of 20."""
+    size = 8192 if base.data.seq_len > 1024 else 256
+    key = jax.random.key(0)
+    a = jax.random.normal(key, (size, size), jnp.bfloat16)
+    multiply = jax.jit(jnp.matmul)
+    multiply(a, a).block_until_ready()
+    times = []
+    for _ in range(20):
+        begin = time.perf_counter()
+        multiply(a, a).block_until_ready()
+        times.append(time.perf_counter() - begin)
+    device = jax.devices()[0].device_kind
+    tflops = 2 * size**3 / statistics.median(times) / 1e12
+    return {"tflops": tflops, "device": device, "machine": report.software()}
+
+
+def _random_model(base: RunConfig) -> tuple[Any, Any, Any]:
+    """(structure, random parameters, mesh) of the model with two stairs."""
+    model = skeleton(stairs(base, 2).model)
+    mesh = mesh_lib.single_device_mesh()
+    jax.set_mesh(mesh)
+    return model, jax.jit(model.init)(jax.random.key(0)), mesh
+
+
+def _prompts(base: RunConfig, rows: int, length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(3, base.model.vocab_size, (rows, length), np.int32)
+
+
+def decoding(base: RunConfig, *, rows: int) -> dict[str, Any]:
+    """Greedy tokens per second after prompts of a quarter of the context, prompts included."""
+    model, params, mesh = _random_model(base)
+    length, new = base.data.seq_len // 4, min(base.data.seq_len // 4, 256)
+    generator = Generator(model, params, load_tokenizer("bytes"), mesh, max_length=length + new)
+    prompts = _prompts(base, rows, length).tolist()
+
+    def once() -> float:
+        begin = time.perf_counter()
+        for piece in generator.pieces(prompts, length, new):
+            np.asarray(piece)
+        return time.perf_counter() - begin
+
+    once()
+    seconds = statistics.median(once() for _ in range(3))
+    return {"tokens_per_second": rows * new / seconds, "ms": seconds * 1e3}
+
+
+def evaluation(base: RunConfig) -> dict[str, Any]:
+    """Requests for log-likelihoods per second: questions of 20 to 100 tokens, four answers each."""
+    model, params, mesh = _random_model(base)
+    scorer = Scorer(model, params, mesh, max_length=base.data.seq_len)
+    rng = np.random.default_rng(0)
+    requests = []
+    for number, row in enumerate(_prompts(base, 8 if base.data.seq_len <= 1024 else 512, 100)):
+        context = tuple(row[: rng.integers(20, 100)].tolist())
+        for _ in range(4):
+            answer = tuple(rng.integers(3, base.model.vocab_size, 10).tolist())
+            requests.append(Request(context=context, continuation=answer, question=number))
+
+    def once() -> float:
+        begin = time.perf_counter()
+        for _ in scorer.score(requests):
+            pass
+        return time.perf_counter() - begin
+
+    once()
+    seconds = once()
+    return {"requests_per_second": len(requests) / seconds, "ms": seconds * 1e3}
+
+
+FUNCTIONS: dict[str, Callable[[RunConfig], dict[str, Any]]] = {
+    "product": product,
+    "decoding, 1 row": functools.partial(decoding, rows=1),
+    "decoding, 32 rows": functools.partial(decoding, rows=32),
+    "evaluation": evaluation,
+}
+"""Arms that need no worker with turns."""
+
+
+def in_a_process(name: str, *, small: bool) -> dict[str, Any]:
+    """What a function of FUNCTIONS returns, run by another process."""
+    words = ["--arm", name, *(["--small"] if small else [])]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=_SECONDS,
+        check=True,
+    )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def arms(options: argparse.Namespace, folder: Folder) -> dict[str, Callable[[], dict[str, Any]]]:
+    """All arms by name, in order of importance."""
+    base = base_config(small=options.small)
+    trained = {
+        name: functools.partial(take_steps, step, options.steps, folder, options.torch_python)
+        for name, step in steps(base).items()
+        if step.torch is None or options.torch_python
+    }
+    others = {
+        name: functools.partial(in_a_process, name, small=options.small) for name in FUNCTIONS
+    }
+    found = {"product": others.pop("product"), **trained, **others}
+    return {name: arm for name, arm in found.items() if options.only in name}
+
+
+def publish(record: Mapping[str, Mapping[str, Any]]) -> None:
+    """The table of docs/speed.md."""
+    ceiling = record["product"]["tflops"]
+    device = record["product"]["device"]
+    sheet = next((rate for part, rate in DATASHEET.items() if part in device), None)
+    rows = []
+    for name, one in record.items():
+        if "tflops" not in one or name == "product":
+            continue
+        peak = one.get("device_peak_mib", 0) / 1024
+        rows.append(
+            [
+                name,
+                f"{one['compile_s']:.0f}",
+                f"{one['ms']:.0f}",
+                f"{one['tokens_per_second']:,.0f}",
+                f"{one['tflops']:.0f}",
+                f"{one['tflops'] / ceiling:.0%}",
+                f"{one['tflops'] / sheet:.0%}" if sheet else "",
+                f"{peak:.1f}" if peak else "",
+            ]
+        )
+    header = ["model", "compile s", "ms per step", "tokens/s", "TFLOP/s", "of the product"]
+    header += ["of the datasheet", "peak GiB"]
+    lines = [report.table(header, rows), ""]
+    for name, one in record.items():
+        for what in ("tokens_per_second", "requests_per_second"):
+            if name in FUNCTIONS and what in one:
+                lines.append(f"- {name}: {one[what]:,.0f} {what.replace('_per_', ' per ')}")
+        if "error" in one:
+            lines.append(f"- {name}: broke ({one['error']})")
+    lines += ["", f"The product: {ceiling:.0f} TFLOP/s. {record['product']['machine']}."]
+    report.publish("gpu", "\n".join(lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=25.0)
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of an arm")
+    parser.add_argument("--torch_python", default="", help="an interpreter with torch")
+    parser.add_argument("--only", default="", help="arms whose name has this")
+    parser.add_argument("--small", action="store_true", help="a miniature, for a CPU")
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--arm", choices=FUNCTIONS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.arm:
+        print(json.dumps(FUNCTIONS[options.arm](base_config(small=options.small))))
+        return
+    begin = time.monotonic()
+    record: dict[str, dict[str, Any]] = {}
+    if options.results.is_file():
+        record = json.loads(options.results.read_text())["arms"]
+    with tempfile.TemporaryDirectory() as path:
+        for name, arm in arms(options, Folder(path)).items():
+            if name in record and "error" not in record[name]:
+                continue
+            if time.monotonic() - begin > 60 * options.minutes:
+                print("The time is up; the same command continues.")
+                break
+            try:
+                record[name] = arm()
+            except Exception as error:
+                record[name] = {"error": f"{type(error).__name__}: {error}"[:200]}
+            figures = {k: v for k, v in record[name].items() if isinstance(v, float | str)}
+            print(f"{name}: {figures}", flush=True)
+            files.write_text(options.results, json.dumps({"arms": record}, indent=1) + "\n")
+    if not options.small and "tflops" in record.get("product", {}):
+        publish(record)
+
+
+if __name__ == "__main__":
+    main()
