@@ -5,18 +5,14 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from tlm_jax import ops
 from tlm_jax.config import AttentionConfig, ModelConfig, TaperConfig
-from tlm_jax.mixers import MixerConfig, TitansConfig
 from tlm_jax.models import LanguageModel, skeleton
 from tlm_jax.models.decoder import RMSNorm
 
@@ -152,68 +148,6 @@ def test_documents_in_a_row_do_not_see_each_other():
     np.testing.assert_allclose(packed[:, 10:], logits(config, params, second), atol=1e-5)
     joined = logits(config, params, jnp.concatenate([first, second], axis=1))
     assert jnp.abs(joined[:, 10:] - packed[:, 10:]).max() > 1e-2
-
-
-@pytest.mark.parametrize("chunks", [[1] * LENGTH, [7, 1, 16]])
-def test_decoding_with_a_cache_equals_the_full_pass(chunks: list[int]):
-    config = random_taper(0)
-    params, ids = parameters(config), tokens()
-
-    @jax.jit
-    def decode(ids, positions, cache):
-        model = skeleton(config).merge(params)
-        hidden, cache = model(ids, positions_BL=positions, cache=cache)
-        return model.logits(hidden), cache
-
-    cache, parts, done = skeleton(config).merge(params).init_cache(2, LENGTH + 3), [], 0
-    for size in chunks:
-        positions = jnp.broadcast_to(jnp.arange(done, done + size), (2, size))
-        part, cache = decode(ids[:, done : done + size], positions, cache)
-        parts.append(part)
-        done += size
-    full = logits(config, params, ids)
-    np.testing.assert_allclose(jnp.concatenate(parts, axis=1), full, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("mixer", [AttentionConfig(num_heads=2), TitansConfig(num_heads=2)])
-def test_prefill_holds_no_array_of_tokens_by_tokens(mixer: MixerConfig) -> None:
-    """Of 2,048 tokens on a TPU; without `prefill` there are scores against the whole cache."""
-    length = 2048
-    uniform = TaperConfig(schedule="uniform")
-    model = skeleton(small(mixer=mixer, taper=uniform, remat="full"))
-
-    def shapes_in(jaxpr: Any) -> Iterator[tuple[int, ...]]:
-        for eqn in jaxpr.eqns:
-            yield from (v.aval.shape for v in eqn.outvars)
-            for inner in jaxprs_in_params(eqn.params):
-                yield from shapes_in(inner)
-
-    def shapes(*, prefill: bool) -> list[tuple[int, ...]]:
-        def run(params: Any, ids: Any) -> Any:
-            built = model.merge(params)
-            cache = built.init_cache(1, length + 64)
-            return built(ids, cache=cache, prefill=prefill)
-
-        ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
-        with ops.tracing_for("tpu"):
-            jaxpr = jax.make_jaxpr(run)(model.shapes, ids).jaxpr
-        return [s for s in shapes_in(jaxpr) if sum(size >= length for size in s) > 1]
-
-    assert not shapes(prefill=True)
-    assert shapes(prefill=False)
-
-
-def test_tokens_beyond_the_cache_are_refused_or_nan():
-    """One call that is too long has a message; a step too many is never silently wrong."""
-    config = random_taper(0)
-    params, ids = parameters(config), tokens()
-    model = skeleton(config).merge(params)
-    with pytest.raises(ValueError, match="24 tokens do not fit a cache of 20; make a longer cache"):
-        model(ids, cache=model.init_cache(2, 20))
-    hidden, cache = model(ids[:, :20], cache=model.init_cache(2, 20))
-    assert bool(jnp.isfinite(hidden).all())
-    hidden, _ = model(ids[:, 20:21], positions_BL=jnp.full((2, 1), 20), cache=cache)
-    assert bool(jnp.isnan(hidden).all())
 
 
 def test_grouped_attention_equals_a_loop_over_heads():

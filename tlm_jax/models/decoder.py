@@ -302,8 +302,10 @@ class LanguageModel(nnx.Module):
         if document_ids_BL is None:
             document_ids_BL = jnp.ones_like(tokens_BL)
         with jax.named_scope("embedding"):
+            # Where the table lies, then where layers want it: one all-to-all. Were the tokens not
+            # constrained too, a mesh of several axes would make a detour over whole embeddings.
+            tokens_BL = constrain(tokens_BL, "looked_up", "sequence")
             x_BLD = self.embedding[...][tokens_BL].astype(compute_dtype(self.config))
-            # Where the table lies, then where layers want it: one all-to-all.
             x_BLD = constrain(x_BLD, "looked_up", "sequence", "embed")
             x_BLD = constrain(x_BLD, "batch", "sequence", None)
         if cache is None:
