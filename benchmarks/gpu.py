@@ -3,11 +3,12 @@
     python -m benchmarks.gpu [--minutes 25] [--torch_python X/bin/python] [--results FILE.json]
     python -m benchmarks.gpu --small --results FILE.json        # every arm in miniature, on a CPU
 
-Each arm is a process of its own, and its figures are written to the file as soon as it ends, so
-that the same command continues after an interruption; arms are in order of importance, and none
-begins after `--minutes`. An arm that broke is recorded with what it said, and tried again. X is an
-interpreter with torch and transformers; without it their arms are left out. The table goes to
-docs/speed.md (not with --small).
+Train steps are taken by processes that compile at the same time and are then timed one after the
+other; decoding and evaluation follow. Figures are written to the file as each arm ends, so that
+the same command continues after an interruption; arms are in order of importance, and none begins
+after `--minutes`. An arm that broke is recorded as such, and tried again. X is an interpreter with
+torch and transformers; without it their arms are left out. The table goes to docs/gpu.md (not
+with --small).
 
 The first arm measures an 8,192 x 8,192 x 8,192 product in bfloat16. Shares are of that and of the
 datasheet's dense bfloat16 rate, with FLOPs that leave out masked attention and what is computed
@@ -15,6 +16,7 @@ again.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -24,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -44,16 +46,18 @@ from tlm_jax.evaluation.scoring import Scorer
 from tlm_jax.models import skeleton
 
 RESULTS = ROOT / "docs" / "results" / "gpu.json"
+PAGE = ROOT / "docs" / "gpu.md"
 DATASHEET = {"H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "A100": 312.0}
 """Dense bfloat16 TFLOP/s by part of the device's name, special names first."""
-ROWS = 16
+ROWS = 8
 """Of 4,096 tokens in a step, unless an arm says otherwise."""
 VARIABLES = {
-    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
-    # Trying Triton's tilings takes minutes for each new product; cuBLAS needs none of that.
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # processes that wait leave the memory to others
+    # As train steps are compiled (training/step.py); here for decoding and evaluation.
     "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false",
 }
-AUTOTUNED = {**VARIABLES, "XLA_FLAGS": ""}
+TOGETHER = 16
+"""Processes that compile at the same time."""
 _SECONDS = 600
 """Longest that an arm may take."""
 
@@ -63,7 +67,8 @@ class Step:
     """Train steps of a config, ours or a uniform Llama of its shape in torch."""
 
     config: RunConfig
-    env: Mapping[str, str] = dataclasses.field(default_factory=lambda: VARIABLES)
+    documents: int = 1
+    """In each row."""
     torch: tuple[str, ...] | None = None
     """Words for torch_worker.py; None is ours."""
 
@@ -83,7 +88,8 @@ def base_config(*, small: bool) -> RunConfig:
             mixer=AttentionConfig(num_heads=2),
         )
         config = dataclasses.replace(config, model=model)
-    return dataclasses.replace(config, data=data)
+    model = dataclasses.replace(config.model, remat="none")
+    return dataclasses.replace(config, data=data, model=model)
 
 
 def steps(base: RunConfig) -> dict[str, Step]:
@@ -94,57 +100,66 @@ def steps(base: RunConfig) -> dict[str, Step]:
         data = dataclasses.replace(two.data, batch_size=max(two.data.batch_size * rows // ROWS, 1))
         return dataclasses.replace(two, data=data, model=dataclasses.replace(two.model, **model))
 
+    full = change(ROWS, remat="full")
     arms = {
         "uniform": Step(config=with_taper(base, UNIFORM)),
         "2 stairs": Step(config=two),
-        "torch": Step(config=base, torch=()),
         "torch.compile": Step(config=base, torch=("--compile",)),
+        "torch": Step(config=base, torch=()),
+        "2 stairs, 16 rows": Step(config=change(16)),
         "4 stairs": Step(config=stairs(base, 4)),
         "exact taper": Step(config=base),
+        "2 stairs, 6 documents a row": Step(config=two, documents=6),
+        "2 stairs, in loops": Step(config=change(ROWS, scan_layers=True)),
+        "2 stairs, remat full": Step(config=full),
     }
     for name in ("gated_attention", "hope_attention", "titans"):
-        arms[f"{name}, 2 stairs"] = Step(config=with_architecture(two, name))
-    for policy, rows in (("attention", 16), ("dots", 8), ("none", 4), ("full", 32), ("full", 8)):
-        arms[f"2 stairs, remat {policy}, {rows} rows"] = Step(config=change(rows, remat=policy))
-    arms["2 stairs, unrolled"] = Step(config=change(ROWS, scan_layers=False))
-    arms["2 stairs, plain attention"] = Step(config=change(ROWS, attention_kernel="xla"))
-    arms["2 stairs, autotuned by XLA"] = Step(config=two, env=AUTOTUNED)
+        arms[f"{name}, 2 stairs, remat full"] = Step(config=with_architecture(full, name))
+    arms["exact taper, remat full"] = Step(config=stairs(full, None))
+    arms["2 stairs, remat full, 32 rows"] = Step(config=change(32, remat="full"))
+    arms["2 stairs, remat dots"] = Step(config=change(ROWS, remat="dots"))
+    arms["2 stairs, remat attention"] = Step(config=change(ROWS, remat="attention"))
+    arms["2 stairs, 40 documents a row"] = Step(config=two, documents=40)
+    chunked = change(ROWS, remat="full", attention_kernel="chunked")
+    arms["2 stairs, remat full, chunked attention"] = Step(config=chunked)
     return arms
 
 
-def take_steps(step: Step, turns: int, folder: Folder, python: str) -> dict[str, Any]:
-    """Times a worker's steps."""
-    config = step.config
-    if step.torch is None:
-        entrant = folder.ours(config, **step.env)
-    else:
-        entrant = worker(python, "torch_worker.py", config, *step.torch)
-    found = race.run({"arm": entrant}, turns, together=False)
-    if "arm" not in found:
-        raise RuntimeError("the worker broke; its message is above")
-    seconds, tokens = found["arm"].median, config.data.batch_size * config.data.seq_len
+def entrant(step: Step, folder: Folder, python: str) -> race.Entrant:
+    """The process that takes an arm's steps."""
+    if step.torch is not None:
+        return worker(python, "torch_worker.py", step.config, *step.torch)
+    ours = folder.ours(step.config, **VARIABLES)
+    return dataclasses.replace(ours, command=[*ours.command, str(step.documents)])
+
+
+def figures(step: Step, found: race.Finish) -> dict[str, Any]:
+    """What is recorded of an arm."""
+    config, seconds = step.config, found.median
+    tokens = config.data.batch_size * config.data.seq_len
     flops = costs.model_costs(config.model, config.data.seq_len).training_flops * tokens
     return {
         "ms": seconds * 1e3,
-        "middle_half": found["arm"].middle_half,
+        "middle_half": found.middle_half,
         "tokens_per_second": tokens / seconds,
         "tflops": flops / seconds / 1e12,
-        **found["arm"].said,
+        **found.said,
     }
 
 
 def product(base: RunConfig) -> dict[str, Any]:
-    """TFLOP/s of a large product of random bfloat16 numbers, the median of 20."""
+    """TFLOP/s of a large product of random bfloat16 numbers: ten at a time, the median of five."""
     size = 8192 if base.data.seq_len > 1024 else 256
     key = jax.random.key(0)
     a = jax.random.normal(key, (size, size), jnp.bfloat16)
     multiply = jax.jit(jnp.matmul)
     multiply(a, a).block_until_ready()
     times = []
-    for _ in range(20):
+    for _ in range(5):
         begin = time.perf_counter()
-        multiply(a, a).block_until_ready()
-        times.append(time.perf_counter() - begin)
+        products = [multiply(a, a) for _ in range(10)]
+        jax.block_until_ready(products)
+        times.append((time.perf_counter() - begin) / len(products))
     device = jax.devices()[0].device_kind
     tflops = 2 * size**3 / statistics.median(times) / 1e12
     return {"tflops": tflops, "device": device, "machine": report.software()}
@@ -226,23 +241,60 @@ def in_a_process(name: str, *, small: bool) -> dict[str, Any]:
     return found
 
 
-def arms(options: argparse.Namespace, folder: Folder) -> dict[str, Callable[[], dict[str, Any]]]:
-    """All arms by name, in order of importance."""
-    base = base_config(small=options.small)
-    trained = {
-        name: functools.partial(take_steps, step, options.steps, folder, options.torch_python)
-        for name, step in steps(base).items()
+Arm = tuple[str, dict[str, Any]]
+
+
+def arms(options: argparse.Namespace) -> list[str]:
+    """Names of all arms, in order of importance."""
+    trained = [
+        name
+        for name, step in steps(base_config(small=options.small)).items()
         if step.torch is None or options.torch_python
-    }
-    others = {
-        name: functools.partial(in_a_process, name, small=options.small) for name in FUNCTIONS
-    }
-    found = {"product": others.pop("product"), **trained, **others}
-    return {name: arm for name, arm in found.items() if options.only in name}
+    ]
+    others = [name for name in FUNCTIONS if name != "product"]
+    return [name for name in ("product", *trained, *others) if options.only in name]
+
+
+def measure(todo: list[str], options: argparse.Namespace) -> Iterator[Arm]:
+    """Yields each arm's name and figures, or its error, until the time is up."""
+    end = time.monotonic() + 60 * options.minutes
+    known = steps(base_config(small=options.small))
+    groups: list[list[str]] = [[]]
+    for name in todo:
+        if name in known:
+            if len(groups[-1]) == TOGETHER:
+                groups.append([])
+            groups[-1].append(name)
+    in_turn = [name for name in todo if name not in known]
+    for name in in_turn[: in_turn.count("product")]:
+        yield _tried(name, options)
+    for group in groups:
+        with tempfile.TemporaryDirectory() as path:
+            folder = Folder(path)
+            entrants = {n: entrant(known[n], folder, options.torch_python) for n in group}
+            ours = [name for name in group if known[name].torch is None]  # torch takes longer
+            racing = race.one_by_one(entrants, options.steps, ready=ours)
+            with contextlib.closing(racing) as finishes:
+                for name, found in finishes:
+                    broke = {"error": "the worker broke; its message is above"}
+                    yield name, broke if found is None else figures(known[name], found)
+                    if time.monotonic() > end:
+                        return
+    for name in in_turn[in_turn.count("product") :]:
+        if time.monotonic() > end:
+            return
+        yield _tried(name, options)
+
+
+def _tried(name: str, options: argparse.Namespace) -> Arm:
+    try:
+        return name, in_a_process(name, small=options.small)
+    except Exception as error:
+        return name, {"error": f"{type(error).__name__}: {error}"[:200]}
 
 
 def publish(record: Mapping[str, Mapping[str, Any]]) -> None:
-    """The table of docs/speed.md."""
+    """The table of docs/gpu.md."""
     ceiling = record["product"]["tflops"]
     device = record["product"]["device"]
     sheet = next((rate for part, rate in DATASHEET.items() if part in device), None)
@@ -258,14 +310,14 @@ def publish(record: Mapping[str, Mapping[str, Any]]) -> None:
                 f"{one['ms']:.0f}",
                 f"{one['tokens_per_second']:,.0f}",
                 f"{one['tflops']:.0f}",
-                f"{one['tflops'] / ceiling:.0%}",
-                f"{one['tflops'] / sheet:.0%}" if sheet else "",
+                f"{one['tflops'] / ceiling:.1%}",
+                f"{one['tflops'] / sheet:.1%}" if sheet else "",
                 f"{peak:.1f}" if peak else "",
             ]
         )
     header = ["model", "compile s", "ms per step", "tokens/s", "TFLOP/s", "of the product"]
     header += ["of the datasheet", "peak GiB"]
-    lines = [report.table(header, rows), ""]
+    lines = [report.table(header, rows)]
     for name, one in record.items():
         for what in ("tokens_per_second", "requests_per_second"):
             if name in FUNCTIONS and what in one:
@@ -273,7 +325,7 @@ def publish(record: Mapping[str, Mapping[str, Any]]) -> None:
         if "error" in one:
             lines.append(f"- {name}: broke ({one['error']})")
     lines += ["", f"The product: {ceiling:.0f} TFLOP/s. {record['product']['machine']}."]
-    report.publish("gpu", "\n".join(lines))
+    report.publish("gpu", "\n".join(lines), PAGE)
 
 
 def main() -> None:
@@ -289,24 +341,19 @@ def main() -> None:
     if options.arm:
         print(json.dumps(FUNCTIONS[options.arm](base_config(small=options.small))))
         return
-    begin = time.monotonic()
     record: dict[str, dict[str, Any]] = {}
     if options.results.is_file():
         record = json.loads(options.results.read_text())["arms"]
-    with tempfile.TemporaryDirectory() as path:
-        for name, arm in arms(options, Folder(path)).items():
-            if name in record and "error" not in record[name]:
-                continue
-            if time.monotonic() - begin > 60 * options.minutes:
-                print("The time is up; the same command continues.")
-                break
-            try:
-                record[name] = arm()
-            except Exception as error:
-                record[name] = {"error": f"{type(error).__name__}: {error}"[:200]}
-            figures = {k: v for k, v in record[name].items() if isinstance(v, float | str)}
-            print(f"{name}: {figures}", flush=True)
-            files.write_text(options.results, json.dumps({"arms": record}, indent=1) + "\n")
+    todo = [name for name in arms(options) if "error" in record.get(name, {"error": ""})]
+    left = set(todo)
+    for name, one in measure(todo, options):
+        record[name] = one
+        left.remove(name)
+        short = {k: v for k, v in one.items() if isinstance(v, float | str)}
+        print(f"{name}: {short}", flush=True)
+        files.write_text(options.results, json.dumps({"arms": record}, indent=1) + "\n")
+    if left:
+        print(f"The time is up with {len(left)} arms left; the same command continues.")
     if not options.small and "tflops" in record.get("product", {}):
         publish(record)
 

@@ -6,7 +6,7 @@
    float32 products on the CPU, relative errors.
 2. Every architecture: loss and gradients of a small tapered model, in float32 on both.
 
-With --results the table of docs/pods.md is written too. Exits with status 1 when an error is
+With --results the table of docs/gpu.md is written too. Exits with status 1 when an error is
 above its bound.
 """
 
@@ -30,7 +30,7 @@ from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.models import skeleton
 from tlm_jax.models.loss import training_loss
 
-PAGE = pathlib.Path(__file__).parents[1] / "docs" / "pods.md"
+PAGE = pathlib.Path(__file__).parents[1] / "docs" / "gpu.md"
 BOUNDS = {"bfloat16": 2e-2, "float32": 1e-4}
 """Relative errors allowed: bfloat16 has 8 bits; float32 in another order of sums."""
 
@@ -125,7 +125,7 @@ def model(architecture: str, dtype: str) -> dict[str, Any]:
 
 
 def publish(record: dict[str, Any]) -> None:
-    """The table of docs/pods.md."""
+    """The table of docs/gpu.md."""
     rows = [
         [row["what"], row["dtype"], f"{row['output']:.1e}", f"{row['gradients']:.1e}"]
         for row in record["rows"]

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from typing import IO, Any
 
 _PAUSE = 0.3
@@ -54,43 +54,83 @@ class Finish:
         return f"{low * 1e3:.1f} to {high * 1e3:.1f}"
 
 
-def run(entrants: Mapping[str, Entrant], turns: int, *, together: bool = True) -> dict[str, Finish]:
+def run(entrants: Mapping[str, Entrant], turns: int) -> dict[str, Finish]:
     """Lets workers take turns; who breaks is left out, with a line on standard error.
 
     Args:
       entrants: by name.
       turns: of each that count; two more come first.
-      together: step by step; else one after the other, for an accelerator whose memory does not
-        hold all of them.
     """
-    workers = {
-        name: subprocess.Popen(
-            list(one.command),
-            env=os.environ | dict(one.env),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for name, one in entrants.items()
-    }
+    workers = {name: _start(one) for name, one in entrants.items()}
     said: dict[str, dict[str, Any]] = {}
     times: dict[str, list[float]] = {name: [] for name in workers}
     for name, worker in workers.items():
         with _left_out(name, said):
             said[name] = json.loads(_line(worker.stdout))
-    for group in [list(said)] if together else [[name] for name in said]:
-        for turn in range(turns + 2):
-            for name in group if turn % 2 else group[::-1]:
-                if name in said:
-                    with _left_out(name, said):
-                        seconds = _turn(workers[name])
-                        if turn >= 2:
-                            times[name].append(seconds)
-        for name in group:
-            last, _ = workers[name].communicate()
-            with _left_out(name, said):
-                said[name] |= json.loads(last)
+    group = list(said)
+    for turn in range(turns + 2):
+        for name in group if turn % 2 else group[::-1]:
+            if name in said:
+                with _left_out(name, said):
+                    seconds = _turn(workers[name])
+                    if turn >= 2:
+                        times[name].append(seconds)
+    for name in group:
+        last, _ = workers[name].communicate()
+        with _left_out(name, said):
+            said[name] |= json.loads(last)
     return {name: Finish(seconds=times[name], said=words) for name, words in said.items()}
+
+
+def one_by_one(
+    entrants: Mapping[str, Entrant], turns: int, *, ready: Collection[str]
+) -> Generator[tuple[str, Finish | None], None, None]:
+    """Starts workers at the same time and yields each one's steps, taken while the rest wait.
+
+    For an accelerator, whose steps need few cores but whose memory holds one model only. None is
+    one that broke.
+
+    Args:
+      entrants: by name, in the order in which they are timed.
+      turns: steps of each that count; two more come first.
+      ready: those that must have compiled before the first is timed.
+    """
+    workers = {name: _start(one) for name, one in entrants.items()}
+    said: dict[str, dict[str, Any]] = {}
+
+    def wait(name: str) -> None:
+        with _left_out(name, said):
+            said[name] = json.loads(_line(workers[name].stdout))
+
+    try:
+        for name in ready:
+            wait(name)
+        for name, worker in workers.items():
+            if name not in ready:
+                wait(name)
+            seconds = []
+            with _left_out(name, said):
+                assert worker.stdin is not None
+                for _ in range(turns + 2):
+                    worker.stdin.write("step\n")
+                    worker.stdin.flush()
+                    seconds.append(float(_line(worker.stdout)))
+                last, _ = worker.communicate()
+                said[name] |= json.loads(last)
+            yield name, Finish(seconds=seconds[2:], said=said[name]) if name in said else None
+    finally:
+        for worker in workers.values():
+            worker.kill()
+
+
+def _start(entrant: Entrant) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        list(entrant.command),
+        env=os.environ | dict(entrant.env),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 def ratio(ours: Finish, theirs: Finish) -> float:

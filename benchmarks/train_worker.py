@@ -1,6 +1,6 @@
 """Train steps of a config, one for each line of standard input (see `race`).
 
-python -m benchmarks.train_worker CONFIG.json
+python -m benchmarks.train_worker CONFIG.json [DOCUMENTS]
 """
 
 import json
@@ -23,8 +23,8 @@ from tlm_jax.training.allocator import release_freed_memory
 from tlm_jax.training.updates import About, make_optimizer
 
 
-def serve(config: RunConfig) -> None:
-    """Takes the steps of `config`, on random tokens."""
+def serve(config: RunConfig, documents: int = 1) -> None:
+    """Takes the steps of `config`, on random tokens in so many documents a row."""
     model = skeleton(config.model)
     tx = make_optimizer(
         config.optimizer, config.training.num_steps, About.of(model), config.model.mlp
@@ -42,7 +42,7 @@ def serve(config: RunConfig) -> None:
             "state_mib": memory.argument_size_in_bytes / 2**20,
         }
         state: Any = None
-        batch = to_devices(random_batch(config), mesh)
+        batch = to_devices(random_batch(config, documents), mesh)
 
         def one_step() -> None:
             nonlocal state
@@ -57,13 +57,19 @@ def serve(config: RunConfig) -> None:
         race.answer(one_step, start=start, end=_end)
 
 
-def random_batch(config: RunConfig) -> dict[str, np.ndarray]:
-    """Random tokens, a document a row."""
-    shape = (config.data.batch_size, config.data.seq_len)
-    ids = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, dtype=np.int32)
-    positions = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
-    ones = np.ones(shape, np.int32)
-    return {"inputs": ids, "targets": ids, "document_ids": ones, "positions": positions}
+def random_batch(config: RunConfig, documents: int = 1) -> dict[str, np.ndarray]:
+    """Random tokens, in documents that begin at random places of their rows."""
+    shape = rows, length = config.data.batch_size, config.data.seq_len
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, config.model.vocab_size, shape, dtype=np.int32)
+    begins = np.zeros(shape, bool)
+    for row in range(rows):
+        begins[row, rng.choice(np.arange(1, length), documents - 1, replace=False)] = True
+    begins[:, 0] = True
+    index = np.arange(length, dtype=np.int32)
+    positions = index - np.maximum.accumulate(np.where(begins, index, 0), axis=1)
+    numbers = np.cumsum(begins, axis=1, dtype=np.int32)
+    return {"inputs": ids, "targets": ids, "document_ids": numbers, "positions": positions}
 
 
 def _end() -> dict[str, float]:
@@ -75,4 +81,5 @@ def _end() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    serve(config_io.from_dict(json.loads(pathlib.Path(sys.argv[1]).read_text())))
+    file, *documents = sys.argv[1:]
+    serve(config_io.from_dict(json.loads(pathlib.Path(file).read_text())), *map(int, documents))

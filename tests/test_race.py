@@ -1,5 +1,7 @@
 """Benchmarks' processes: turns, ratios, who breaks, and what a process itself has needed."""
 
+import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -49,3 +51,35 @@ def test_a_process_s_peak_is_its_own() -> None:
     found = race.run({"small": entrant(NEEDS)}, turns=2)
     assert found["small"].said["mib"] < 200
     del large
+
+
+def test_one_by_one() -> None:
+    """All begin at once; each is timed by itself, and one that breaks is said to have."""
+    found = dict(
+        race.one_by_one(
+            {
+                "slow": entrant(SLEEPER, "0.05"),
+                "bad": entrant(BREAKS),
+                "fast": entrant(SLEEPER, "0"),
+            },
+            3,
+            ready=["fast", "slow"],
+        )
+    )
+    assert list(found) == ["slow", "bad", "fast"]
+    assert found["bad"] is None
+    assert found["slow"] is not None
+    assert found["slow"].said == {"a": 1, "b": 2}
+    assert len(found["slow"].seconds) == 3
+    assert min(found["slow"].seconds) >= 0.05
+
+
+def test_who_waits_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[str]] = []
+    start = race._start
+    monkeypatch.setattr(race, "_start", lambda one: started.append(start(one)) or started[-1])
+    running = race.one_by_one({name: entrant(SLEEPER, "0") for name in "ab"}, 1, ready="ab")
+    next(running)
+    assert started[1].poll() is None
+    running.close()
+    assert [worker.wait(60) for worker in started] == [0, -signal.SIGKILL]

@@ -82,14 +82,15 @@ class ModelConfig(Checked):
     """Added to the mean square in RMSNorm."""
     init_std: Annotated[float, Range(above=0, most=1e3)] | None = None
     """Standard deviation of weights at the start; None is 1/sqrt(fan-in) (our choice)."""
-    attention_kernel: Literal["auto", "xla", "splash", "cudnn"] = _may_change("auto")
-    """How attention is computed; auto is splash on TPU, cudnn on GPU (bfloat16), else xla."""
+    attention_kernel: Literal["auto", "splash", "cudnn", "chunked", "xla"] = _may_change("auto")
+    """How attention is computed; auto is splash on TPU, cudnn on GPU (bfloat16), xla on CPU, and
+    chunked where those cannot."""
     remat: Literal["none", "dots", "attention", "full", "offload"] = _may_change("full")
     """What the backward pass recomputes: nothing, all but matrix products, all but attention's
     kernel, or each whole layer; offload is full with layers' inputs kept in the host's memory."""
     scan_layers: bool | None = _may_change(None)
-    """Scan over the layers of a segment, or unroll them (compiles longer); None scans, but on a CPU
-    with remat none, where the stacks of what the backward pass needs cost a fifth of the time."""
+    """Scan over the layers of a segment, or unroll them (compiles longer). None scans, except on
+    CPU and GPU with remat none: stacking what the backward pass needs costs a fifth of the time."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the layers; auto is float32 on CPU, bfloat16 elsewhere."""
 

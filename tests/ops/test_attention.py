@@ -5,6 +5,9 @@ Shapes: B batch, L length, H query heads, N key/value heads, K head dim.
 
 import dataclasses
 import functools
+import re
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +15,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
+from tlm_jax.ops import _gpu, self_attention
 from tlm_jax.ops import attention as attention_ops
-from tlm_jax.ops import self_attention
 from tlm_jax.ops.attention import SELF_ATTENTION
 
 B, L, H, N, K = 2, 256, 4, 2, 16
@@ -64,7 +67,7 @@ def assert_same(found, expected) -> None:
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-@pytest.mark.parametrize("kernel", ["reference", "xla", "splash"])
+@pytest.mark.parametrize("kernel", ["reference", "xla", "chunked", "splash"])
 def test_equals_the_definition(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Documents apart, grouped heads, gradients; Pallas interprets what a TPU would run."""
     monkeypatch.setattr(attention_ops, "SELF_ATTENTION", INTERPRETED)
@@ -118,10 +121,19 @@ def test_rows_that_see_nothing_have_the_gradients_of_autodiff(dtype: str) -> Non
         np.testing.assert_array_equal(changed[1], dk)
 
 
-def test_splash_on_a_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("length", [100, 300, 512])
+def test_chunks_of_any_length(length: int) -> None:
+    """Several chunks, the last one not full."""
+    args = inputs(L=length)
+    found = values_and_gradients(functools.partial(self_attention, kernel="chunked"), *args)
+    assert_same(found, values_and_gradients(plain, *args))
+
+
+@pytest.mark.parametrize("kernel", ["chunked", "splash"])
+def test_on_a_mesh(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows, heads and the queries of a row on different devices."""
     monkeypatch.setattr(attention_ops, "SELF_ATTENTION", INTERPRETED)
-    attention = functools.partial(self_attention, kernel="splash")
+    attention = functools.partial(self_attention, kernel=kernel)
     expected = values_and_gradients(plain, *inputs())
     axes = ("data", "fsdp", "sequence", "tensor")
     mesh = jax.make_mesh((2, 1, 2, 2), axes, axis_types=(AxisType.Auto,) * 4)
@@ -129,26 +141,86 @@ def test_splash_on_a_mesh(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_same(values_and_gradients(attention, *inputs()), expected)
 
 
-def lowered(platform: str, kernel: str) -> str:
+def traced(kernel: str, L: int = L) -> Any:
     attention = functools.partial(self_attention, kernel=kernel)
     gradients = jax.jit(functools.partial(values_and_gradients, attention))
-    traced = gradients.trace(*inputs("bfloat16"))
-    return traced.lower(lowering_platforms=(platform,)).as_text()
+    return gradients.trace(*inputs("bfloat16", L))
+
+
+def lowered(platform: str, kernel: str) -> str:
+    return traced(kernel).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.fixture
+def as_if_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks for a GPU and its cuDNN cannot be met here; all that follows them is real."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda _: True)
 
 
 def test_splash_is_lowered_for_tpu() -> None:
     assert lowered("tpu", "splash").count("tpu_custom_call") >= 3  # forward, dq, and dk with dv
 
 
-def test_cudnn_is_lowered_for_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checks for a GPU and its cuDNN cannot be met here; all that follows them is real."""
-    from jax._src.cudnn import fused_attention_stablehlo as fused
-
-    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(fused, "check_compute_capability", lambda _: True)
+@pytest.mark.usefixtures("as_if_cudnn")
+def test_cudnn_is_lowered_for_gpu() -> None:
+    """The causal kernel and the packed one, forward and backward."""
     text = lowered("cuda", "cudnn")
-    assert "cudnn$fmha" in text.lower()
-    assert "backward" in text.lower()
+    for name in ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"):
+        assert len(re.findall(rf"@{re.escape(name)}\(", text)) == 2, name
+    assert text.count("PADDING_CAUSAL") == 2
+
+
+@pytest.mark.parametrize("kernel", ["splash", "cudnn", "chunked"])
+@pytest.mark.usefixtures("as_if_cudnn")
+def test_no_array_of_queries_by_keys(kernel: str) -> None:
+    """In neither pass, the loops and choices inside included."""
+    length = 2048
+    sizes = {a.shape[-2:] for a in arrays(traced(kernel, length).jaxpr.jaxpr)}
+    assert (length, K) in {shape[-2:] for shape in sizes} or sizes
+    assert (length, length) not in sizes
+    assert (length, length) in {
+        a.shape[-2:] for a in arrays(traced("reference", length).jaxpr.jaxpr)
+    }
+
+
+def arrays(jaxpr: Any) -> Iterator[Any]:
+    """Of all results of a jaxpr and of those inside it."""
+    for eqn in jaxpr.eqns:
+        yield from (v.aval for v in eqn.outvars if hasattr(v.aval, "shape"))
+        for part in jax.core.jaxprs_in_params(eqn.params):
+            yield from arrays(part)
+
+
+def test_documents_as_cudnn_wants_them() -> None:
+    ids = jnp.asarray([[1, 1, 2, 2, 2, 0], [5, 5, 5, 5, 5, 5], [1, 2, 3, 4, 4, 0]])
+    begins = _gpu.begins(ids)
+    offsets, lengths = _gpu.packed_bounds(begins, 5)
+    np.testing.assert_array_equal(
+        lengths, [[2, 3, 1, -1, -1], [6, -1, -1, -1, -1], [1, 1, 1, 2, 1]]
+    )
+    np.testing.assert_array_equal(
+        offsets, [[0, 2, 5, -1, -1, -1], [0, -1, -1, -1, -1, -1], [0, 1, 2, 3, 5, -1]]
+    )
+
+
+@pytest.mark.parametrize(
+    ("documents", "length", "kind"),
+    [(1, 66, 0), (2, 66, 1), (32, 66, 1), (33, 66, 2), (33, 1024, 3), (64, 1024, 3), (65, 1024, 2)],
+)
+def test_cudnn_takes_what_the_rows_need(
+    documents: int, length: int, kind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the row with the most documents, with stand-ins for kernels that run nowhere here."""
+    q = jnp.ones((2, length, 1, 8))
+    monkeypatch.setattr(_gpu, "_causal", lambda q, k, v, _: q * 0)
+    monkeypatch.setattr(_gpu, "_packed", lambda q, k, v, _, most: q * (1 if most == 32 else 3))
+    ids = np.ones((2, length), np.int32)
+    ids[1] = np.arange(length) * documents // length
+    y = jax.jit(functools.partial(_gpu.cudnn, otherwise=lambda q, k, v: q * 2))(q, q, q, ids)
+    np.testing.assert_array_equal(y, q * kind)
 
 
 @pytest.mark.parametrize(
@@ -156,10 +228,10 @@ def test_cudnn_is_lowered_for_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("cpu", 256, 64, "float32", "xla"),
         ("tpu", 256, 64, "bfloat16", "splash"),
-        ("tpu", 200, 64, "bfloat16", "xla"),
+        ("tpu", 200, 64, "bfloat16", "chunked"),
         ("gpu", 200, 64, "bfloat16", "cudnn"),
-        ("gpu", 200, 64, "float32", "xla"),
-        ("gpu", 200, 256, "bfloat16", "xla"),
+        ("gpu", 200, 64, "float32", "chunked"),
+        ("gpu", 200, 256, "bfloat16", "chunked"),
     ],
 )
 def test_auto(target: str, length: int, head_dim: int, dtype: str, kernel: str) -> None:
@@ -173,6 +245,6 @@ def test_what_a_kernel_cannot_do_is_said() -> None:
     with pytest.raises(ValueError, match=r"multiples of 128 tokens a device, and has 200 on 1"):
         self_attention(*short, kernel="splash")
     with pytest.raises(
-        ValueError, match=r"unknown attention kernel 'flash'; known: splash, cudnn, xla"
+        ValueError, match=r"unknown attention kernel 'flash'; known: splash, cudnn, chunked, xla"
     ):
         self_attention(*inputs(), kernel="flash")

@@ -149,11 +149,17 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
+    return jax.lax.with_sharding_constraint(x, fitting_spec(x.shape, logical_axes))
+
+
+def fitting_spec(shape: tuple[int, ...], logical_axes: tuple[str | None, ...]) -> PartitionSpec:
+    """The partition on the mesh that is set; a dim that does not divide is not split."""
+    mesh = jax.sharding.get_abstract_mesh()
     axes = [
         axis if size % mesh_size(mesh, axis) == 0 else None
-        for size, axis in zip(x.shape, RULES.spec(logical_axes), strict=True)
+        for size, axis in zip(shape, RULES.spec(logical_axes), strict=True)
     ]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*axes))
+    return PartitionSpec(*axes)
 
 
 def sequence_shards() -> int:

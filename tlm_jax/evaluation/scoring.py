@@ -56,8 +56,10 @@ class Scorer:
         memory_limit: int | None = None,
     ) -> None:
         device = mesh.local_devices[0]
-        # Of the kernels only this one knows branches.
-        config = dataclasses.replace(skeleton.config, attention_kernel="xla")
+        # Of the fast kernels only these know branches.
+        config = dataclasses.replace(
+            skeleton.config, attention_kernel="xla" if device.platform == "cpu" else "chunked"
+        )
         self.skeleton, self.params = models.skeleton(config), params
         self.max_length = max_length
         # On a CPU more tokens at a time are no faster.

@@ -19,16 +19,21 @@ def compute_dtype(config: ModelConfig) -> jnp.dtype:
 def scans_layers(config: ModelConfig) -> bool:
     """Whether the layers of a segment run as a loop: as configured, or by the backend."""
     if config.scan_layers is None:
-        return ops.target() != "cpu" or config.remat != "none"
+        # A loop stacks what its backward pass needs, array by array: copies that straight-line
+        # code does without. With rematerialisation there is little to stack.
+        return ops.target() == "tpu" or config.remat != "none"
     return config.scan_layers
 
 
-def attention_kernel(config: ModelConfig, *, length: int, target: str, dtype: str) -> str | None:
+def attention_kernel(
+    config: ModelConfig, *, length: int, parts: int, target: str, dtype: str
+) -> str | None:
     """The kernel of a model's attention layers, or None if it has none.
 
     Args:
       config: the model.
       length: tokens of a row that one device holds.
+      parts: devices that share a row.
       target: cpu, gpu or tpu.
       dtype: name of the layers' dtype.
     """
@@ -39,6 +44,7 @@ def attention_kernel(config: ModelConfig, *, length: int, target: str, dtype: st
                 config.attention_kernel,
                 target=target,
                 length=length,
+                parts=parts,
                 head_dim=head_dim,
                 dtype=dtype,
             ).name

@@ -5,28 +5,36 @@ key/value head (H = N*G), K head dim.
 
 | kernel | where | what it is |
 |---|---|---|
-| splash | TPU | Pallas kernel of JAX that never writes the L x L scores |
+| splash | TPU | Pallas kernel of JAX |
 | cudnn | GPU | cuDNN's flash attention, bfloat16 |
+| chunked | everywhere | plain products, for some queries of a row at a time |
 | xla | everywhere | plain products; blocks of queries leave out later keys |
 | reference | everywhere | the definition, as the others are tested against it |
+
+Only the last two hold an array of L x L.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from tlm_jax.distributed.sharding import constrain, sequence_shards
+from tlm_jax.distributed.sharding import constrain, fitting_spec, sequence_shards
 from tlm_jax.ops import _gpu, _tpu
 from tlm_jax.ops.backend import REFERENCE, Op, Version, everywhere, target
-from tlm_jax.ops.masks import ATTENTION, causal_mask
+from tlm_jax.ops.masks import ATTENTION, causal_mask, sees
 
 _BLOCK_LENGTHS, _MOST_BLOCKS = (128, 512), 8
 """Queries of a block: a quarter of the row's, within these bounds unless there were more blocks.
 
 More blocks leave out more keys; longer ones make larger products, until a CPU's cache is full.
 """
+
+_CHUNK = 256
+"""Queries of a chunk, whose scores over all keys exist at a time."""
 
 
 def self_attention(
@@ -40,8 +48,8 @@ def self_attention(
     """softmax(q k / sqrt(K)) v over the tokens before in the same document -> (B, L, H, K).
 
     Query head h reads key/value head h // (H / N). Scores and softmax are float32. On a mesh
-    with a sequence axis the queries stay where they are and keys and values are gathered. Only
-    xla and the reference know branches (see `branches`).
+    with a sequence axis the queries stay where they are and keys and values are gathered.
+    splash and cudnn do not know branches (see `branches`).
 
     Raises:
       ValueError: no such kernel, or one that cannot do these shapes.
@@ -51,6 +59,7 @@ def self_attention(
         kernel,
         target=target(),
         length=L // sequence_shards(),
+        parts=sequence_shards(),
         head_dim=K,
         dtype=q_BLHK.dtype.name,
     )
@@ -162,6 +171,71 @@ def _xla(q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BL: jax.Array) -
     return attend(q, k, v, causal_mask(document_ids_BL), causal=True)
 
 
+def _chunks(
+    q_BLHK: jax.Array,
+    k_BSNK: jax.Array,
+    v_BSNK: jax.Array,
+    ids_BL: jax.Array,
+    ids_BS: jax.Array,
+    index_L: jax.Array,
+) -> jax.Array:
+    """Attention of queries number `index_L` of a row, _CHUNK at a time, in both passes."""
+    L, S = q_BLHK.shape[1], k_BSNK.shape[1]
+    chunk = min(_CHUNK, L)
+
+    def split(x: jax.Array, axis: int) -> jax.Array:
+        x = jnp.pad(x, [(0, -L % chunk if dim == axis else 0) for dim in range(x.ndim)])
+        x = x.reshape(*x.shape[:axis], -1, chunk, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 0)
+
+    # Gradients of keys and values are sums over chunks, in the dtype that the loop is given.
+    k_f32, v_f32 = k_BSNK.astype(jnp.float32), v_BSNK.astype(jnp.float32)
+
+    def one(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        q_BCHK, ids_BC, index_C = part
+        mask_BCS = (index_C[:, None] >= jnp.arange(S)) & sees(ids_BC, ids_BS)
+        k, v = k_f32.astype(k_BSNK.dtype), v_f32.astype(v_BSNK.dtype)
+        return attend(q_BCHK, k, v, mask_BCS)
+
+    parts = split(q_BLHK, 1), split(ids_BL, 1), split(index_L, 0)
+    y = jax.lax.map(jax.checkpoint(one, prevent_cse=False), parts)
+    return jnp.moveaxis(y, 0, 1).reshape(q_BLHK.shape[0], -1, *q_BLHK.shape[2:])[:, :L]
+
+
+def _chunked(q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BL: jax.Array) -> jax.Array:
+    return _on_each_device(_chunks, q, k, v, document_ids_BL)
+
+
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BL: jax.Array) -> jax.Array:
+    def rows(q, k, v, ids_BL, ids_BS, index_L):  # type: ignore[no-untyped-def]
+        chunks = functools.partial(_chunks, ids_BL=ids_BL, ids_BS=ids_BS, index_L=index_L)
+        return _gpu.cudnn(q, k, v, ids_BL, otherwise=chunks)
+
+    return _on_each_device(rows, q, k, v, document_ids_BL)
+
+
+def _on_each_device(
+    function: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, ids_BL: jax.Array
+) -> jax.Array:
+    """`function(q, k, v, ids_BL, ids_BS, index_L)` of the queries that a device holds."""
+    args = (q, k, v, ids_BL, ids_BL, jnp.arange(q.shape[1]))
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function(*args)
+    names: tuple[tuple[str | None, ...], ...] = (
+        ("batch", "sequence", "heads", None),
+        ("batch", None, "kv_heads", None),
+        ("batch", None, "kv_heads", None),
+        ("batch", "sequence"),
+        ("batch", None),
+        ("sequence",),
+    )
+    specs = tuple(fitting_spec(x.shape, axes) for x, axes in zip(args, names, strict=True))
+    return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)(
+        *args
+    )
+
+
 def _reference(q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BL: jax.Array) -> jax.Array:
     B, L, H, K = q.shape
     q_BLNGK = q.reshape(B, L, k.shape[2], -1, K)
@@ -171,13 +245,19 @@ def _reference(q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BL: jax.Ar
     return jnp.einsum("BNGLS,BSNK->BLNGK", weights.astype(v.dtype), v).reshape(B, L, H, K)
 
 
+def _runs_chunked(*, target: str, **_: Any) -> bool:
+    return target != "cpu"
+
+
 SELF_ATTENTION = Op(
     name="attention",
     versions=(
         Version(name="splash", function=_tpu.splash, runs=_tpu.runs_splash),
-        Version(name="cudnn", function=_gpu.cudnn, runs=_gpu.runs_cudnn),
+        Version(name="cudnn", function=_cudnn, runs=_gpu.runs_cudnn),
+        Version(name="chunked", function=_chunked, runs=_runs_chunked),
         Version(name="xla", function=_xla, runs=everywhere),
         Version(name=REFERENCE, function=_reference, runs=everywhere),
     ),
 )
-"""Facts: `target`, `length` (tokens of a row on one device), `head_dim`, `dtype` (its name)."""
+"""Facts: `target`, `length` (tokens of a row on one device), `parts` (devices that share a row),
+`head_dim`, `dtype` (its name)."""

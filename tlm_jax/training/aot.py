@@ -79,8 +79,9 @@ def for_devices(config: RunConfig) -> RunConfig:
     """The config with what `auto` means on a TPU, whatever this machine is."""
     model, dtype = config.model, config.model.compute_dtype
     dtype = "bfloat16" if dtype == "auto" else dtype
-    length = config.data.seq_len // max(config.mesh.sequence, 1)
-    kernel = attention_kernel(model, length=length, target="tpu", dtype=dtype)
+    parts = max(config.mesh.sequence, 1)
+    length = config.data.seq_len // parts
+    kernel = attention_kernel(model, length=length, parts=parts, target="tpu", dtype=dtype)
     settings: dict[str, Any] = {
         "compute_dtype": dtype,
         "attention_kernel": kernel or "xla",

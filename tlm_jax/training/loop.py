@@ -300,9 +300,11 @@ class Trainer:
             )
 
     def _compile_train_step(self) -> Any:
+        parts = self.mesh.shape["sequence"]
         kernel = attention_kernel(
             self.config.model,
-            length=self.config.data.seq_len // self.mesh.shape["sequence"],
+            length=self.config.data.seq_len // parts,
+            parts=parts,
             target=ops.target(),
             dtype=compute_dtype(self.config.model).name,
         )

@@ -26,9 +26,16 @@ _COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
     "cpu": {
         "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
         "xla_cpu_copy_insertion_use_region_analysis": True,
-    }
+    },
+    "gpu": {
+        "xla_gpu_enable_dynamic_slice_fusion": False,
+        "xla_gpu_enable_triton_gemm": False,
+    },
 }
-"""By platform: on a CPU a schedule that needs less memory, no copies of the donated state."""
+"""By platform: on a CPU a schedule that needs less memory, no copies of the donated state. On GPUs
+no fusion that writes a product into a loop's stack and makes the product again for who else reads
+it (jaxlib 0.11: gate and up projections ran twice), and products by cuBLAS: trying Triton's tilings
+takes minutes for each new shape."""
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
