@@ -95,20 +95,24 @@ class Stack(nnx.Module):
         raise IndexError(f"layer {index} of {self.layout[-1].stop}")
 
     def init_cache(self, *args: Any) -> list[Any]:
-        """`layer.init_cache(*args)` of each layer, stacked as the layers are."""
-
-        def one(segment: segments.Segment[Any], layer: Any) -> Any:
-            cache = _at(layer, 0).init_cache(*args)
-            return jax.tree.map(lambda a: jnp.stack([a] * segment.repeats), cache)
-
-        return [
-            tuple(one(segment, layer) for layer in self._pattern(index))
-            for index, segment in enumerate(self.layout)
-        ]
+        """`layer.init_cache(*args)` of each layer, first to last."""
+        caches = []
+        for number, segment in enumerate(self.layout):
+            layers = [_at(layer, 0) for layer in self._pattern(number)]
+            for _ in range(segment.repeats):
+                caches += [layer.init_cache(*args) for layer in layers]
+        return caches
 
     def decode(self, x: jax.Array, cache: list[Any], *args: Any) -> tuple[jax.Array, list[Any]]:
-        """`x, cache = layer.decode(x, cache, *args)` for each layer, each with its own cache."""
-        return self.fold(lambda layer, x, cache: layer.decode(x, cache, *args), x, cache)
+        """`x, cache = layer.decode(x, cache, *args)` for each layer, each with its own cache.
+
+        Layers run one by one: a loop would copy every cache, to change one token of it.
+        """
+        caches = []
+        for index, before in enumerate(cache):
+            x, after = self.layer(index).decode(x, before, *args)
+            caches.append(after)
+        return x, caches
 
     def fold(
         self, body: Body, x: jax.Array, inputs: list[Any] | None = None
@@ -118,10 +122,10 @@ class Stack(nnx.Module):
         Args:
           body: called once for each layer of each segment's pattern.
           x: the carry, of constant shape and dtype.
-          inputs: one per layer, in the form of `init_cache`; `per_segment` makes it.
+          inputs: one per layer, stacked as the layers are; `per_segment` makes them.
 
         Returns:
-          The carry, and the outputs in the form of `init_cache`; see `per_layer`.
+          The carry, and the outputs, stacked as the layers are; see `per_layer`.
         """
         outputs = []
         for index, segment in enumerate(self.layout):

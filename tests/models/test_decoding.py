@@ -1,17 +1,18 @@
 """Decoding with a cache: one pass's values, no array of tokens by tokens, no silent overrun."""
 
-from collections.abc import Iterator
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
+from jaxprs import arrays_in
 from test_language_model import LENGTH, logits, parameters, random_taper, small, tokens
 
 from tlm_jax import ops
 from tlm_jax.config import AttentionConfig, TaperConfig
+from tlm_jax.evaluation import generation
 from tlm_jax.mixers import MixerConfig, TitansConfig
 from tlm_jax.models import skeleton
 
@@ -44,12 +45,6 @@ def test_prefill_holds_no_array_of_tokens_by_tokens(mixer: MixerConfig) -> None:
     uniform = TaperConfig(schedule="uniform")
     model = skeleton(small(mixer=mixer, taper=uniform, remat="full"))
 
-    def shapes_in(jaxpr: Any) -> Iterator[tuple[int, ...]]:
-        for eqn in jaxpr.eqns:
-            yield from (v.aval.shape for v in eqn.outvars)
-            for inner in jaxprs_in_params(eqn.params):
-                yield from shapes_in(inner)
-
     def shapes(*, prefill: bool) -> list[tuple[int, ...]]:
         def run(params: Any, ids: Any) -> Any:
             built = model.merge(params)
@@ -59,7 +54,7 @@ def test_prefill_holds_no_array_of_tokens_by_tokens(mixer: MixerConfig) -> None:
         ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
         with ops.tracing_for("tpu"):
             jaxpr = jax.make_jaxpr(run)(model.shapes, ids).jaxpr
-        return [s for s in shapes_in(jaxpr) if sum(size >= length for size in s) > 1]
+        return [a for a in arrays_in(jaxpr) if sum(size >= length for size in a.shape) > 1]
 
     assert not shapes(prefill=True)
     assert shapes(prefill=False)
@@ -76,3 +71,19 @@ def test_tokens_beyond_the_cache_are_refused_or_nan():
     assert bool(jnp.isfinite(hidden).all())
     hidden, _ = model(ids[:, 20:21], positions_BL=jnp.full((2, 1), 20), cache=cache)
     assert bool(jnp.isnan(hidden).all())
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_tokens_are_written_where_the_cache_lies(scan: bool) -> None:
+    """A token costs no copy of the caches, whose size is that of all tokens to come."""
+    uniform = TaperConfig(schedule="uniform")
+    model = skeleton(small(taper=uniform, scan_layers=scan))
+    params = jax.jit(model.init)(jax.random.key(0))
+    ids, lengths = tokens(), np.full((2,), LENGTH, np.int32)
+    begin = functools.partial(generation._begin, model, 64, room=16_384)
+    token, state = jax.jit(begin)(params, ids, lengths)
+    caches = sum(x.nbytes for x in jax.tree.leaves(state))
+    step = jax.jit(functools.partial(generation._continue, model, 64), donate_argnums=2)
+    needed = step.lower(params, token, state).compile().memory_analysis()
+    assert needed.alias_size_in_bytes >= caches
+    assert needed.temp_size_in_bytes < caches / 2

@@ -6,7 +6,6 @@ Shapes: B batch, L length, H query heads, N key/value heads, K head dim.
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from jaxprs import arrays_in
 
 from tlm_jax.ops import _gpu, self_attention
 from tlm_jax.ops import attention as attention_ops
@@ -141,6 +141,25 @@ def test_on_a_mesh(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert_same(values_and_gradients(attention, *inputs()), expected)
 
 
+@pytest.mark.parametrize("written", [5, 128, 129, 700, 1024])
+@pytest.mark.parametrize("new", [1, 5])
+def test_a_cache_is_read_as_far_as_it_is_written(written: int, new: int) -> None:
+    """The same as over all slots, even if NaN is in those that were never written."""
+    S = 1024
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (
+        jax.random.normal(key, (B, length, heads, K))
+        for key, length, heads in zip(keys, (new, S, S), (H, N, N), strict=True)
+    )
+    query_index = written - new + jnp.arange(new)
+    mask = jnp.broadcast_to(query_index[:, None] >= jnp.arange(S), (B, new, S))
+    expected = attention_ops.attend(q, k, v, mask)
+    unread = -(-written // 128) * 128
+    k, v = (x.at[:, unread:].set(jnp.nan).transpose(0, 2, 1, 3) for x in (k, v))
+    found = jax.jit(attention_ops.attend_cache)(q, k, v, mask, jnp.int32(written))
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
 def traced(kernel: str, L: int = L) -> Any:
     attention = functools.partial(self_attention, kernel=kernel)
     gradients = jax.jit(functools.partial(values_and_gradients, attention))
@@ -178,20 +197,12 @@ def test_cudnn_is_lowered_for_gpu() -> None:
 def test_no_array_of_queries_by_keys(kernel: str) -> None:
     """In neither pass, the loops and choices inside included."""
     length = 2048
-    sizes = {a.shape[-2:] for a in arrays(traced(kernel, length).jaxpr.jaxpr)}
-    assert (length, K) in {shape[-2:] for shape in sizes} or sizes
-    assert (length, length) not in sizes
-    assert (length, length) in {
-        a.shape[-2:] for a in arrays(traced("reference", length).jaxpr.jaxpr)
-    }
 
+    def sizes(kernel: str) -> set[tuple[int, ...]]:
+        return {a.shape[-2:] for a in arrays_in(traced(kernel, length).jaxpr.jaxpr)}
 
-def arrays(jaxpr: Any) -> Iterator[Any]:
-    """Of all results of a jaxpr and of those inside it."""
-    for eqn in jaxpr.eqns:
-        yield from (v.aval for v in eqn.outvars if hasattr(v.aval, "shape"))
-        for part in jax.core.jaxprs_in_params(eqn.params):
-            yield from arrays(part)
+    assert (length, length) in sizes("reference")
+    assert (length, length) not in sizes(kernel)
 
 
 def test_documents_as_cudnn_wants_them() -> None:

@@ -177,9 +177,9 @@ class Attention(nnx.Module):
             y_BLHK = ops.self_attention(q_BLHK, k_BLNK, v_BLNK, document_ids_BL, kernel=kernel)
         else:
             query_index_L = jnp.arange(L) + cache.length
-            causal_LS = query_index_L[:, None] >= jnp.arange(new.k_BSNK.shape[1])
+            causal_LS = query_index_L[:, None] >= jnp.arange(new.document_ids_BS.shape[1])
             mask_BLS = causal_LS & ops.sees(document_ids_BL, new.document_ids_BS)
-            y_BLHK = ops.attend(q_BLHK, new.k_BSNK, new.v_BSNK, mask_BLS)
+            y_BLHK = ops.attend_cache(q_BLHK, new.k_BNSK, new.v_BNSK, mask_BLS, new.length)
         y_BLHK = self.gate_heads(x_BLD, y_BLHK)
         out_HKD = self.out[...]
         out = out_HKD.reshape(-1, out_HKD.shape[-1])

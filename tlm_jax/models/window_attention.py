@@ -86,16 +86,17 @@ class WindowAttention(nnx.Module):
         B, L, H, K = q.shape
         window = self.config.window
         index_L, ids_BL, ids_BS = jnp.arange(L), document_ids_BL, document_ids_BL
+        index_S = index_L
         new = None if cache is None else cache.append(k, v, document_ids_BL)
         if cache is not None and new is not None and not cache.is_empty:
             index_L = index_L + cache.length
-            k, v, ids_BS = new.k_BSNK, new.v_BSNK, new.document_ids_BS
+            k, v, ids_BS, index_S = new.last(window + L - 1)
         elif window < L:  # each block of `window` tokens sees itself and the block before
-            index_L = window + jnp.arange(window)
+            index_L, index_S = window + jnp.arange(window), jnp.arange(2 * window)
             q, ids_BL = _blocks(q, window), _blocks(document_ids_BL, window)
             k, v = _with_block_before(k, window), _with_block_before(v, window)
             ids_BS = _with_block_before(document_ids_BL, window, before_first=-1)
-        back_LS = index_L[:, None] - jnp.arange(k.shape[1])
+        back_LS = index_L[:, None] - index_S
         near_LS = (back_LS >= 0) & (back_LS < window)
         mask_BLS = near_LS & (ids_BL[:, :, None] == ids_BS[:, None, :])
         y = self.attend(q, k, v, mask_BLS, self.persistent_kv())

@@ -5,7 +5,7 @@ rule (`backend.Op.choose`). Models say what is computed and hold nothing for one
 """
 
 from tlm_jax.ops.activations import gelu_and_slope, swiglu
-from tlm_jax.ops.attention import attend, self_attention
+from tlm_jax.ops.attention import attend, attend_cache, self_attention
 from tlm_jax.ops.backend import references, target, tracing_for
 from tlm_jax.ops.masks import ATTENTION, sees
 from tlm_jax.ops.products import dense
@@ -14,6 +14,7 @@ from tlm_jax.ops.rotary import rotary
 __all__ = [
     "ATTENTION",
     "attend",
+    "attend_cache",
     "dense",
     "gelu_and_slope",
     "references",

@@ -33,6 +33,8 @@ _BLOCK_LENGTHS, _MOST_BLOCKS = (128, 512), 8
 More blocks leave out more keys; longer ones make larger products, until a CPU's cache is full.
 """
 
+_LEAST_READ, _MOST_READS = 128, 8
+"""Slots of a cache between one length that is read and the next, and the number of such lengths."""
 _CHUNK = 256
 """Queries of a chunk, whose scores over all keys exist at a time."""
 
@@ -112,6 +114,35 @@ def attend(
             )
         )
     y_BNGLK = jnp.concatenate(blocks, axis=3)
+    return y_BNGLK.transpose(0, 3, 1, 2, 4).reshape(B, L, H, K)
+
+
+def attend_cache(
+    q_BLHK: jax.Array,
+    k_BNSK: jax.Array,
+    v_BNSK: jax.Array,
+    mask_BLS: jax.Array,
+    written: jax.Array,
+) -> jax.Array:
+    """`attend` for keys and values of a cache, of which only a written part is read.
+
+    Args:
+      written: int32 scalar, slots of the cache that hold something; the mask is False in others.
+    """
+    B, L, H, K = q_BLHK.shape
+    N, S = k_BNSK.shape[1:3]
+    q_BNGLK = (q_BLHK * K**-0.5).reshape(B, L, N, H // N, K).transpose(0, 2, 3, 1, 4)
+    # On GPUs each choice waits for the host, which takes longer than reading all of the cache.
+    part = S if target() == "gpu" else max(_LEAST_READ, -(-S // _MOST_READS))
+    sizes = [min(end, S) for end in range(part, S + part, part)]
+
+    def first(size: int) -> Callable[..., jax.Array]:
+        return lambda q, k, v, mask: _attend_block(
+            q, k[:, :, :size].swapaxes(2, 3), v[:, :, :size], mask[:, :, :size]
+        )
+
+    index = jnp.minimum((written - 1) // part, len(sizes) - 1)
+    y_BNGLK = jax.lax.switch(index, [first(n) for n in sizes], q_BNGLK, k_BNSK, v_BNSK, mask_BLS)
     return y_BNGLK.transpose(0, 3, 1, 2, 4).reshape(B, L, H, K)
 
 
