@@ -75,8 +75,7 @@ def _costs(mixer: RGLRUConfig, d_model: int, seq_len: int) -> costs.MixerCosts:
     matrices = 4 * d_model * mixer.width
     return costs.MixerCosts(
         parameters=matrices + mixer.width, projection_flops=2 * matrices, mixing_flops=0,
-        mixing_flops_full=0, saved_values=5 * mixer.width, saved_float32=5 * mixer.width,
-        dot_values=3 * mixer.width + d_model, cache_values=0, state_values=mixer.width,
+        mixing_flops_full=0, cache_values=0, state_values=mixer.width,
     )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
-"""The plan as text and pictures; neither loads jax."""
+"""The plan as text and pictures; a run's summary and pictures do without jax."""
 
 import dataclasses
 import io
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -69,6 +70,19 @@ def test_a_tapered_memory_has_its_column() -> None:
     assert _row(text, "parameters")[-1] == "equal"
     assert _row(text, "forward FLOPs/token")[-1] == "equal"
     assert _row(text, "decoder state")[2:4] == ["172", "MiB"]
+
+
+def test_memory_of_each_device() -> None:
+    """The parts that are estimates say so, and how far off they were."""
+    text = _printed(_run(), devices=16, limit=2**34)
+    assert "each of 16 devices" in text
+    words = " ".join(" ".join(line.strip("│ ") for line in text.splitlines()).split())
+    assert "off by up to" in words
+    assert "compiled for tpu" in words
+    for part in ("weights", "kept by layers", "at work", "program"):
+        assert "(estimate)" in words[words.index(part) :][:120], part
+    assert "fits, by this estimate" in words
+    assert "does not fit" in " ".join(_printed(_run(), devices=16, limit=2**30).split())
 
 
 def test_segments_are_rows() -> None:
@@ -160,14 +174,14 @@ def test_byte_sizes(count: int, text: str) -> None:
     assert plan_lib.byte_size(count) == text
 
 
-def test_plan_is_quick_and_needs_no_jax(tmp_path: pathlib.Path) -> None:
+def test_summary_and_picture_are_quick_and_need_no_jax(tmp_path: pathlib.Path) -> None:
     program = (
         "import sys\n"
         "from rich.console import Console\n"
         "from tlm_jax import config_io\n"
         "from tlm_jax.analysis import plan, plots\n"
         "run = config_io.load_config(sys.argv[1])\n"
-        "plan.plan(run, Console())\n"
+        "plan.summary_lines(run)\n"
         "assert 'matplotlib' not in sys.modules\n"
         "plots.plot_plan(run.model, sys.argv[2])\n"
         "assert 'jax' not in sys.modules and 'flax' not in sys.modules\n"
@@ -182,6 +196,23 @@ def test_plan_is_quick_and_needs_no_jax(tmp_path: pathlib.Path) -> None:
     )
     assert time.monotonic() - began < 10
     assert _is_png(picture)
+
+
+def test_the_command_asks_for_no_accelerator(tmp_path: pathlib.Path) -> None:
+    """Layers are traced on the CPU, whatever else a machine has; within seconds of its time."""
+    words = ["plan", "--config", ROOT / "configs/tlm_1_3b.py", "--topology", "v5e:4x4"]
+    before = os.times()
+    result = subprocess.run(
+        [sys.executable, "-m", "tlm_jax", *map(str, words), "--png", str(tmp_path / "plan.png")],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "tpu"},  # which is not here
+    )
+    after = os.times()
+    assert "fits, by this estimate" in " ".join(result.stdout.replace("│", " ").split())
+    assert after.children_user - before.children_user < 20
 
 
 def _is_png(path: pathlib.Path) -> bool:

@@ -4,13 +4,13 @@ FLOPs are those of matrix products, 2 m n k each; norms, activations, softmax an
 the embedding lookup count nothing. Causal attention is counted twice over: as the
 (L + 1) / 2 keys that a token really has ("causal"), and as all L keys, which dense
 kernels compute and the usual definition of MFU counts ("full"). Layers are
-summed, never multiplied, since their widths differ. Parameters and FLOPs are
-exact; activation bytes are an estimate, for the compiler decides.
+summed, never multiplied, since their widths differ. What a train step needs while it runs is
+`training.memory`'s business.
 """
 
 import dataclasses
 
-from tlm_jax.config import ModelConfig, RunConfig
+from tlm_jax.config import ModelConfig
 from tlm_jax.mixer_costs import (
     MixerCosts,
     MLPCosts,
@@ -78,23 +78,6 @@ class LayerCosts:
             "full": full,
             "offload": full,
         }[remat]
-
-    def activation_bytes(self, remat: str, value_bytes: int) -> int:
-        """Estimate of the bytes kept for the backward pass.
-
-        none: inputs and outputs of all norms (4 D with one MLP), of the mixer, and gate, up,
-        silu(gate) and their product (4 F). dots: the layer's input, and each product
-        with parameters. full: the layer's input; attention: what attention gives besides, and
-        offload: nothing, as the layer's input goes to the host.
-        """
-        d, f = self.d_model, self.mlp_width
-        whole_layers = {"offload": 0, "full": d, "attention": 2 * d}
-        if remat in whole_layers:
-            return whole_layers[remat] * value_bytes
-        if remat == "dots":
-            return (d + self.mixer.dot_values + 2 * f + self.mlp_levels * d) * value_bytes
-        values = 2 * d * (1 + self.mlp_levels) + self.mixer.saved_values + 4 * f
-        return values * value_bytes + self.mixer.saved_float32 * FLOAT32_BYTES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,11 +148,6 @@ class ModelCosts:
         return self.training_flops_full + self.recompute_flops
 
     @property
-    def activation_bytes(self) -> int:
-        """Estimate of what all layers keep for the backward pass."""
-        return sum(x.activation_bytes(self.remat, self.value_bytes) for x in self.layers)
-
-    @property
     def kv_cache_bytes(self) -> int:
         """What decoding keeps of each token."""
         return sum(layer.mixer.cache_values for layer in self.layers) * self.value_bytes
@@ -206,55 +184,6 @@ def model_costs(config: ModelConfig, seq_len: int) -> ModelCosts:
         head_flops=2 * table,
         remat=config.remat,
         value_bytes=FLOAT32_BYTES if config.compute_dtype == "float32" else 2,
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MemoryCosts:
-    """Bytes of a training step if one device held it all (an estimate)."""
-
-    parameters: int
-    """float32."""
-    optimizer: int
-    """AdamW's two moments, and the mean gradient of levels updated every few steps; float32."""
-    gradients: int
-    """float32."""
-    activations: int
-    """Kept by the layers for the backward pass, for the tokens of one accumulation part."""
-    working_set: int
-    """The widest layer's activations while it is computed again; 0 without remat."""
-    logits: int
-    """One chunk of float32 logits."""
-
-    @property
-    def total(self) -> int:
-        return sum(dataclasses.astuple(self))
-
-
-def _accumulated_parameters(config: ModelConfig) -> int:
-    """Parameters of the MLP levels whose update period is more than one step."""
-    return sum(
-        mlp_costs(config.mlp, config.d_model, width).parameters + config.d_model
-        for spec in config.layers
-        for width, period in zip(spec.mlp_widths, config.mlp.periods, strict=True)
-        if period > 1
-    )
-
-
-def memory_costs(config: RunConfig) -> MemoryCosts:
-    """Memory of one training step over the whole batch, before any sharding."""
-    costs = model_costs(config.model, config.data.seq_len)
-    sequences = config.data.batch_size // config.training.grad_accumulation
-    tokens = sequences * config.data.seq_len
-    widest = max(layer.activation_bytes("none", costs.value_bytes) for layer in costs.layers)
-    chunk = min(config.training.loss_chunk or config.data.seq_len, config.data.seq_len)
-    return MemoryCosts(
-        parameters=FLOAT32_BYTES * costs.parameters,
-        optimizer=FLOAT32_BYTES * (2 * costs.parameters + _accumulated_parameters(config.model)),
-        gradients=FLOAT32_BYTES * costs.parameters,
-        activations=tokens * costs.activation_bytes,
-        working_set=0 if costs.remat == "none" else tokens * widest,
-        logits=sequences * chunk * config.model.vocab_size * FLOAT32_BYTES,
     )
 
 

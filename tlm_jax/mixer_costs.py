@@ -22,12 +22,6 @@ class MixerCosts:
     """Forward FLOPs between tokens, each seeing itself and those before."""
     mixing_flops_full: int
     """The same with every token seeing all."""
-    saved_values: int
-    """Values in the compute dtype kept for the backward pass, without remat."""
-    saved_float32: int
-    """Float32 values kept besides."""
-    dot_values: int
-    """Outputs of products with parameters, which remat "dots" keeps."""
     cache_values: int
     """Values a decoder keeps of each token."""
     state_values: int = 0
@@ -109,17 +103,12 @@ def _attention_costs(mixer: AttentionConfig, d_model: int, seq_len: int) -> Mixe
     heads, kv_heads, head_dim = mixer.heads(d_model)
     queries, keys = heads * head_dim, kv_heads * head_dim
     matrices = d_model * queries + 2 * d_model * keys + queries * d_model
-    scores = heads * seq_len
     return MixerCosts(
         parameters=matrices + (2 * head_dim if mixer.qk_norm else 0),
         projection_flops=2 * matrices,
         # Scores and weighted values, 2 * queries FLOPs each for every key seen.
         mixing_flops=2 * queries * (seq_len + 1),
         mixing_flops_full=4 * queries * seq_len,
-        # q, k, v, the attention weights and their product with v; q and k before qk-norm.
-        saved_values=2 * queries + 2 * keys + scores + (queries + keys if mixer.qk_norm else 0),
-        saved_float32=scores,  # softmax
-        dot_values=queries + 2 * keys + d_model,
         cache_values=2 * keys,
     )
 
@@ -128,15 +117,10 @@ def _attention_costs(mixer: AttentionConfig, d_model: int, seq_len: int) -> Mixe
 def _gated_attention_costs(mixer: GatedAttentionConfig, d_model: int, seq_len: int) -> MixerCosts:
     attention = _attention_costs(mixer, d_model, seq_len)
     gate = mixer.gate_parameters(d_model)
-    values = gate // d_model
-    heads, _, head_dim = mixer.heads(d_model)
     return dataclasses.replace(
         attention,
         parameters=attention.parameters + gate,
         projection_flops=attention.projection_flops + 2 * gate,
-        saved_values=attention.saved_values + heads * head_dim,  # the ungated output
-        saved_float32=attention.saved_float32 + values,
-        dot_values=attention.dot_values + values,
     )
 
 
@@ -169,21 +153,15 @@ def _titans_costs(mixer: TitansConfig, d_model: int, seq_len: int) -> MixerCosts
     inner += H * (chunk * chunk + chunk) * mixer.momentum  # what gates multiply out to
     pairs = H * sum(i + o for i, o in shapes)  # with each token of the chunk
     keys, keys_full = _keys_seen(mixer, seq_len)
-    scores = H * keys_full
     reused = 3 * matrix if mac else 0  # q of x and of y; k and v of x and of h
     state = memory * (2 + mixer.momentum) + 3 * (mixer.conv_width - 1) * values
     if mac:
         state += memory * (2 + mixer.momentum) + (mixer.conv_width - 1 + 4 * mixer.window) * values
-    kept_memories = memory * (1 + mixer.momentum) // (chunk * mixer.chunks_per_checkpoint)
     return MixerCosts(
         parameters=matrices + conv + norms + gates + memory + persistent,
         projection_flops=2 * (matrices + reused),
         mixing_flops=2 * inner + pairs * (chunk + 1) + round(4 * values * keys),
         mixing_flops_full=2 * inner + 2 * pairs * chunk + 4 * values * keys_full,
-        # Around the convolution 9, around the output 3, attention's own 7 and scores.
-        saved_values=(12 + 7 * mixer.attends + 6 * mac) * values + scores,
-        saved_float32=3 * values + gates + kept_memories + scores,
-        dot_values=4 * values + d_model + gates + (3 * mixer.attends + 5 * mac) * values,
         cache_values=2 * values if mixer.attends and not mac else 0,
         state_values=state,
     )

@@ -1,7 +1,9 @@
 """What a run will be, before any device is touched: widths, parameters, FLOPs, memory, tokens."""
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, Group
@@ -14,30 +16,52 @@ from tlm_jax import output, shapes
 from tlm_jax.config import LayerSpec, ModelConfig, RunConfig
 from tlm_jax.segments import Segment
 
+if TYPE_CHECKING:
+    from tlm_jax.training.memory import StepMemory
+
 _MAX_ROWS = 32
 _BAR_CELLS = 14
 _WIDE = 92
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
 
-def plan(config: RunConfig, console: Console | None = None, *, max_rows: int = _MAX_ROWS) -> None:
-    """Prints the plan of a run.
+def plan(
+    config: RunConfig,
+    console: Console | None = None,
+    *,
+    devices: int | None = None,
+    target: str = "tpu",
+    limit: int | None = None,
+    max_rows: int = _MAX_ROWS,
+) -> None:
+    """Prints the plan of a run. Traces layers for their memory, and touches no device.
 
     Args:
       config: the run.
       console: where to; None is a terminal's standard output.
+      devices: that share a step; None is the fewest that the config's mesh takes.
+      target: cpu or tpu: for which of them memory is estimated.
+      limit: bytes that a program may use on a device, shown beside the total.
       max_rows: segments shown; the middle of a longer list is left out.
+
+    Raises:
+      UserError: the mesh does not fit the devices.
     """
+    from tlm_jax.training.memory import step_memory
+
     console = console or output.console()
     costs = costs_lib.model_costs(config.model, config.data.seq_len)
+    devices = devices or math.prod(max(size, 1) for size in config.mesh.sizes.values())
+    memory = step_memory(config, devices=devices, target=target)
     console.print(
         Group(
             Text.assemble((config.name, "bold"), "  ", _shape(config.model)),
-            _segment_table(config.model, costs, max_rows, console.width),
+            _segment_table(config.model, costs, memory, max_rows, console.width),
             Panel(_twin_table(config.model, costs), title="Against the uniform twin", expand=False),
             Panel(
-                _pairs(_memory_rows(config)),
-                title="Memory of one training step, if one device held it all",
+                _pairs(_memory_rows(config, memory, target, limit)),
+                title="Memory of one training step, "
+                + ("if one device held it all" if devices == 1 else f"each of {devices:,} devices"),
                 expand=False,
             ),
             Panel(_pairs(_training_rows(config, costs)), title="Training", expand=False),
@@ -94,7 +118,11 @@ def _schedule(model: ModelConfig) -> str:
 
 
 def _segment_table(
-    model: ModelConfig, costs: costs_lib.ModelCosts, max_rows: int, width: int
+    model: ModelConfig,
+    costs: costs_lib.ModelCosts,
+    memory: "StepMemory",
+    max_rows: int,
+    width: int,
 ) -> Table:
     """One row per segment, with the totals below; bars only where `width` columns allow."""
     widths = model.mlp_widths
@@ -114,7 +142,6 @@ def _segment_table(
         f"pass, remat={model.remat} (estimate).",
         caption_justify="left",
     )
-    activations = sum(_activations(costs, s) for s in stairs)
     layer_flops = sum(layer.forward_flops for layer in costs.layers)
     layer_parameters = sum(layer.parameters for layer in costs.layers)
     table.add_column("layers", "all layers", justify="right", no_wrap=True)
@@ -128,7 +155,7 @@ def _segment_table(
         )
     table.add_column("parameters", f"{layer_parameters:,}", justify="right", no_wrap=True)
     table.add_column("FLOPs/token", f"{layer_flops:,}", justify="right", no_wrap=True)
-    table.add_column("kept/token", byte_size(activations), justify="right", no_wrap=True)
+    table.add_column("kept/token", _kept(memory, 0, len(widths)), justify="right", no_wrap=True)
     for segment in _abridge(stairs, max_rows):
         if isinstance(segment, int):
             table.add_row(f"{segment} more", style="dim")
@@ -144,7 +171,7 @@ def _segment_table(
             *(_each(size.get(name, 0) for size in sizes[here]) for name in tapered),
             f"{sum(layer.parameters for layer in layers):,}",
             f"{sum(layer.forward_flops for layer in layers):,}",
-            byte_size(_activations(costs, segment)),
+            _kept(memory, segment.start, segment.stop),
         )
     return table
 
@@ -154,9 +181,9 @@ def _each(values: Iterable[int]) -> str:
     return "/".join(f"{value:,}" for value in dict.fromkeys(values))
 
 
-def _activations(costs: costs_lib.ModelCosts, segment: Segment[LayerSpec]) -> int:
-    layers = costs.layers[segment.start : segment.stop]
-    return sum(layer.activation_bytes(costs.remat, costs.value_bytes) for layer in layers)
+def _kept(memory: "StepMemory", start: int, stop: int) -> str:
+    """What layers keep of each token for the backward pass."""
+    return byte_size(round(sum(memory.kept_by_layer[start:stop]) / memory.tokens))
 
 
 def _abridge(stairs: Sequence[Segment[LayerSpec]], max_rows: int) -> list[Segment[LayerSpec] | int]:
@@ -188,29 +215,30 @@ def _twin_table(model: ModelConfig, costs: costs_lib.ModelCosts) -> Table:
     return table
 
 
-def _memory_rows(config: RunConfig) -> list[tuple[str, str, str]]:
-    memory = costs_lib.memory_costs(config)
-    data, parts = config.data, config.training.grad_accumulation
-    batch = f"{data.batch_size // parts} x {data.seq_len:,} tokens"
-    chunk = min(config.training.loss_chunk or data.seq_len, data.seq_len)
+def _memory_rows(
+    config: RunConfig, memory: "StepMemory", target: str, limit: int | None
+) -> list[tuple[str, str, str]]:
+    from tlm_jax.training.memory import MEASURED
+
+    parts, remat = config.training.grad_accumulation, config.model.remat
+    configs, error = MEASURED[target]
+    total = f"estimates included, off by up to {error}% in {configs} configs compiled for {target}"
     rows = [
-        ("parameters", byte_size(memory.parameters), "float32"),
-        ("optimizer", byte_size(memory.optimizer), "AdamW's two moments, float32"),
-        ("gradients", byte_size(memory.gradients), "float32"),
-        (
-            "activations",
-            byte_size(memory.activations),
-            f"{batch}, remat={config.model.remat} (estimate)",
-        ),
-        (
-            "recomputed layer",
-            byte_size(memory.working_set),
-            "widest one, all activations (estimate)",
-        ),
-        ("logits", byte_size(memory.logits), f"float32, {chunk} positions at a time"),
-        ("total", byte_size(memory.total), "divide by the devices that share it"),
+        ("parameters", memory.parameters, "exact, float32"),
+        ("optimizer", memory.optimizer, "exact, moments in float32"),
+        ("batch", memory.batch, "exact"),
+        ("gradients", memory.gradients, "float32" + ", and their sum over parts" * (parts > 1)),
+        ("weights", memory.weights, "copies in the compute dtype (estimate)"),
+        ("kept by layers", memory.kept, f"{memory.tokens:,} tokens, remat={remat} (estimate)"),
+        ("at work", memory.work, f"the most is needed in {memory.moment} (estimate)"),
+        ("gaps", memory.gaps, "between arrays (estimate)"),
+        ("program", memory.code, "its code (estimate)"),
+        ("total", memory.total, total),
     ]
-    return [row for row in rows if row[1] != byte_size(0)]
+    if limit is not None:
+        verdict = "fits" if memory.total <= limit else "does not fit: see docs/training.md, Memory"
+        rows.append(("limit", limit, verdict + ", by this estimate; tlm compile asks the compiler"))
+    return [(label, byte_size(size), note) for label, size, note in rows if size]
 
 
 def _training_rows(config: RunConfig, costs: costs_lib.ModelCosts) -> list[tuple[str, str, str]]:

@@ -91,10 +91,11 @@ def _find_batch(
 
 
 def _used(result: Any) -> str:
-    return result.refusal or f"{result.memory.total / 2**30:.2f} GiB"
+    return result.refusal or f"{result.memory.needed / 2**30:.2f} GiB"
 
 
-_EXPLAINED = """TFLOPs a step: by formula, causal, with nothing computed again.
+_EXPLAINED = """Needed: the most at one moment, and code; temporaries take each other's place.
+TFLOPs a step: by formula, causal, with nothing computed again.
 In the program: matrix products that were compiled, loops as often as they run.
 Over its share: those over 1/chips of all chips' before dividing; more than 1 is repeated work.
 Compiler: its own count of all operations; it takes a loop over layers once.
@@ -108,7 +109,7 @@ def _table(results: Sequence[Any]) -> Table:
     def row(label: str, cells: Sequence[str]) -> None:
         table.add_row(label, *cells)
 
-    for label in ("arguments", "outputs", "temporary", "code", "total"):
+    for label in ("arguments", "outputs", "temporary", "code", "needed"):
         row(
             f"memory: {label}",
             [f"{getattr(r.memory, label) / 2**30:.3f} GiB" if r.memory else "" for r in results],

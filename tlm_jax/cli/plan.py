@@ -1,14 +1,19 @@
 """tlm plan."""
 
 import dataclasses
+import math
+import os
 import pathlib
 from collections.abc import Sequence
+from typing import Literal
 
 import tyro
 
 from tlm_jax import config_io, output
-from tlm_jax.cli.parsing import Run, parse, path_after
+from tlm_jax.cli.parsing import Run, parse, path_after, quiet_libraries
 from tlm_jax.config import UserError
+from tlm_jax.distributed import topology
+from tlm_jax.validation import require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,19 +23,42 @@ class Command:
     config: pathlib.Path
     """Python file with get_config(), such as configs/tlm_440m.py or configs/tlm_440m.py:titans."""
     run: Run
+    devices: int | None = None
+    """Devices that share a step; None is the topology's, or the fewest that the mesh takes."""
+    target: Literal["tpu", "cpu"] = "tpu"
+    """What memory is estimated for."""
+    topology: str | None = None
+    """TPU slice, such as v5e:4x4: memory on each of its chips, and whether that fits."""
     png: pathlib.Path | None = None
     """Where to draw the widths; None is NAME_plan.png in the current folder."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.devices is None or self.devices > 0,
+            f"devices is {self.devices}; it must be at least 1",
+        )
+        require(
+            self.topology is None or (self.devices is None and self.target == "tpu"),
+            f"--topology {self.topology} says which devices there are; leave out --devices and "
+            "--target",
+        )
 
 
 def run(argv: Sequence[str], prog: str) -> int:
     """Runs `tlm plan`; returns the exit status."""
     defaults = config_io.load_config(path_after("--config", argv, prog))
     command = parse(Command, argv, prog, config=tyro.MISSING, run=defaults)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # layers are traced: no accelerator is asked for
+    quiet_libraries()
     from tlm_jax.analysis import plan as plan_lib
     from tlm_jax.analysis import plots
 
     console = output.console()
-    plan_lib.plan(command.run, console)
+    devices, limit = command.devices, None
+    if command.topology is not None:
+        wanted = topology.parse(command.topology)
+        devices, limit = math.prod(wanted.shape), topology.memory_limit(wanted.chip)
+    plan_lib.plan(command.run, console, devices=devices, target=command.target, limit=limit)
     png = command.png or pathlib.Path(f"{command.run.name}_plan.png")
     try:
         plots.plot_plan(command.run.model, png)

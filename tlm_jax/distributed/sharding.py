@@ -50,7 +50,7 @@ RULES = ShardingRules()
 
 
 def param_shardings(
-    shapes: Any, logical_axes: Any, mesh: Mesh, rules: ShardingRules = RULES
+    shapes: Any, logical_axes: Any, mesh: Mesh | AbstractMesh, rules: ShardingRules = RULES
 ) -> Any:
     """A `NamedSharding` for each parameter.
 

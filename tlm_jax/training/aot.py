@@ -35,11 +35,19 @@ class Memory:
     temporary: int
     """Activations, gradients and whatever else lives while it runs."""
     code: int
+    peak: int = 0
+    """Arguments, and the most that lives beside them at one moment; 0 where the compiler does not
+    say. Temporaries can be more: the TPU compiler counts in them what takes each other's place."""
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All of it, without the peak."""
         return self.arguments + self.outputs + self.temporary + self.code
+
+    @property
+    def needed(self) -> int:
+        """What has to be free on the device."""
+        return self.peak + self.code if self.peak else self.total
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +80,7 @@ class Compiled:
     @property
     def fits(self) -> bool:
         """Whether it can run."""
-        return self.memory is not None and self.memory.total <= self.limit
+        return self.memory is not None and self.memory.needed <= self.limit
 
 
 def for_devices(config: RunConfig) -> RunConfig:
@@ -119,7 +127,7 @@ def compile_step(name: str, config: RunConfig, devices: list[Any], limit: int) -
     except jax.errors.JaxRuntimeError as error:
         refusal = _refusal(error)
     else:
-        memory = _memory(program.memory_analysis())
+        memory = _memory(program.memory_analysis(), devices[0].platform)
         analysis, text = program.cost_analysis() or {}, program.as_text() or ""
     per_token = costs.model_costs(config.model, config.data.seq_len)
     flops = per_token.training_flops if name == "train" else per_token.forward_flops
@@ -193,12 +201,13 @@ def _lower_evaluation(config: RunConfig, model: Skeleton, mesh: Mesh) -> jax.sta
 _LOWER = {"train": _lower_train, "evaluation": _lower_evaluation}
 
 
-def _memory(analysis: Any) -> Memory:
+def _memory(analysis: Any, platform: str) -> Memory:
     return Memory(
         arguments=analysis.argument_size_in_bytes,
         outputs=analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
         temporary=analysis.temp_size_in_bytes,
         code=analysis.generated_code_size_in_bytes,
+        peak=analysis.peak_memory_in_bytes if platform == "tpu" else 0,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from tlm_jax.config import RunConfig
 from tlm_jax.distributed import sharding
@@ -74,7 +74,9 @@ def init_state(skeleton: Skeleton, tx: optax.GradientTransformation, key: jax.Ar
     )
 
 
-def state_shardings(skeleton: Skeleton, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_shardings(
+    skeleton: Skeleton, tx: optax.GradientTransformation, mesh: Mesh | AbstractMesh
+) -> TrainState:
     """A `NamedSharding` for each leaf of the training state."""
     params = sharding.param_shardings(skeleton.shapes, skeleton.logical_axes, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -88,7 +90,9 @@ def state_shardings(skeleton: Skeleton, tx: optax.GradientTransformation, mesh: 
     )
 
 
-def abstract_state(skeleton: Skeleton, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    skeleton: Skeleton, tx: optax.GradientTransformation, mesh: Mesh | AbstractMesh
+) -> TrainState:
     """Shape, dtype and sharding of each leaf of the training state."""
     return jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
