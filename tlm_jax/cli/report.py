@@ -23,6 +23,8 @@ class Command:
     JSON lines."""
     markdown: bool = False
     """Print Markdown."""
+    power: bool = False
+    """Of a sweep: also say how many seeds would tell smaller differences from zero."""
     out: pathlib.Path | None = None
     """Of a sweep: folder for the table as Markdown, pictures, and an HTML page of both."""
     page: pathlib.Path | None = None
@@ -38,8 +40,9 @@ def run(argv: Sequence[str], prog: str) -> int:
         raise UserError(f"{prog} needs run folders: {prog} runs/a runs/b")
     if len(command.runs) == 1 and _is_sweep(command.runs[0]):
         return _sweep(command)
-    if command.out is not None:
-        raise UserError("--out is for a sweep; results of tlm eval go to --page or --markdown")
+    if command.out is not None or command.power:
+        flag = "--power" if command.out is None else "--out"
+        raise UserError(f"{flag} is for a sweep; results of tlm eval go to --page or --markdown")
     if command.page is not None and command.part is None:
         raise UserError(f"--page {command.page} needs --part NAME, the name of its marks")
     if all(_is_alignment(path) for path in command.runs):
@@ -92,6 +95,13 @@ def _sweep(command: Command) -> int:
     _show(command, sweep_report.table(results), text, sweep=results[0]["sweep"])
     if not command.markdown:
         output.console().print(sweep_report.conditions(results), highlight=False)
+    if command.power:
+        from tlm_jax.analysis import power
+
+        needed = power.table(results)
+        if needed is None:
+            raise UserError("--power needs two seeds of an arm and of its baseline")
+        output.console().print(needed)
     if command.out is not None:
         page, summary = command.out / "index.html", command.out / "report.md"
         for target in (page, summary):
