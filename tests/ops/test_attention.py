@@ -129,6 +129,22 @@ def test_chunks_of_any_length(length: int) -> None:
     assert_same(found, values_and_gradients(plain, *args))
 
 
+def test_heads_that_do_not_divide_are_not_split() -> None:
+    """Three key/value heads over two devices: six query heads could be split, but not theirs."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (
+        jax.random.normal(key, (2, 64, heads, K))
+        for key, heads in zip(keys, (6, 3, 3), strict=True)
+    )
+    ids = jnp.ones((2, 64), jnp.int32)
+    expected = self_attention(q, k, v, ids, kernel="reference")
+    axes = ("data", "fsdp", "sequence", "tensor")
+    mesh = jax.make_mesh((2, 1, 2, 2), axes, axis_types=(AxisType.Auto,) * 4)
+    with jax.set_mesh(mesh):
+        found = jax.jit(functools.partial(self_attention, kernel="chunked"))(q, k, v, ids)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
 @pytest.mark.parametrize("kernel", ["chunked", "splash"])
 def test_on_a_mesh(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows, heads and the queries of a row on different devices."""

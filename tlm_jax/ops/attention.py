@@ -253,10 +253,12 @@ def _on_each_device(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return function(*args)
+    keys = ("batch", None, "kv_heads", None)
+    split = fitting_spec(k.shape, keys)[2] is not None  # else no device has the keys of its heads
     names: tuple[tuple[str | None, ...], ...] = (
-        ("batch", "sequence", "heads", None),
-        ("batch", None, "kv_heads", None),
-        ("batch", None, "kv_heads", None),
+        ("batch", "sequence", "heads" if split else None, None),
+        keys,
+        keys,
         ("batch", "sequence"),
         ("batch", None),
         ("sequence",),
