@@ -30,13 +30,23 @@ from benchmarks import race
 D_MODEL, HEADS, CHUNK, DEPTH, WIDTH = 256, 4, 64, 2, 4
 """WIDTH: hidden width of the memory over the head dim."""
 BATCH, LENGTH = 4, 1024
+SHARD = 256
+"""Of TNT's local memories, and chunk of its global one: a quarter of the length, as in `:tnt`."""
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 
 
-def our_layer(length: int, chunks_per_checkpoint: int = 1, devices: int = 1) -> Callable[[], Any]:
+def our_layer(
+    length: int,
+    chunks_per_checkpoint: int = 1,
+    devices: int = 1,
+    *,
+    chunk: int = CHUNK,
+    tnt: bool = False,
+) -> Callable[[], Any]:
     """One forward and backward pass of our layer, memory alone (Titans, variant LMM).
 
-    With several devices (of the CPU) each has a share of the rows.
+    With several devices (of the CPU) each has a share of the rows. With `tnt` a global memory and
+    a local one take the place of one twice as wide.
     """
     import jax
 
@@ -54,8 +64,10 @@ def our_layer(length: int, chunks_per_checkpoint: int = 1, devices: int = 1) -> 
         variant="lmm",
         num_heads=HEADS,
         memory_depth=DEPTH,
-        memory_width=WIDTH * D_MODEL // HEADS,
-        chunk=CHUNK,
+        memory_width=WIDTH * D_MODEL // HEADS // (1 + tnt),
+        chunk=SHARD if tnt else chunk,
+        local_chunks=(chunk,) if tnt else (),
+        shard=SHARD,
         chunks_per_checkpoint=chunks_per_checkpoint,
     )
     context = registry.LayerContext(d_model=D_MODEL, norm_eps=1e-6, std=None, out_scale=1.0)
@@ -111,6 +123,10 @@ ARMS: dict[str, Callable[[int], Callable[[], Any]]] = {
     "tlm-jax": our_layer,
     "tlm-jax, chunks_per_checkpoint=4": functools.partial(our_layer, chunks_per_checkpoint=4),
     "tlm-jax, a device for each core": functools.partial(our_layer, devices=os.cpu_count() or 1),
+    "Titans, chunk 64": our_layer,
+    "Titans, chunk 16": functools.partial(our_layer, chunk=16),
+    "TNT, local chunk 64": functools.partial(our_layer, tnt=True),
+    "TNT, local chunk 16": functools.partial(our_layer, chunk=16, tnt=True),
     "titans-pytorch, batch_size=64": functools.partial(their_layer, batch_size=CHUNK),
     "titans-pytorch, batch_size=None": their_layer,
 }
@@ -134,7 +150,8 @@ def compare(torch_python: str, repetitions: int) -> None:
     """Publishes the table of ours against titans-pytorch."""
     from benchmarks import report
 
-    pythons = {arm: torch_python if "pytorch" in arm else sys.executable for arm in ARMS}
+    arms = [arm for arm in ARMS if not arm.startswith(("Titans", "TNT"))]
+    pythons = {arm: torch_python if "pytorch" in arm else sys.executable for arm in arms}
     results = race.run(
         {arm: entrant(python, arm, LENGTH) for arm, python in pythons.items()}, repetitions
     )
@@ -190,19 +207,48 @@ def grow(repetitions: int) -> None:
     )
 
 
+def scales(repetitions: int) -> None:
+    """Publishes the table of one memory against a global and a local one."""
+    from benchmarks import report
+
+    arms = [arm for arm in ARMS if arm.startswith(("Titans", "TNT"))]
+    results = race.run({arm: entrant(sys.executable, arm, LENGTH) for arm in arms}, repetitions)
+    rows = [
+        [
+            arm,
+            f"{one.median * 1e3:.0f}",
+            one.middle_half,
+            f"{race.ratio(one, results[arms[0]]):.2f}",
+            f"{one.said['peak_mib']:.0f}",
+        ]
+        for arm, one in results.items()
+    ]
+    header = ["layer", "ms", "middle half", f"over {arms[0]}", "peak MiB"]
+    report.publish(
+        "neural-memory-scales",
+        f"{report.table(header, rows)}\n\nMedians of {repetitions} alternating passes over "
+        f"{(BATCH, LENGTH, D_MODEL)}, {HEADS} heads; TNT's two memories are half as wide, its "
+        f"shard and global chunk {SHARD} tokens; {report.machine()}.",
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--torch_python", help="a Python with torch and titans-pytorch")
     parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--only", choices=("length", "scales"), help="a single table")
     parser.add_argument("--arm", choices=ARMS, help="run as one of the processes")
     parser.add_argument("--length", type=int, default=LENGTH)
     options = parser.parse_args()
     if options.arm:
         serve(ARMS[options.arm](options.length))
         return
-    if options.torch_python:
+    if options.torch_python and options.only is None:
         compare(options.torch_python, options.repetitions)
-    grow(options.repetitions)
+    if options.only != "scales":
+        grow(options.repetitions)
+    if options.only != "length":
+        scales(options.repetitions)
 
 
 if __name__ == "__main__":

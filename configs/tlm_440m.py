@@ -5,7 +5,7 @@ Command:   python train.py --config configs/tlm_440m.py --workdir runs/tlm_440m 
            TEXT is your corpus (the sister papers use FineWeb-Edu), TOKENIZER a
            32,000-token tokenizer.json or SentencePiece .model (the paper: 32K)
 Uniform:   the same with --model.taper.schedule uniform (equal parameters and FLOPs)
-Others:    --config configs/tlm_440m.py:gated_attention, :hope_attention, :titans or :hybrid
+Others:    --config configs/tlm_440m.py:gated_attention, :hope_attention, :titans, :tnt or :hybrid
 Hardware:  a TPU or GPU slice; parameters and batch are split over all devices.
            Widths in multiples of 128 suit TPU lanes: --model.taper.multiple_of 128
 Expected:  not measured yet

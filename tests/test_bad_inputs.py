@@ -80,6 +80,13 @@ def test_unknown_option_as_a_user_sees_it(encoding: str, train: tuple[str, ...])
             "d_model=192 does not divide into num_heads=5 heads of even dimension; use "
             "d_model=200 or set mixer.head_dim",
         ),
+        (
+            "tnt",
+            "--model.mixer.local_chunks 16 24",
+            "a local chunk of 24 does not divide shard=64; use one of [1, 2, 4, 8, 16, 32, 64], or "
+            "shard=72",
+        ),
+        ("tnt", "--model.mixer.variant mac", "local_chunks need variant lmm, mag or mal"),
         ("titans", "--model.mixer.chunk 0", "chunk is 0; it must be at least 1"),
         ("titans", "--model.mixer.memory_depth 5", "memory_depth is 5; a memory has 1 to 4 layers"),
         (

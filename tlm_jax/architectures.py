@@ -20,6 +20,9 @@ TITANS_WINDOW = 512
 """Tokens that attention sees in Titans, but at most a quarter of a sequence (our choice)."""
 TITANS_CHUNK = 64
 """Tokens of a chunk of its memory, but at most a 16th of a sequence (our choice)."""
+TNT_SHARD = 2048
+"""Tokens of a shard of TNT's local memories and of a chunk of its global one, as in its paper, but
+at most a quarter of a sequence (our choice)."""
 TITANS_HEAD_DIM = 64
 """Dimension of its heads, where it divides them (our choice).
 
@@ -60,7 +63,7 @@ def _hope_attention(model: ModelConfig, seq_len: int) -> ModelConfig:
     )
 
 
-def _titans(model: ModelConfig, seq_len: int) -> ModelConfig:
+def _titans(model: ModelConfig, seq_len: int, *, tnt: bool = False) -> ModelConfig:
     """Memory as a gate, as wide as the Transformer's FLOPs allow.
 
     With remat, memories of every sqrt(chunks)-th chunk are kept.
@@ -69,13 +72,19 @@ def _titans(model: ModelConfig, seq_len: int) -> ModelConfig:
     if heads * head_dim % TITANS_HEAD_DIM == 0:
         heads, head_dim = heads * head_dim // TITANS_HEAD_DIM, TITANS_HEAD_DIM
     chunk = min(TITANS_CHUNK, max(seq_len // 16, 1))
+    length = seq_len  # of what goes through a memory chunk by chunk
     mixer = TitansConfig(
         num_heads=heads,
         head_dim=None if heads * head_dim == model.d_model else head_dim,
         chunk=chunk,
         window=min(TITANS_WINDOW, max(seq_len // 4, 1)),
-        chunks_per_checkpoint=1 if model.remat == "none" else max(math.isqrt(seq_len // chunk), 1),
     )
+    if tnt:
+        length = chunk * max(min(TNT_SHARD, seq_len // 4) // chunk, 1)
+        mixer = dataclasses.replace(mixer, chunk=length, local_chunks=(chunk,), shard=length)
+    if model.remat != "none":
+        every = max(math.isqrt(length // chunk), 1)
+        mixer = dataclasses.replace(mixer, chunks_per_checkpoint=every)
     uniform = dataclasses.replace(model, taper=TaperConfig(schedule="uniform"))
     wanted = costs.model_costs(uniform, seq_len).forward_flops
 
@@ -87,6 +96,11 @@ def _titans(model: ModelConfig, seq_len: int) -> ModelConfig:
         return abs(costs.model_costs(paid, seq_len).forward_flops - wanted) if paid else math.inf
 
     return with_memory(model, min(range(16, 8 * head_dim + 1, 16), key=error))
+
+
+def _tnt(model: ModelConfig, seq_len: int) -> ModelConfig:
+    """Titans with a global memory and a local one, in shards of a quarter of a sequence."""
+    return _titans(model, seq_len, tnt=True)
 
 
 def _hybrid(model: ModelConfig, seq_len: int) -> ModelConfig:
@@ -104,8 +118,8 @@ ARCHITECTURES: dict[str, Callable[[ModelConfig, int], ModelConfig]] = {
     "titans": _titans,
 }
 """The paper's."""
-HYBRIDS: dict[str, Callable[[ModelConfig, int], ModelConfig]] = {"hybrid": _hybrid}
-"""Layers of several architectures."""
+VARIANTS: dict[str, Callable[[ModelConfig, int], ModelConfig]] = {"hybrid": _hybrid, "tnt": _tnt}
+"""Layers of several architectures; Titans with memories at two scales (arXiv 2511.07343)."""
 
 
 def with_architecture(config: RunConfig, name: str) -> RunConfig:
@@ -118,12 +132,12 @@ def with_architecture(config: RunConfig, name: str) -> RunConfig:
 
     Args:
       config: the run of a Transformer.
-      name: one of `ARCHITECTURES` or `HYBRIDS`.
+      name: one of `ARCHITECTURES` or `VARIANTS`.
 
     Raises:
       UserError: no such architecture, or its mixer leaves no parameters for the MLPs.
     """
-    known = ARCHITECTURES | HYBRIDS
+    known = ARCHITECTURES | VARIANTS
     if name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"

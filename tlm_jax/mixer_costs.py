@@ -126,16 +126,17 @@ def _gated_attention_costs(mixer: GatedAttentionConfig, d_model: int, seq_len: i
 
 @mixer_costs.register
 def _titans_costs(mixer: TitansConfig, d_model: int, seq_len: int) -> MixerCosts:
-    """A memory of each head; beside it, before it or after it attention in a window.
+    """Memories of each head; beside them, before them or after them attention in a window.
 
     Persistent tokens' own keys and values are made once for a whole batch and not counted;
     neither is what documents cost that begin inside a chunk.
     """
     H, K = mixer.heads(d_model)
     mac = mixer.variant == "mac"
-    values, chunk = H * K, mixer.chunk
+    values = H * K
     matrix = d_model * values
-    gates = H * (1 + mixer.forgetting + mixer.momentum)
+    memories = 1 + len(mixer.local_chunks)
+    gates = memories * H * (1 + mixer.forgetting + mixer.momentum)
     inputs = values if mixer.variant == "mal" else d_model
     attention = 3 * inputs * values if mixer.attends else 0
     # q, k, v, the output's gate and projection; mac leads h and y back to the model's width.
@@ -146,25 +147,54 @@ def _titans_costs(mixer: TitansConfig, d_model: int, seq_len: int) -> MixerCosts
     memory = H * sum(i * o for i, o in shapes)
     persistent = mixer.num_persistent * inputs if mixer.attends else 0
 
-    # Per token, in multiply-adds. Products with weights of the memory: the error's forward
-    # and backward pass, the read, the update; momentum reads and updates the last step too.
-    inner = (4 + 2 * mixer.momentum) * memory - H * shapes[0][0] * shapes[0][1]
-    inner += memory if mac else 0  # the read of h
-    inner += H * (chunk * chunk + chunk) * mixer.momentum  # what gates multiply out to
-    pairs = H * sum(i + o for i, o in shapes)  # with each token of the chunk
+    learning, learning_full = _learning(mixer, H, shapes)
+    learning += 2 * memory * mac  # the read of h
+    learning_full += 2 * memory * mac
     keys, keys_full = _keys_seen(mixer, seq_len)
     reused = 3 * matrix if mac else 0  # q of x and of y; k and v of x and of h
-    state = memory * (2 + mixer.momentum) + 3 * (mixer.conv_width - 1) * values
+    state = memories * memory * (2 + mixer.momentum) + 3 * (mixer.conv_width - 1) * values
+    state += len(mixer.local_chunks) * H * K * K * mixer.project_queries
     if mac:
         state += memory * (2 + mixer.momentum) + (mixer.conv_width - 1 + 4 * mixer.window) * values
     return MixerCosts(
-        parameters=matrices + conv + norms + gates + memory + persistent,
+        parameters=matrices + conv + norms + gates + memories * memory + persistent,
         projection_flops=2 * (matrices + reused),
-        mixing_flops=2 * inner + pairs * (chunk + 1) + round(4 * values * keys),
-        mixing_flops_full=2 * inner + 2 * pairs * chunk + 4 * values * keys_full,
+        mixing_flops=learning + round(4 * values * keys),
+        mixing_flops_full=learning_full + 4 * values * keys_full,
         cache_values=2 * values if mixer.attends and not mac else 0,
         state_values=state,
     )
+
+
+def _memories(mixer: TitansConfig) -> list[tuple[int, bool, bool]]:
+    """Of each memory: its chunk, whether it reads after each write, whether it projects queries."""
+    return [
+        (mixer.chunk, not mixer.local_chunks, False),
+        *((chunk, True, mixer.project_queries) for chunk in mixer.local_chunks),
+    ]
+
+
+def _learning(
+    mixer: TitansConfig, heads: int, shapes: tuple[tuple[int, int], ...]
+) -> tuple[int, int]:
+    """Forward FLOPs per token of all memories, causal and in full."""
+    memory = sum(i * o for i, o in shapes)
+    causal = full = 0
+    for chunk, after_write, projects in _memories(mixer):
+        # In multiply-adds. Products with weights of the memory: the error's forward and backward
+        # pass, the read, the update; momentum updates the last step too, and reads after a write
+        # read it.
+        inner = (4 + mixer.momentum * (1 + after_write)) * memory - shapes[0][0] * shapes[0][1]
+        pairs = 0  # with each token of the chunk
+        if after_write:
+            inner += (chunk * chunk + chunk) * mixer.momentum  # what gates multiply out to
+            pairs += sum(i + o for i, o in shapes)
+        if projects:
+            inner += 2 * shapes[0][0] ** 2
+            pairs += 2 * shapes[0][0]
+        causal += heads * (2 * inner + pairs * (chunk + 1))
+        full += heads * (2 * inner + 2 * pairs * chunk)
+    return causal, full
 
 
 def _keys_seen(mixer: TitansConfig, seq_len: int) -> tuple[float, int]:

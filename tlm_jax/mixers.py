@@ -281,6 +281,14 @@ class TitansConfig(MixerConfig):
     """How the memory's hidden width is spread over depth; exact at memory_depth=2."""
     chunk: Count = 64
     """Tokens whose gradients are taken at the same memory."""
+    local_chunks: tuple[Count, ...] = ()
+    """TNT (arXiv 2511.07343): chunks of local memories, whose reads are added to those of the
+    memory above. That one, now the global memory, reads what earlier chunks have written, so
+    that `chunk` may be long. Not in mac."""
+    shard: Count = 2048
+    """Tokens after which local memories begin anew; shards are computed side by side."""
+    project_queries: bool = True
+    """Local memories read at queries led to the keys that their shard has seen."""
     momentum: bool = True
     """Steps go on in the direction of those before (eta)."""
     forgetting: bool = True
@@ -315,6 +323,17 @@ class TitansConfig(MixerConfig):
             f"chunk={self.chunk} does not divide window={self.window}, the block of variant mac; "
             f"use one of {divisors(self.window)}, or window={round_up(self.window, self.chunk)}",
         )
+        require(
+            not self.local_chunks or self.variant != "mac",
+            "local_chunks need variant lmm, mag or mal: in mac the memory learns window by window, "
+            "so that shards cannot be computed side by side",
+        )
+        for chunk in self.local_chunks:
+            require(
+                self.shard % chunk == 0,
+                f"a local chunk of {chunk} does not divide shard={self.shard}; use one of "
+                f"{divisors(self.shard)}, or shard={round_up(self.shard, chunk)}",
+            )
         require(
             self.memory_depth == 2 or self.memory_taper.schedule == "uniform",
             f"memory_taper needs memory_depth=2, not {self.memory_depth}: only there are "
@@ -368,7 +387,9 @@ class TitansConfig(MixerConfig):
         heads, head_dim = self.heads(d_model)
         width = self.memory_width or 4 * head_dim
         hidden = f" x {width}" if self.memory_depth > 1 else ""
+        chunks = ", ".join(map(str, self.local_chunks))
+        local = f", local chunks {chunks} in shards of {self.shard}" if chunks else ""
         return (
             f"Titans {self.variant.upper()}, {heads} head{'s' * (heads > 1)} of {head_dim}, memory "
-            f"{self.memory_depth} layer{'s' * (self.memory_depth > 1)}{hidden}"
+            f"{self.memory_depth} layer{'s' * (self.memory_depth > 1)}{hidden}{local}"
         )

@@ -62,6 +62,14 @@ MODELS: dict[str, ModelConfig] = {
     "titans mac": model_config(mixer=titans("mac")),
     "titans mag": model_config(mixer=titans("mag", memory_taper=WIDER)),
     "titans mal": model_config(mixer=titans("mal")),
+    "titans tnt": model_config(
+        mixer=titans("mag", chunk=16, local_chunks=(8,), shard=24, memory_taper=WIDER)
+    ),
+    "titans tnt lmm": model_config(
+        mixer=titans(
+            "lmm", chunk=16, local_chunks=(8, 4), shard=16, project_queries=False, momentum=False
+        )
+    ),
     "titans plain": model_config(
         mixer=titans(
             "lmm",
@@ -145,8 +153,10 @@ def test_only_matrices_decay_and_what_is_no_matrix_is_known_by_name(config: Mode
                 norms |= {"retrieved_norm"}
             if mixer.conv_width > 1:
                 expected |= {"mixer/memory/conv"}
-            expected |= {f"mixer/{norm}/scale" for norm in norms} | {"mixer/memory/bias"}
-            expected |= {f"mixer/memory/initial/{i}" for i in range(mixer.memory_depth)}
+            expected |= {f"mixer/{norm}/scale" for norm in norms}
+            for memory in ("memory", *(f"local/{i}" for i in range(len(mixer.local_chunks)))):
+                expected |= {f"mixer/{memory}/bias"}
+                expected |= {f"mixer/{memory}/initial/{i}" for i in range(mixer.memory_depth)}
         case InterleavedConfig():
             return  # the same layers under other names
     assert {name.removeprefix("final_norm/") for name in kept} == expected

@@ -27,7 +27,9 @@ def oracle_forward(weights, x):
     return hidden if len(weights) == 1 else x + hidden
 
 
-def oracle_head(initial, q, k, v, keep, momentum, rate, ids, *, chunk):
+def oracle_head(
+    initial, q, k, v, keep, momentum, rate, ids, *, chunk, reads="now", project=False, shard=None
+):
     """One token after the other; q, k, v (L, K), gates (L,), ids (L,)."""
 
     def inner_loss(weights, key, value):
@@ -39,31 +41,41 @@ def oracle_head(initial, q, k, v, keep, momentum, rate, ids, *, chunk):
     zeros = jax.tree.map(jnp.zeros_like, initial)
 
     def one_token(carry, token):
-        now, step, at_chunk, document = carry
+        now, step, at_chunk, keys, document = carry
         t, q, k, v, keep, momentum, rate, id_ = token
         at_chunk = choose(t % chunk == 0, now, at_chunk)
         real = id_ > 0
         new = real & (document > 0) & (id_ != document)
         now, at_chunk = choose(new, (initial, initial), (now, at_chunk))
-        step = choose(new, zeros, step)
+        step, keys = choose(new, (zeros, 0 * keys), (step, keys))
+        if shard is not None:
+            begins = t % shard == 0
+            now, at_chunk = choose(begins, (initial, initial), (now, at_chunk))
+            step, keys = choose(begins, (zeros, 0 * keys), (step, keys))
         gradient = jax.grad(inner_loss)(at_chunk, k, v)
         next_step = jax.tree.map(lambda s, g: momentum * s - rate * g, step, gradient)
         next_now = jax.tree.map(lambda w, s: keep * w + s, now, next_step)
-        now, step = choose(real, (next_now, next_step), (now, step))
-        return (now, step, at_chunk, jnp.where(real, id_, document)), oracle_forward(now, q)
+        next_keys = keys + jnp.outer(k, k)
+        now, step, keys = choose(real, (next_now, next_step, next_keys), (now, step, keys))
+        if project:
+            q = keys @ q
+            q = q / jnp.sqrt(1 + q @ q)
+        read = oracle_forward(now if reads == "now" else at_chunk, q)
+        return (now, step, at_chunk, keys, jnp.where(real, id_, document)), read
 
     tokens = (jnp.arange(q.shape[0]), q, k, v, keep, momentum, rate, ids)
-    return jax.lax.scan(one_token, (initial, zeros, initial, jnp.int32(0)), tokens)[1]
+    keys = jnp.zeros((k.shape[-1], k.shape[-1]), k.dtype)
+    return jax.lax.scan(one_token, (initial, zeros, initial, keys, jnp.int32(0)), tokens)[1]
 
 
-def oracle(inputs, *, chunk, ids=None):
+def oracle(inputs, *, ids=None, **options):
     """Every head of every row for itself."""
     ones = jnp.ones_like(inputs["rate"])
     keep = jnp.exp(inputs["keep"]) if "keep" in inputs else ones
     momentum = jnp.exp(inputs["momentum"]) if "momentum" in inputs else 0 * ones
     ids = jnp.ones(ones.shape[:2], jnp.int32) if ids is None else ids
     heads = jax.vmap(
-        functools.partial(oracle_head, chunk=chunk), (0, 1, 1, 1, 1, 1, 1, None), out_axes=1
+        functools.partial(oracle_head, **options), (0, 1, 1, 1, 1, 1, 1, None), out_axes=1
     )
     rows = jax.vmap(heads, (None, 0, 0, 0, 0, 0, 0, 0))
     q, k, v = (inputs[name] for name in "qkv")

@@ -78,7 +78,8 @@ class Coefficients:
     """The gates of a chunk multiplied out; columns (..., C, 1) scale rows of tokens."""
 
     mix_BHCC: jax.Array
-    """What token t's weights hold of minus the gradient of token i, [t, i]."""
+    """What token t's weights hold of minus the gradient of token i, [t, i]; `end_coefficients`
+    gives the last t only, here and below."""
     keep_BHC1: jax.Array | None
     """What they hold of the chunk's first weights (or of the initial ones)."""
     carry_BHC1: jax.Array | None
@@ -89,13 +90,20 @@ class Coefficients:
     """What the last step holds of the first."""
 
 
+def same_document(tokens: Tokens) -> jax.Array:
+    """Whether token i is of the document of token t and not after it, [.., t, i]."""
+    C = tokens.rate_BHC.shape[-1]
+    seen = jnp.arange(C)[:, None] >= jnp.arange(C)
+    if tokens.run_BC is not None:
+        seen = seen & (tokens.run_BC[:, None, :, None] == tokens.run_BC[:, None, None, :])
+    return seen
+
+
 def coefficients(tokens: Tokens) -> Coefficients:
     """Products of gates from cumulative sums of logs: the matrices D, E and D E diag(rate)."""
     rate_BHC = tokens.rate_BHC
     C = rate_BHC.shape[-1]
-    seen = jnp.arange(C)[:, None] >= jnp.arange(C)
-    if tokens.run_BC is not None:
-        seen = seen & (tokens.run_BC[:, None, :, None] == tokens.run_BC[:, None, None, :])
+    seen = same_document(tokens)
 
     def products(log_BHC: jax.Array) -> tuple[jax.Array, jax.Array]:
         """prod of gates (i, t] at [t, i], and of all gates of the document up to t."""
@@ -132,6 +140,54 @@ def coefficients(tokens: Tokens) -> Coefficients:
     return Coefficients(
         mix_BHCC=mix,
         keep_BHC1=None if keep is None else keep[..., None],
+        carry_BHC1=carry,
+        step_mix_BHC1=step_mix,
+        step_carry_BH11=step_carry,
+    )
+
+
+def end_coefficients(tokens: Tokens) -> Coefficients:
+    """The same for the chunk's last token alone, of which a long chunk needs no (C, C) matrix.
+
+    With a_i = sum_j decay_j momentum_(i..j] over i <= j, what the last weights hold of the step
+    that token i takes: a_i = decay_i + momentum_{i+1} a_{i+1}.
+    """
+    rate_BHC = tokens.rate_BHC
+    counts = jnp.ones((rate_BHC.shape[0], 1, rate_BHC.shape[-1]), bool)
+    only = jnp.ones((rate_BHC.shape[0], 1), bool)  # the chunk's first document is its last
+    if tokens.run_BC is not None and tokens.real_BC is not None:
+        counts = ((tokens.run_BC == tokens.run_BC[:, -1:]) & tokens.real_BC)[:, None]
+        only = (tokens.run_BC[:, -1] == 0)[:, None]
+
+    def shifted(x_BHC: jax.Array) -> jax.Array:
+        return jnp.pad(x_BHC[..., 1:], ((0, 0), (0, 0), (0, 1)))
+
+    def products(log_BHC: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Each gate, those after it multiplied, and all of them; of the last document."""
+        log_BHC = jnp.where(counts, jnp.maximum(log_BHC, LOG_FLOOR), 0.0)
+        to_end = jax.lax.cumsum(log_BHC, axis=2, reverse=True)
+        return jnp.exp(log_BHC), jnp.exp(shifted(to_end)), jnp.exp(to_end[..., 0])
+
+    keep = carry = step_mix = step_carry = None
+    rate_BHC = jnp.where(counts, rate_BHC, 0.0)
+    held = counts.astype(rate_BHC.dtype) * jnp.ones_like(rate_BHC)
+    if tokens.log_keep_BHC is not None:
+        _, decay, keep = products(tokens.log_keep_BHC)
+        held = jnp.where(counts, decay, 0.0)
+    if tokens.log_momentum_BHC is not None:
+        momentum, repeat, repeat_first = products(tokens.log_momentum_BHC)
+
+        def one_more(later: tuple, token: tuple) -> tuple:
+            return later[0] * token[0], token[1] + token[0] * later[1]
+
+        pair = shifted(momentum), held
+        held = jax.lax.associative_scan(one_more, pair, reverse=True, axis=2)[1]
+        carry = jnp.where(only, momentum[..., 0] * held[..., 0], 0.0)[..., None, None]
+        step_mix = (repeat * rate_BHC)[..., None]
+        step_carry = jnp.where(only, repeat_first, 0.0)[..., None, None]
+    return Coefficients(
+        mix_BHCC=(held * rate_BHC)[..., None, :],
+        keep_BHC1=None if keep is None else keep[..., None, None],
         carry_BHC1=carry,
         step_mix_BHC1=step_mix,
         step_carry_BH11=step_carry,

@@ -11,69 +11,44 @@ with s = GELU (depth n > 1). Token t takes a step on |M(k_t) - v_t|^2 and reads:
 
 with grad taken at the weights that the token's chunk began with (section 3.1 of the
 paper, whose parallel form covers decay alone; keep = 1 - alpha, momentum = eta, rate =
-theta). Within a chunk W_t is
-linear in the gradients, and a token's gradient of a layer is an outer product
-a_i g_i^T, so that
+theta). Within a chunk W_t is linear in the gradients, and a token's gradient of a layer is an
+outer product a_i g_i^T, so that
 
     x_t W_t = keep_(1..t) x_t W_0 + carry_t x_t S_0 - sum_{i<=t} mix[t, i] (x_t . a_i) g_i
 
 needs no weights per token: products of (C, C) matrices with (C, I) and (C, O).
 This is exact, not an approximation of the recurrence.
+
+Two options serve TNT (arXiv 2511.07343). Reads at the chunk's first weights (eq. 7, the global
+memory) need no products between tokens, so that a chunk may be long. Projected queries (eq. 7,
+local memories) are led to the keys seen so far, whose subspace is all that the memory knows.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from tlm_jax.models.memory_gates import Gates, Tokens, coefficients, documents
+from tlm_jax.models.memory_gates import (
+    Gates,
+    Tokens,
+    coefficients,
+    documents,
+    end_coefficients,
+    same_document,
+)
+from tlm_jax.models.memory_state import MemoryState, Weights, no_keys, unless_new, where
 from tlm_jax.ops import gelu_and_slope
 
-Weights = tuple[jax.Array, ...]
-"""One array a layer: (H, I, O) at the start, (B, H, I, O) for each sequence."""
+Reads = Literal["now", "chunk_start"]
+_State = tuple[Weights, Weights, Weights, Weights]
+"""chunk_start (empty where it equals now: at the start of a chunk), now, step, keys."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MemoryState:
-    """A memory in mid-sequence, float32."""
-
-    chunk_start: Weights
-    """(B, H, I, O): the weights at which gradients are taken."""
-    now: Weights
-    """(B, H, I, O): the weights after the last token."""
-    step: Weights
-    """(B, H, I, O): S, the last step; empty without momentum."""
-    offset: jax.Array
-    """int32 scalar: tokens so far in the present chunk, padding included."""
-    document_ids_B: jax.Array
-    """int32: document of the last token that was not padding; 0 before the first."""
-
-    @classmethod
-    def start(cls, initial: Weights, batch: int, *, momentum: bool) -> "MemoryState":
-        """The state before the first token; of `initial` (H, I, O) only the shapes matter."""
-        zeros = tuple(jnp.zeros((batch, *w.shape), jnp.float32) for w in initial)
-        return cls(
-            chunk_start=zeros,
-            now=zeros,
-            step=zeros if momentum else (),
-            offset=jnp.int32(0),
-            document_ids_B=jnp.zeros((batch,), jnp.int32),
-        )
-
-
-def _per_sequence(initial: Weights, batch: int) -> Weights:
-    return tuple(jnp.broadcast_to(w, (batch, *w.shape)) for w in initial)
-
-
-_State = tuple[Weights, Weights, Weights]
-"""chunk_start (empty where it equals now: at the start of a chunk), now, step."""
-
-
-def _where(condition: jax.Array, a: Weights, b: Weights) -> Weights:
-    return tuple(jnp.where(condition, x, y) for x, y in zip(a, b, strict=True))
+def _zeros(weights: Weights) -> Weights:
+    return tuple(map(jnp.zeros_like, weights))
 
 
 def _again(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -89,6 +64,7 @@ class _Chunk:
     """(H, I, O), or one for each row."""
     clip: float | None
     precision: jax.lax.Precision
+    reads: Reads = "now"
 
     def __call__(self, state: _State, tokens: Tokens) -> tuple[_State, jax.Array]:
         """Reads and learns; returns the new state and the reads (B, H, C, K)."""
@@ -108,14 +84,14 @@ class _Chunk:
 
     def restarted(self, state: _State, tokens: Tokens) -> _State:
         """The initial weights in rows whose first token begins a document."""
-        start, now, step = state
+        start, now, step, keys = state
         assert tokens.restart_B is not None
         restart = tokens.restart_B[:, None, None, None]
-        zeros = tuple(jnp.zeros_like(s) for s in step)
         return (
-            _where(restart, self.initial, start) if start else (),
-            _where(restart, self.initial, now),
-            _where(restart, zeros, step),
+            where(restart, self.initial, start) if start else (),
+            where(restart, self.initial, now),
+            where(restart, _zeros(step), step),
+            where(restart, _zeros(keys), keys),
         )
 
     def matmul(self, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -164,12 +140,41 @@ class _Chunk:
             )
         return a, g
 
+    def read(self, w: Weights, q: jax.Array, late_BC: jax.Array | None) -> jax.Array:
+        """M(q) at the weights w."""
+        x, last = q, len(w) - 1
+        for layer in range(last):
+            x = gelu_and_slope(self.base(x, w[layer], layer, late_BC))[0]
+        x = self.base(x, w[last], last, late_BC)
+        return x + q if last else x
+
+    def projected(
+        self, keys: jax.Array, tokens: Tokens, late_BC: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Queries led to the keys of their document, n -> n / sqrt(1 + n^2), and the new sum."""
+        q, k = tokens.q_BHCK, tokens.k_BHCK
+        if tokens.real_BC is not None:
+            k = jnp.where(tokens.real_BC[:, None, :, None], k, 0.0)
+        before = self.matmul(q, keys)
+        if late_BC is not None:
+            before = jnp.where(late_BC[:, None, :, None], 0.0, before)
+        q = before + self.matmul(self.matmul(q, k.swapaxes(-1, -2)) * same_document(tokens), k)
+        q = q * jax.lax.rsqrt(1.0 + jnp.sum(q * q, -1, keepdims=True))
+        if late_BC is not None and tokens.run_BC is not None:
+            k = jnp.where((tokens.run_BC == tokens.run_BC[:, -1:])[:, None, :, None], k, 0.0)
+            keys = jnp.where(late_BC[:, -1, None, None, None], 0.0, keys)
+        return q, keys + self.matmul(k.swapaxes(-1, -2), k)
+
     def run(
         self, state: _State, tokens: Tokens, late_BC: jax.Array | None
     ) -> tuple[_State, jax.Array]:
-        start, now, step = state
+        start, now, step, keys = state
         a, g = self.descent(start or now, tokens.k_BHCK, tokens.v_BHCK, late_BC)
-        c = coefficients(tokens)
+        q_BHCK = tokens.q_BHCK
+        if keys:
+            q_BHCK, new_keys = self.projected(keys[0], tokens, late_BC)
+            keys = (new_keys,)
+        c = coefficients(tokens) if self.reads == "now" else end_coefficients(tokens)
         mix, step_mix = c.mix_BHCC, c.step_mix_BHC1
         if self.clip is not None:
             norms = [jnp.sum(x * x, -1) * jnp.sum(y * y, -1) for x, y in zip(a, g, strict=True)]
@@ -177,18 +182,20 @@ class _Chunk:
             mix = mix * shrink_BHC[..., None, :]
             step_mix = None if step_mix is None else step_mix * shrink_BHC[..., None]
 
-        x, last = tokens.q_BHCK, len(now) - 1
-        for layer in range(last + 1):
+        x, last = q_BHCK, len(now) - 1
+        for layer in range(last + 1 if self.reads == "now" else 0):
             y = self.scaled(c.keep_BHC1, x, now[layer], layer, late_BC)
             if c.carry_BHC1 is not None:
                 y = y + self.scaled(c.carry_BHC1, x, step[layer], layer, None)
             y = y + self.matmul(self.matmul(x, a[layer].swapaxes(-1, -2)) * mix, g[layer])
             x = y if layer == last else gelu_and_slope(y)[0]
-        out_BHCK = x + tokens.q_BHCK if last else x
+        out_BHCK = x + q_BHCK if last else x
+        if self.reads == "chunk_start":
+            out_BHCK = self.read(start or now, q_BHCK, late_BC)
 
         begun = None if late_BC is None else late_BC[:, -1, None, None, None]
         if begun is not None:
-            now = _where(begun, self.initial, now)
+            now = where(begun, self.initial, now)
         learned = [self.outer(mix[..., -1, :, None], *ag) for ag in zip(a, g, strict=True)]
         new_now = []
         for layer in range(last + 1):
@@ -200,9 +207,9 @@ class _Chunk:
             learned = [self.outer(step_mix, *ag) for ag in zip(a, g, strict=True)]
             step = tuple(c.step_carry_BH11 * s + x for s, x in zip(step, learned, strict=True))
         if start and tokens.complete is not None:
-            start = start if begun is None else _where(begun, self.initial, start)
-            start = _where(tokens.complete, tuple(new_now), start)
-        return (start, tuple(new_now), step), out_BHCK
+            start = start if begun is None else where(begun, self.initial, start)
+            start = where(tokens.complete, tuple(new_now), start)
+        return (start, tuple(new_now), step, keys), out_BHCK
 
     def outer(self, scale_BHC1: jax.Array, a: jax.Array, g: jax.Array) -> jax.Array:
         """sum_i scale_i a_i g_i^T; the narrower factor is scaled."""
@@ -222,6 +229,8 @@ def neural_memory(
     document_ids_BL: jax.Array | None = None,
     state: MemoryState | None = None,
     aligned: bool = False,
+    reads: Reads = "now",
+    project: bool = False,
     clip: float | None = None,
     checkpoint_every: int = 1,
     precision: str = "highest",
@@ -243,6 +252,9 @@ def neural_memory(
       state: continue from here (for decoding); None starts anew and returns None.
       aligned: promises that the state stands at the start of a chunk and that `chunk`
         divides L, which saves work.
+      reads: at the weights after the token's own write, or at those that its chunk began with.
+      project: reads at p / sqrt(1 + |p|^2), p = sum of k k^T q over the keys of the document up to
+        the token's own.
       clip: soft bound c on the norm n of a token's gradient over all layers, which is
         multiplied by 1/sqrt(1 + (n/c)^2); None leaves it alone.
       checkpoint_every: chunks between the weights kept for the backward pass, which computes
@@ -257,26 +269,28 @@ def neural_memory(
     B, L, H, K = q_BLHK.shape
     dtype = jnp.promote_types(q_BLHK.dtype, jnp.float32)
     # For each row, so that gradients are summed over rows (and their devices) once, at the end.
-    initial = _per_sequence(tuple(w.astype(dtype) for w in initial), B)
-    body = _Chunk(initial=initial, clip=clip, precision=jax.lax.Precision(precision))
+    initial = tuple(jnp.broadcast_to(w.astype(dtype), (B, *w.shape)) for w in initial)
+    body = _Chunk(initial=initial, clip=clip, precision=jax.lax.Precision(precision), reads=reads)
     momentum = gates.log_momentum_BLH is not None
 
     offset: int | jax.Array = 0
     if state is None:
         slots, num_chunks = chunk, -(-L // chunk)
-        carry: _State = ((), initial, tuple(map(jnp.zeros_like, initial)) if momentum else ())
+        keys = no_keys(initial[0], B) if project else ()
+        carry: _State = ((), initial, _zeros(initial) if momentum else (), keys)
         complete_N, last_B = None, jnp.zeros((B,), jnp.int32)
     elif aligned:
         slots, num_chunks = chunk, L // chunk
-        carry = ((), _unless_new(initial, state, state.now), state.step)
+        carry = ((), unless_new(initial, state, state.now), state.step, state.keys)
         complete_N, last_B = None, state.document_ids_B
     else:
         # The tokens take their places in the present chunk and those after it.
         slots, num_chunks = (1, 1) if L == 1 else (chunk, -(-(L + chunk - 1) // chunk))
-        offset = 0 if L == 1 else state.offset
-        start = _unless_new(initial, state, state.chunk_start)
-        carry = (start, _unless_new(initial, state, state.now), state.step)
-        reached = state.offset + L - slots * jnp.arange(num_chunks)
+        present = state.length % chunk
+        offset = 0 if L == 1 else present
+        start = unless_new(initial, state, state.chunk_start)
+        carry = (start, unless_new(initial, state, state.now), state.step, state.keys)
+        reached = present + L - slots * jnp.arange(num_chunks)
         complete_N, last_B = reached >= chunk, state.document_ids_B
     if state is not None and document_ids_BL is None:
         document_ids_BL = jnp.ones((B, L), jnp.int32)
@@ -314,7 +328,7 @@ def neural_memory(
             mixed=jnp.any(restart_BN.T, axis=1) | jnp.any(run_NBC > 0, axis=(1, 2)),
             complete=complete_N,
         )
-    (start, now, step), out = _checkpointed_scan(body, carry, tokens, checkpoint_every)
+    (start, now, step, keys), out = _checkpointed_scan(body, carry, tokens, checkpoint_every)
     out = out.transpose(1, 0, 3, 2, 4).reshape(B, num_chunks * slots, H, K)
     if num_chunks * slots != L:
         out = jax.lax.dynamic_slice_in_dim(out, offset, L, axis=1)
@@ -323,7 +337,8 @@ def neural_memory(
             chunk_start=start or now,
             now=now,
             step=step,
-            offset=(state.offset + L) % chunk,
+            keys=keys,
+            length=state.length + L,
             document_ids_B=last_B,
         )
     return out.astype(q_BLHK.dtype), state
@@ -350,28 +365,16 @@ def recall(
     """
     dtype = jnp.promote_types(q_BLHK.dtype, jnp.float32)
     initial = tuple(w.astype(dtype) for w in initial)
-    now = _unless_new(initial, state, state.now)
+    now = unless_new(initial, state, state.now)
     body = _Chunk(initial=initial, clip=None, precision=jax.lax.Precision(precision))
     seen_BL = (document_ids_BL == state.document_ids_B[:, None]) | (document_ids_BL == 0)
     new_BL = ~seen_BL & (state.document_ids_B > 0)[:, None]
 
     def read(late_BL: jax.Array | None) -> jax.Array:
-        q_BHLK = x = q_BLHK.astype(dtype).swapaxes(1, 2)
-        for layer in range(len(now) - 1):
-            x = gelu_and_slope(body.base(x, now[layer], layer, late_BL))[0]
-        x = body.base(x, now[-1], len(now) - 1, late_BL)
-        return (x + q_BHLK if len(now) > 1 else x).swapaxes(1, 2).astype(q_BLHK.dtype)
+        y_BHLK = body.read(now, q_BLHK.astype(dtype).swapaxes(1, 2), late_BL)
+        return y_BHLK.swapaxes(1, 2).astype(q_BLHK.dtype)
 
     return jax.lax.cond(jnp.any(new_BL), lambda: read(new_BL), lambda: read(None))
-
-
-def _unless_new(initial: Weights, state: MemoryState, weights: Weights) -> Weights:
-    """The weights of a state, or the initial ones of a sequence that has not begun.
-
-    So an empty state need not know the initial weights of its layer.
-    """
-    begun = (state.document_ids_B > 0)[:, None, None, None]
-    return _where(begun, weights, initial)
 
 
 def _checkpointed_scan(

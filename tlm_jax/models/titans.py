@@ -16,9 +16,9 @@ from tlm_jax.mixers import TitansConfig
 from tlm_jax.models import registry
 from tlm_jax.models.decoder import RMSNorm
 from tlm_jax.models.kv_cache import KVCache
-from tlm_jax.models.neural_memory import MemoryState
+from tlm_jax.models.memory_state import MemoryState
 from tlm_jax.models.titans_context import MemoryAsContext
-from tlm_jax.models.titans_memory import Memory, Output, Tail
+from tlm_jax.models.titans_memory import Learner, Memory, Output, Tail
 from tlm_jax.models.window_attention import WindowAttention
 
 
@@ -28,6 +28,7 @@ class TitansCache:
     """Decoding state of a layer (lmm, mag, mal)."""
 
     memory: MemoryState
+    local: tuple[MemoryState, ...]
     tail: Tail
     kv: KVCache | None
 
@@ -39,12 +40,22 @@ class Titans(nnx.Module):
     sigmoid on the memory's side (our choice: the paper names none). mal: attention reads the
     normed memory output, head by head concatenated. The memory itself gets no persistent
     tokens: they would only lead M_0, which is learned, to another constant state.
+
+    With `local_chunks` memory(x) is a sum over several memories (TNT, arXiv 2511.07343): a global
+    one with long chunks and local ones with short chunks, which begin anew in every shard, so that
+    shards are computed side by side. All learn from the same keys and values.
     """
 
     def __init__(self, config: TitansConfig, context: registry.LayerContext, *, rngs: nnx.Rngs):
         H, K = config.heads(context.d_model)
         self.config = config
         self.memory = Memory(config, context, rngs=rngs)
+        self.local = nnx.Dict(
+            {
+                str(index): Learner(config, context, rngs=rngs, local=chunk)
+                for index, chunk in enumerate(config.local_chunks)
+            }
+        )
         self.memory_norm = RMSNorm(K, context.norm_eps)
         inputs = H * K if config.variant == "mal" else context.d_model
         self.attention = (
@@ -58,7 +69,8 @@ class Titans(nnx.Module):
         H, K = self.memory.qkv[...].shape[-2:]
         kv = KVCache.empty(batch, length, H, K, dtype) if self.config.attends else None
         tail = self.memory.init_tail(batch, dtype)
-        return TitansCache(memory=self.memory.init_state(batch), tail=tail, kv=kv)
+        local = tuple(learner.init_state(batch) for learner in self.local.values())
+        return TitansCache(memory=self.memory.init_state(batch), local=local, tail=tail, kv=kv)
 
     def __call__(
         self,
@@ -74,6 +86,18 @@ class Titans(nnx.Module):
         y_BLHK, state = memory.learn(
             q_BLHK, k_BLHK, v_BLHK, memory.gate(x_BLD), document_ids_BL, state
         )
+        local = []
+        for index, learner in enumerate(self.local.values()):
+            more_BLHK, one = learner.learn(
+                q_BLHK,
+                k_BLHK,
+                v_BLHK,
+                learner.gate(x_BLD),
+                document_ids_BL,
+                cache.local[index] if cache else None,
+            )
+            y_BLHK = y_BLHK + more_BLHK
+            local += [] if one is None else [one]
         y_BLHK = self.memory_norm(y_BLHK)
         if self.attention is not None and self.attention_norm is not None:
             mal = self.config.variant == "mal"
@@ -82,7 +106,7 @@ class Titans(nnx.Module):
             a_BLHK = self.attention_norm(a_BLHK)
             y_BLHK = a_BLHK if mal else a_BLHK * jax.nn.sigmoid(y_BLHK)
         if state is not None and tail is not None:
-            cache = TitansCache(memory=state, tail=tail, kv=kv)
+            cache = TitansCache(memory=state, local=tuple(local), tail=tail, kv=kv)
         return self.output(y_BLHK, x_BLD), cache
 
 

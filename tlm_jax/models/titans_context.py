@@ -22,7 +22,8 @@ from flax import nnx
 from tlm_jax import ops
 from tlm_jax.mixers import TitansConfig
 from tlm_jax.models.decoder import RMSNorm, weight
-from tlm_jax.models.neural_memory import MemoryState, recall
+from tlm_jax.models.memory_state import MemoryState
+from tlm_jax.models.neural_memory import recall
 from tlm_jax.models.registry import LayerContext
 from tlm_jax.models.titans_memory import Memory, Output, Tail
 from tlm_jax.models.window_attention import WindowAttention

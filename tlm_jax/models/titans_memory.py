@@ -14,7 +14,8 @@ from tlm_jax import ops
 from tlm_jax.mixers import TitansConfig
 from tlm_jax.models.decoder import weight
 from tlm_jax.models.memory_gates import Gates
-from tlm_jax.models.neural_memory import MemoryState, Weights, neural_memory
+from tlm_jax.models.memory_state import MemoryState, Weights
+from tlm_jax.models.neural_memory import neural_memory
 from tlm_jax.models.registry import LayerContext
 
 ALPHA_BIAS, ETA_BIAS = -4.0, 2.0
@@ -69,36 +70,25 @@ def short_conv(
     return y, Tail(qkv_BW3HK=x[:, L:], document_ids_BW=ids[:, L:])
 
 
-class Memory(nnx.Module):
-    """Projections, convolutions and gates around the neural memory of each head.
+class Learner(nnx.Module):
+    """What the heads' memories begin with, and the gates of their learning.
 
-    q, k, v = silu(conv(x W)), q and k l2-normalised (section 4.4 of the paper). Gates, float32,
-    one a head from the token: alpha = sigmoid(a), eta = sigmoid(e) and
+    Gates, float32, one a head from the token: alpha = sigmoid(a), eta = sigmoid(e) and
     theta = max_rate (1 - eta) sigmoid(r), so that what a token's steps add up to is bounded
     whatever the momentum (bounds and biases are our choice). M_0 is learned.
+
+    With `local` it is one of TNT's local memories: it begins anew in every shard, and its queries
+    are projected. The global one beside it reads what earlier chunks have written.
     """
 
-    def __init__(self, config: TitansConfig, context: LayerContext, *, rngs: nnx.Rngs):
+    def __init__(
+        self, config: TitansConfig, context: LayerContext, *, rngs: nnx.Rngs, local: int | None
+    ):
         D, std = context.d_model, context.std
-        H, K = config.heads(D)
+        H, _ = config.heads(D)
         self.config = config
-        axes = ("embed", None, "heads", "head_dim")
-        self.qkv = weight(rngs, (D, 3, H, K), axes, fan_in=D, std=std)
-        W = config.conv_width
-        # Unit gain whatever init_std says: the convolution and M_0 are not projections of
-        # the residual stream, and do not decay either (our choice).
-        self.conv = (
-            weight(
-                rngs,
-                (W, 3, H, K),
-                (None, None, "heads", "head_dim"),
-                fan_in=W,
-                std=None,
-                decays=False,
-            )
-            if W > 1
-            else None
-        )
+        self.chunk = config.chunk if local is None else local
+        self.shard = None if local is None else config.shard
         biases = [0.0] + [ALPHA_BIAS] * config.forgetting + [ETA_BIAS] * config.momentum
         gates_axes = ("embed", None, "heads")
         self.gates = weight(rngs, (D, len(biases), H), gates_axes, fan_in=D, std=std)
@@ -123,9 +113,117 @@ class Memory(nnx.Module):
         """M_0."""
         return tuple(w[...] for w in self.initial.values())
 
+    @property
+    def projects(self) -> bool:
+        """Whether queries are projected."""
+        return self.shard is not None and self.config.project_queries
+
     def init_state(self, batch: int) -> MemoryState:
         """An empty state; it does not depend on the parameters."""
-        return MemoryState.start(self.start, batch, momentum=self.config.momentum)
+        return MemoryState.start(
+            self.start, batch, momentum=self.config.momentum, project=self.projects
+        )
+
+    def gate(self, x_BLD: jax.Array) -> Gates:
+        """The gates of every token and head."""
+        c = self.config
+        logits_BLGH = ops.dense(x_BLD, self.gates[...]).astype(jnp.float32) + self.bias[...]
+        log_keep = jax.nn.log_sigmoid(-logits_BLGH[:, :, 1]) if c.forgetting else None
+        max_rate = RATE / self.chunk if c.max_rate is None else c.max_rate
+        rate = max_rate * jax.nn.sigmoid(logits_BLGH[:, :, 0])
+        log_momentum = None
+        if c.momentum:
+            log_momentum = jax.nn.log_sigmoid(logits_BLGH[:, :, -1])
+            rate = rate * jax.nn.sigmoid(-logits_BLGH[:, :, -1])
+        return Gates(log_keep_BLH=log_keep, log_momentum_BLH=log_momentum, rate_BLH=rate)
+
+    def learn(
+        self,
+        q_BLHK: jax.Array,
+        k_BLHK: jax.Array,
+        v_BLHK: jax.Array,
+        gates: Gates,
+        document_ids_BL: jax.Array | None,
+        state: MemoryState | None,
+        *,
+        aligned: bool = False,
+    ) -> tuple[jax.Array, MemoryState | None]:
+        """Writes and reads every token; see `neural_memory`."""
+        c, shard = self.config, self.shard
+        B, L = q_BLHK.shape[:2]
+
+        def run(inputs: tuple, state: MemoryState | None) -> tuple[jax.Array, MemoryState | None]:
+            q_BLHK, k_BLHK, v_BLHK, gates, document_ids_BL = inputs
+            return neural_memory(
+                self.start,
+                q_BLHK,
+                k_BLHK,
+                v_BLHK,
+                gates,
+                chunk=self.chunk,
+                document_ids_BL=document_ids_BL,
+                state=state,
+                aligned=aligned,
+                reads="chunk_start" if c.local_chunks and shard is None else "now",
+                project=self.projects,
+                clip=c.gradient_clip,
+                checkpoint_every=c.chunks_per_checkpoint,
+                precision=c.precision,
+            )
+
+        inputs = (q_BLHK, k_BLHK, v_BLHK, gates, document_ids_BL)
+        if shard is None:
+            return run(inputs, state)
+        if state is not None:  # one chunk after the other; a shard is a document of its own
+            index_L = (state.length + jnp.arange(L)) // shard
+            ids_BL = jnp.ones((B, L), jnp.int32) if document_ids_BL is None else document_ids_BL
+            shards_BL = jnp.where(ids_BL > 0, ids_BL * _SHARDS + index_L % _SHARDS, 0)
+            return run((*inputs[:-1], shards_BL), state)
+        # All shards at once, as rows.
+        y, _ = run(jax.tree.map(lambda x: _split(x, shard), inputs), None)
+        return y.reshape(B, -1, *y.shape[2:])[:, :L], None
+
+
+_SHARDS = 64
+"""Shards after which their numbers repeat, so that an id of a document has room beside them."""
+
+
+def _split(x_BL: jax.Array, shard: int) -> jax.Array:
+    """(B, L, ...) -> (B N, S, ...): the shards of each row, the last one filled up with zeros."""
+    L, *rest = x_BL.shape[1:]
+    if shard >= L:
+        return x_BL
+    x_BL = jnp.pad(x_BL, ((0, 0), (0, -L % shard)) + ((0, 0),) * len(rest))
+    return x_BL.reshape(-1, shard, *rest)
+
+
+class Memory(Learner):
+    """Projections and convolutions around the neural memory of each head.
+
+    q, k, v = silu(conv(x W)), q and k l2-normalised (section 4.4 of the paper).
+    """
+
+    def __init__(self, config: TitansConfig, context: LayerContext, *, rngs: nnx.Rngs):
+        D, std = context.d_model, context.std
+        H, K = config.heads(D)
+        axes = ("embed", None, "heads", "head_dim")
+        self.qkv = weight(rngs, (D, 3, H, K), axes, fan_in=D, std=std)
+        W = config.conv_width
+        # Unit gain whatever init_std says: the convolution and M_0 are not projections of
+        # the residual stream, and do not decay either (our choice).
+        self.conv = (
+            weight(
+                rngs,
+                (W, 3, H, K),
+                (None, None, "heads", "head_dim"),
+                fan_in=W,
+                std=None,
+                decays=False,
+            )
+            if W > 1
+            else None
+        )
+        super().__init__(config, context, rngs=rngs, local=None)
 
     def init_tail(self, batch: int, dtype: jnp.dtype, num: int = 3) -> Tail:
         """Nothing before the first token."""
@@ -147,47 +245,6 @@ class Memory(nnx.Module):
             return [_unit(y) if i < 2 else y for i, y in enumerate(channels)], tail
 
         return after(ops.dense(x_BLD, self.qkv[...][:, :first]), filters, tail)
-
-    def gate(self, x_BLD: jax.Array) -> Gates:
-        """The gates of every token and head."""
-        c = self.config
-        logits_BLGH = ops.dense(x_BLD, self.gates[...]).astype(jnp.float32) + self.bias[...]
-        log_keep = jax.nn.log_sigmoid(-logits_BLGH[:, :, 1]) if c.forgetting else None
-        max_rate = RATE / c.chunk if c.max_rate is None else c.max_rate
-        rate = max_rate * jax.nn.sigmoid(logits_BLGH[:, :, 0])
-        log_momentum = None
-        if c.momentum:
-            log_momentum = jax.nn.log_sigmoid(logits_BLGH[:, :, -1])
-            rate = rate * jax.nn.sigmoid(-logits_BLGH[:, :, -1])
-        return Gates(log_keep_BLH=log_keep, log_momentum_BLH=log_momentum, rate_BLH=rate)
-
-    def learn(
-        self,
-        q_BLHK: jax.Array,
-        k_BLHK: jax.Array,
-        v_BLHK: jax.Array,
-        gates: Gates,
-        document_ids_BL: jax.Array,
-        state: MemoryState | None,
-        *,
-        aligned: bool = False,
-    ) -> tuple[jax.Array, MemoryState | None]:
-        """Writes and reads every token; see `neural_memory`."""
-        c = self.config
-        return neural_memory(
-            self.start,
-            q_BLHK,
-            k_BLHK,
-            v_BLHK,
-            gates,
-            chunk=c.chunk,
-            document_ids_BL=document_ids_BL,
-            state=state,
-            aligned=aligned,
-            clip=c.gradient_clip,
-            checkpoint_every=c.chunks_per_checkpoint,
-            precision=c.precision,
-        )
 
 
 def _unit(x: jax.Array) -> jax.Array:
