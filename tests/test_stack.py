@@ -257,3 +257,35 @@ def test_dit(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):
     lines = [line for line in capsys.readouterr().out.splitlines() if "parameters" in line]
     assert len(lines) == 2
     assert len({line.split("; ")[1] for line in lines}) == 1, "twins are of equal size"
+
+
+class Recording(nnx.Module):
+    """A layer whose cache has its own width and takes what went through."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        self.scale, self.width = nnx.Param(jax.random.normal(rngs.params(), ())), width
+
+    def init_cache(self) -> jax.Array:
+        return jnp.zeros((self.width,))
+
+    def decode(self, x: jax.Array, cache: jax.Array, shift: float) -> tuple[jax.Array, jax.Array]:
+        x = x * self.scale[...] + shift
+        return x, cache + x
+
+
+@pytest.mark.parametrize("specs", [(3, 3, 2), (1, 2, 1, 2, 1, 2, 3), (2, 1, 3)])
+@pytest.mark.parametrize("scan", [True, False])
+def test_every_layer_decodes_with_its_own_cache(specs: tuple[int, ...], scan: bool) -> None:
+    """One by one and in loops, patterns of several layers too."""
+    layers = Stack(specs, Recording, key=jax.random.key(0), scan=scan)
+    assert [cache.shape for cache in layers.init_cache()] == [(width,) for width in specs]
+    filled = [cache + number for number, cache in enumerate(layers.init_cache())]
+    x, expected = jnp.ones(()), []
+    for index, cache in enumerate(filled):
+        x, cache = layers.layer(index).decode(x, cache, 0.5)
+        expected.append(cache)
+    for in_loops in (False, True):
+        found, caches = layers.decode(jnp.ones(()), filled, 0.5, in_loops=in_loops)
+        np.testing.assert_allclose(found, x, rtol=1e-6)
+        for one, other in zip(caches, expected, strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-6)

@@ -103,11 +103,30 @@ class Stack(nnx.Module):
                 caches += [layer.init_cache(*args) for layer in layers]
         return caches
 
-    def decode(self, x: jax.Array, cache: list[Any], *args: Any) -> tuple[jax.Array, list[Any]]:
+    def decode(
+        self, x: jax.Array, cache: list[Any], *args: Any, in_loops: bool = False
+    ) -> tuple[jax.Array, list[Any]]:
         """`x, cache = layer.decode(x, cache, *args)` for each layer, each with its own cache.
 
-        Layers run one by one: a loop would copy every cache, to change one token of it.
+        Layers run one by one: a loop would copy every cache, to change one token of it. With
+        `in_loops` equal layers are a loop nevertheless, as in `fold`, which compiles faster: for
+        tokens so many that a copy is little.
         """
+        if in_loops and self.scan:
+            inputs, end = [], 0
+            for segment in self.layout:
+                places = len(segment.pattern)
+                begin, end = end, end + segment.repeats * places
+                inputs.append(
+                    tuple(_stack(cache[begin + place : end : places]) for place in range(places))
+                )
+            x, outputs = self.fold(lambda layer, x, one: layer.decode(x, one, *args), x, inputs)
+            return x, [
+                _at(part, repeat)
+                for segment, output in zip(self.layout, outputs, strict=True)
+                for repeat in range(segment.repeats)
+                for part in output
+            ]
         caches = []
         for index, before in enumerate(cache):
             x, after = self.layer(index).decode(x, before, *args)
@@ -223,6 +242,10 @@ def _stacked(make: MakeLayer, key: jax.Array, layers: range) -> Any:
     """
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.asarray(layers))
     return jax.vmap(lambda key: make(rngs=nnx.Rngs(params=key)))(keys)
+
+
+def _stack(trees: list[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
 
 
 def _at(stacked: Any, index: int) -> Any:

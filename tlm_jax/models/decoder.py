@@ -312,7 +312,9 @@ class LanguageModel(nnx.Module):
             x_BLD = self.segments(x_BLD, positions_BL, document_ids_BL)
         else:
             before = known_empty(cache) if prefill else cache
-            x_BLD, cache = self.segments.decode(x_BLD, before, positions_BL, document_ids_BL)
+            x_BLD, cache = self.segments.decode(
+                x_BLD, before, positions_BL, document_ids_BL, in_loops=prefill
+            )
         x_BLD = constrain(x_BLD, "batch", "sequence", None)
         return normed(self.final_norm, x_BLD), cache
 

@@ -53,6 +53,9 @@ class KVCache:
 
         def write(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
             new = new.astype(old.dtype)
+            if self.is_empty:  # what was there is not read, and need not exist
+                room = old.shape[axis] - new.shape[axis]
+                return jnp.pad(new, [(0, room * (dim == axis)) for dim in range(new.ndim)])
             return jax.lax.dynamic_update_slice_in_dim(old, new, self.length, axis)
 
         return dataclasses.replace(
