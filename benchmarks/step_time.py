@@ -66,6 +66,13 @@ def stairs(config: RunConfig, number: int | None) -> RunConfig:
     return with_taper(config, dataclasses.replace(config.model.taper, num_segments=number))
 
 
+def in_bfloat16(config: RunConfig) -> RunConfig:
+    """The config with the layers' arithmetic in bfloat16."""
+    return dataclasses.replace(
+        config, model=dataclasses.replace(config.model, compute_dtype="bfloat16")
+    )
+
+
 class Folder:
     """Where the workers' configs lie."""
 
@@ -123,12 +130,17 @@ def others(options: argparse.Namespace, folder: Folder) -> None:
         # In two races, as memory may not hold all; ours takes part in both.
         torch, jax_ = {OURS: folder.ours(config)}, {OURS: folder.ours(config)}
         torch["tlm-jax, uniform"] = folder.ours(with_taper(config, UNIFORM))
+        torch["tlm-jax, tapered, bfloat16"] = folder.ours(in_bfloat16(config))
         if python := options.torch_python:
             theirs = worker(python, "torch_worker.py", config)
             compiled = worker(python, "torch_worker.py", config, "--compile")
             torch["torch, as installed"] = theirs
             torch["torch, MKL unlocked"] = dataclasses.replace(theirs, env=unlocked)
             torch["torch.compile, MKL unlocked"] = dataclasses.replace(compiled, env=unlocked)
+            half = worker(python, "torch_worker.py", config, "--bfloat16")
+            torch["torch, bfloat16 (autocast)"] = half
+            half = worker(python, "torch_worker.py", config, "--bfloat16", "--compile")
+            torch["torch.compile, bfloat16 (autocast)"] = half
         if options.nanodo:
             python, checkout = options.nanodo
             jax_["NanoDO"] = worker(python, "nanodo_worker.py", config, checkout)

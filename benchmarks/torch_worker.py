@@ -1,12 +1,12 @@
 """Train steps of transformers' Llama in PyTorch, one for each line of standard input (see `race`).
 
-    X/bin/python benchmarks/torch_worker.py '{"num_layers": 12, ...}' [--compile]
+    X/bin/python benchmarks/torch_worker.py '{"num_layers": 12, ...}' [--compile] [--bfloat16]
 
 Needs torch and transformers, not this package: X is an environment of its own. The model has the
 shape of ours (SwiGLU, rotary positions, RMSNorm, tied embeddings, no biases), uniform, with
 parameters in float32; AdamW as torch has it, gradients clipped to norm 1. Random tokens, a
-document per row. On a GPU products are in bfloat16 (autocast); attention and AdamW are torch's
-fused ones.
+document per row. On a GPU, and with --bfloat16, products are in bfloat16 (autocast); on a GPU
+attention and AdamW are torch's fused ones.
 """
 
 import json
@@ -43,8 +43,10 @@ def main() -> None:
     ids = torch.randint(0, shape["vocab_size"], (shape["batch_size"], shape["seq_len"])).to(device)
     forward = torch.compile(model) if "--compile" in sys.argv else model
 
+    bfloat16 = device == "cuda" or "--bfloat16" in sys.argv
+
     def step() -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
             loss = forward(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()

@@ -92,7 +92,8 @@ class ModelConfig(Checked):
     """Scan over the layers of a segment, or unroll them (compiles longer). None scans, except on
     CPU and GPU with remat none: stacking what the backward pass needs costs a fifth of the time."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the layers; auto is float32 on CPU, bfloat16 elsewhere."""
+    """Arithmetic of the layers; auto is float32 on CPU, bfloat16 elsewhere. bfloat16 pays on a CPU
+    that multiplies it (amx_bf16 in /proc/cpuinfo), as one device (docs/speed.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

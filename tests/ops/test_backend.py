@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tlm_jax import ops
-from tlm_jax.ops.products import DENSE
+from tlm_jax.ops.products import DENSE, FLOAT32_PRODUCT, PRODUCT, WEIGHT_GRADIENT
 from tlm_jax.ops.rotary import SINES
 
 PACKAGE = pathlib.Path(ops.__file__).parents[1]
@@ -29,12 +29,31 @@ def test_models_and_the_stack_ask_for_no_hardware() -> None:
 @pytest.mark.parametrize("op", [DENSE, SINES], ids=lambda op: op.name)
 @pytest.mark.parametrize("target", ["cpu", "gpu", "tpu"])
 def test_only_a_cpu_gets_versions_for_a_cpu(op, target: str) -> None:
-    chosen = op.choose(target=target, shards=1).name
+    chosen = op.choose(target=target, shards=1, devices=1, dtype="float32").name
     assert (chosen == "reference") == (target != "cpu")
 
 
-def test_products_stay_split_over_tokens() -> None:
-    assert DENSE.choose(target="cpu", shards=4).name == "reference"
+@pytest.mark.parametrize(
+    "op", [DENSE, WEIGHT_GRADIENT, PRODUCT, FLOAT32_PRODUCT], ids=lambda op: op.name
+)
+def test_bfloat16_has_versions_on_a_cpu_only(op) -> None:
+    def chosen(target: str, dtype: str) -> str:
+        return op.choose(target=target, shards=1, devices=1, dtype=dtype).name
+
+    assert chosen("cpu", "bfloat16") != chosen("cpu", "float32")
+    assert {chosen(target, "bfloat16") for target in ("gpu", "tpu")} == {"reference"}
+
+
+def test_several_devices_keep_factors_where_they_are() -> None:
+    facts = {"target": "cpu", "shards": 1, "dtype": "bfloat16"}
+    assert DENSE.choose(devices=1, **facts).name == "bfloat16"
+    assert DENSE.choose(devices=2, **facts).name == "flattened"
+    assert PRODUCT.choose(devices=2, **facts).name == "reference"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_stay_split_over_tokens(dtype: str) -> None:
+    assert DENSE.choose(target="cpu", shards=4, devices=4, dtype=dtype).name == "reference"
 
 
 def test_versions_for_a_cpu_equal_the_references() -> None:
@@ -68,5 +87,5 @@ def test_a_program_can_be_traced_for_other_hardware() -> None:
 
 
 def test_an_unknown_version_is_an_error() -> None:
-    with pytest.raises(ValueError, match="unknown dense kernel 'fast'; known: flattened, ref"):
-        DENSE.choose("fast", target="cpu", shards=1)
+    with pytest.raises(ValueError, match="unknown dense kernel 'fast'; known: bfloat16, flattened"):
+        DENSE.choose("fast", target="cpu", shards=1, devices=1, dtype="float32")

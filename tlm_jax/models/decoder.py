@@ -320,8 +320,7 @@ class LanguageModel(nnx.Module):
 
     def logits(self, hidden_BLD: jax.Array) -> jax.Array:
         """float32 logits (B, L, V); for long sequences use `models.loss` instead."""
-        head = self.head_DV.astype(hidden_BLD.dtype)
-        return jnp.matmul(hidden_BLD, head, preferred_element_type=jnp.float32)
+        return ops.logits(hidden_BLD, self.head_DV)
 
     def init_cache(self, batch: int, length: int) -> list[Any]:
         """Empty decoding state of every layer."""

@@ -7,6 +7,7 @@ rule (`backend.Op.choose`). Models say what is computed and hold nothing for one
 from tlm_jax.ops.activations import gelu_and_slope, swiglu
 from tlm_jax.ops.attention import attend, attend_cache, self_attention
 from tlm_jax.ops.backend import references, target, tracing_for
+from tlm_jax.ops.cross_entropy import logits
 from tlm_jax.ops.masks import ATTENTION, sees
 from tlm_jax.ops.products import dense
 from tlm_jax.ops.rotary import rotary
@@ -17,6 +18,7 @@ __all__ = [
     "attend_cache",
     "dense",
     "gelu_and_slope",
+    "logits",
     "references",
     "rotary",
     "sees",

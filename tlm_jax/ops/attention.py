@@ -26,6 +26,7 @@ from tlm_jax.distributed.sharding import constrain, fitting_spec, sequence_shard
 from tlm_jax.ops import _gpu, _tpu
 from tlm_jax.ops.backend import REFERENCE, Op, Version, everywhere, target
 from tlm_jax.ops.masks import ATTENTION, causal_mask, sees
+from tlm_jax.ops.products import float32_product, product
 
 _BLOCK_LENGTHS, _MOST_BLOCKS = (128, 512), 8
 """Queries of a block: a quarter of the row's, within these bounds unless there were more blocks.
@@ -169,29 +170,28 @@ def _softmax_attention(
 
 
 def _softmax_forward(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> Any:
-    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32)
+    scores = float32_product(q, k)
     scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     highest = jnp.max(scores, axis=-1, keepdims=True)
     weights = jnp.exp(scores - highest)
     inverse = 1.0 / jnp.sum(weights, axis=-1, keepdims=True)
     weights = weights.astype(v.dtype)
-    y = (jnp.matmul(weights, v, preferred_element_type=jnp.float32) * inverse).astype(v.dtype)
+    y = (float32_product(weights, v) * inverse).astype(v.dtype)
     return y, (q, k, v, y, weights, inverse, highest > jnp.finfo(jnp.float32).min)
 
 
 def _softmax_backward(residuals: Any, dy: jax.Array) -> Any:
     q, k, v, y, weights, inverse, sees_some = residuals
     dy_f32 = dy.astype(jnp.float32) * inverse
-    dv = jnp.matmul(weights.swapaxes(-1, -2), dy_f32.astype(dy.dtype))
+    # Not weights^T dy: of the two, dy is the smaller to transpose.
+    dv = product(dy_f32.astype(dy.dtype).swapaxes(-1, -2), weights).swapaxes(-1, -2)
     # Where all is masked, the scores are constants.
     dy_f32 = jnp.where(sees_some, dy_f32, 0.0)
     along_y = jnp.sum(dy_f32 * y, axis=-1, keepdims=True)
-    dweights = jnp.matmul(
-        dy_f32.astype(dy.dtype), v.swapaxes(-1, -2), preferred_element_type=jnp.float32
-    )
+    dweights = float32_product(dy_f32.astype(dy.dtype), v.swapaxes(-1, -2))
     dscores = (weights * (dweights - along_y)).astype(q.dtype)
-    dq = jnp.matmul(dscores, k.swapaxes(-1, -2))
-    dk = jnp.matmul(q.swapaxes(-1, -2), dscores)
+    dq = product(dscores, k.swapaxes(-1, -2))
+    dk = product(q.swapaxes(-1, -2), dscores)
     return dq, dk, dv, None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tlm_jax.ops.products import dense, weight_gradient
+from tlm_jax.ops.products import dense, float32_product, weight_gradient
 
 
 def token_losses(
@@ -74,7 +74,7 @@ def _total_loss_forward(
         total, total_nll, dhead_DV = sums
         hidden_BCD, targets_BC, weights_BC = tokens
         with jax.named_scope("head"):
-            logits_BCV = jnp.matmul(hidden_BCD, head, preferred_element_type=jnp.float32)
+            logits_BCV = logits(hidden_BCD, head)
             log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
             nll_BC = weights_BC * (log_z_BC - _pick(logits_BCV, targets_BC))
             shares_BCV = jnp.exp(logits_BCV - log_z_BC[..., None])
@@ -124,6 +124,11 @@ def token_scores(
     return _in_chunks(one_chunk, hidden_BLD, head_DV, targets_BL, chunk)
 
 
+def logits(hidden_BLD: jax.Array, head_DV: jax.Array) -> jax.Array:
+    """float32 logits (B, L, V) of hidden states; the product runs in their dtype."""
+    return float32_product(hidden_BLD, head_DV.astype(hidden_BLD.dtype))
+
+
 def _pick(logits_BCV: jax.Array, targets_BC: jax.Array) -> jax.Array:
     return jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
 
@@ -139,7 +144,7 @@ def _in_chunks(
 
     def one_chunk(hidden_BCD: jax.Array, targets_BC: jax.Array) -> tuple[jax.Array, jax.Array]:
         with jax.named_scope("head"):
-            logits_BCV = jnp.matmul(hidden_BCD, head_DV, preferred_element_type=jnp.float32)
+            logits_BCV = logits(hidden_BCD, head_DV)
             return of_logits(logits_BCV, targets_BC)
 
     if chunk == 0 or chunk >= hidden_BLD.shape[1]:
