@@ -259,7 +259,7 @@ def start(source: pathlib.Path, out: pathlib.Path, *words: str) -> subprocess.Po
 def test_sigkill_loses_and_redoes_no_shard(packed: bool, tmp_path: pathlib.Path) -> None:
     """Killed and then interrupted, the store is the same to the byte, and whole shards stay."""
     texts = [
-        f"{i} a line of text that is long enough, {i * 7919 % 10007}\n" * 40 for i in range(2500)
+        f"{i} a line of text that is long enough, {i * 7919 % 10007}\n" * 40 for i in range(5000)
     ]
     source = write_lines(tmp_path / ("a.jsonl.gz" if packed else "a.jsonl"), texts)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
