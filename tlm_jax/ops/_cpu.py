@@ -72,8 +72,8 @@ def float32_product(a: jax.Array, b: jax.Array) -> jax.Array:
 def _stored(x: jax.Array) -> jax.Array:
     """`x` row by row in memory, a transpose too, which XLA then folds into no product.
 
-    (2,048 x 512 in 0.5 ms on two cores; pad and slice takes 1.5, two halves concatenated 1.4. A
-    detour over uint16 or float32, a gather, an update of zeros and a loop of one round are folded.)
+    Pad and slice takes five times as long; a barrier, a detour over uint16 or float32, a gather, an
+    update of zeros and a loop of one round are folded (docs/speed.md).
     """
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
