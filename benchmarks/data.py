@@ -9,7 +9,7 @@ go to docs/speed.md:
   processes, and to write the result. Ours includes reading, unpacking and cutting the files and
   choosing what is held out; theirs begins when the documents lie in an Arrow file. Their
   function is timed with `encode_batch`, which transformers calls, and with `encode_batch_fast`.
-- loader: tokens a second that the train iterator delivers, packing included, and how many times
+- loader: tokens per second that the train iterator delivers, packing included, and how many times
   what the tiny model consumes here (its train step is timed in the same run).
 - shares: the same of one process of a job that shares out the reading of large batches, by the
   number of processes, against what a pod takes.

@@ -84,7 +84,7 @@ def main() -> None:
         for rows in options.rows:
             versions, lines = compare(options, rows, exported, unlocked)
             table += lines
-    header = ["rows", "", "tokens/s", "ms a batch, middle half", "time over ours", "same tokens"]
+    header = ["rows", "", "tokens/s", "ms per batch, middle half", "time over ours", "same tokens"]
     report.publish(
         "decoding",
         f"{report.table([*header, 'peak MiB'], table)}\n\n{NEW} tokens after prompts of {PROMPT}, "

@@ -3,7 +3,7 @@
     python -m benchmarks.meshes
 
 Small models of the four architectures, their layers unrolled so that the compiler's count of FLOPs
-is whole, on 8 devices along each axis and along three at once: FLOPs a device over an eighth of
+is whole, on 8 devices along each axis and along three at once: FLOPs per device over an eighth of
 what one device needs for all, bytes that collectives give on a device, temporaries over one
 device's, and what the partitioner complains of. tests/distributed/test_mesh_costs.py holds them to
 their bounds. The table of docs/pods.md has beside them what the commit before was measured at

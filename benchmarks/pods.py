@@ -117,7 +117,7 @@ def mark(c: dict[str, Any]) -> str:
 
 
 def memory(c: dict[str, Any]) -> str:
-    """GiB a chip of what there is, or what the compiler said."""
+    """GiB per chip of what there is, or what the compiler said."""
     return f"{c['gib']:.2f} of {c['limit_gib']:.2f}" if c["fits"] else f"no: {c['refusal']}"
 
 
@@ -151,8 +151,8 @@ def publish() -> None:
         for cell, c in done.items()
         if cell[3] == STAIRS
     ]
-    header = ["run", "topology", "mesh", "batch / parts", "remat", "GiB a chip", "of it state"]
-    header += ["TFLOPs a chip", "collectives"]
+    header = ["run", "topology", "mesh", "batch / parts", "remat", "GiB per chip", "of it state"]
+    header += ["TFLOPs per chip", "collectives"]
     report.publish("compile", report.table(header, rows), PAGE)
     rows = []
     for where, numbers in GROWTH.items():
@@ -172,7 +172,7 @@ def publish() -> None:
                     f"{c['seconds'] / twin['seconds']:.2f}",
                 ]
             )
-    header = ["run", "topology", "segments", "GiB a chip", "over uniform", "collectives"]
+    header = ["run", "topology", "segments", "GiB per chip", "over uniform", "collectives"]
     header += ["compile s", "over uniform"]
     report.publish("segments", report.table(header, rows), PAGE)
 

@@ -35,7 +35,7 @@ def with_layers(number: int) -> RunConfig:
 
 
 SERIES: dict[str, Series] = {
-    "tokens a batch": {rows * 256: with_data(rows, 256) for rows in (2, 4, 8, 16, 32)},
+    "tokens per batch": {rows * 256: with_data(rows, 256) for rows in (2, 4, 8, 16, 32)},
     "layers": {number: with_layers(number) for number in (3, 6, 12, 24)},
     "context": {
         length: with_data(4096 // length, length) for length in (256, 512, 1024, 2048, 4096)
@@ -74,7 +74,7 @@ def main() -> None:
     report.publish(
         "scaling",
         f"{report.table(header, rows)}\n\n{describe(SHAPES[0])}, tapered, but for what a row says "
-        f"(contexts: 4,096 tokens a batch). Medians of {options.steps} alternating steps, a "
+        f"(contexts: 4,096 tokens per batch). Medians of {options.steps} alternating steps, a "
         f"process each; FLOPs with attention over all keys. {report.machine()}.",
     )
 
@@ -89,7 +89,7 @@ def draw(lines: dict[str, dict[int, float]], path: pathlib.Path) -> None:
             axes.set_xlim(left=0)
             axes.set_ylim(bottom=0)
             axes.grid(color=GRID)
-        panels[0].set_ylabel("ms a step")
+        panels[0].set_ylabel("ms per step")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def tiny(options: argparse.Namespace, folder: Folder) -> None:
                     f"{race.ratio(found['tapered'], one):.3f}",
                 ]
             )
-    header = ["model", "ms a step", "middle half", "GFLOP/s", "compile s", "peak MiB"]
+    header = ["model", "ms per step", "middle half", "GFLOP/s", "compile s", "peak MiB"]
     report.publish(
         "step-time",
         f"{report.table([*header, 'tapered over it'], rows)}\n\nMedians of {options.steps} "

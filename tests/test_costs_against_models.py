@@ -31,7 +31,7 @@ SMALL = ModelConfig(
 
 
 def _against_the_transformer(name: str, architecture: str) -> tuple[float, float]:
-    """Parameters and causal FLOPs a token, less those of the Transformer, as shares of them."""
+    """Parameters and causal FLOPs per token, less those of the Transformer, as shares of them."""
     runs = [config_io.load_config(f"configs/{name}.py:{a}") for a in ("transformer", architecture)]
     base, other = (costs.model_costs(run.model, run.data.seq_len) for run in runs)
     parameters = other.parameters / base.parameters - 1

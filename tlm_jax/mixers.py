@@ -286,7 +286,7 @@ class TitansConfig(MixerConfig):
     memory above. That one, now the global memory, reads what earlier chunks have written, so
     that `chunk` may be long. Not in mac."""
     shard: Count = 2048
-    """Tokens after which local memories begin anew; shards are computed side by side."""
+    """Tokens after which local memories start over; shards are computed side by side."""
     project_queries: bool = True
     """Local memories read at queries led to the keys that their shard has seen."""
     momentum: bool = True

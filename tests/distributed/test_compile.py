@@ -118,7 +118,7 @@ def test_the_table_says_who_counted() -> None:
         console.print(compile_ahead._table([result]))
     text = capture.get()
     for row, value in (
-        ("TFLOPs a step", "3.000"),
+        ("TFLOPs per step", "3.000"),
         ("in the program", "5.000"),
         ("over its share", "1.25"),
         ("compiler, loops once", "2.000"),

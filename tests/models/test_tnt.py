@@ -89,7 +89,7 @@ def learn(learner: Learner, inputs, ids, state=None):
 @pytest.mark.parametrize("shard", [4, 6, 32])
 @pytest.mark.parametrize("packed", [False, True])
 def test_shards_side_by_side_equal_the_oracle(shard: int, packed: bool):
-    """Memories that begin anew every `shard` tokens; the last shard is shorter, or the only one."""
+    """Memories that start over every `shard` tokens; the last shard is shorter, or the only one."""
     learner = learner_of(dataclasses.replace(CONFIG, shard=shard))
     with jax.enable_x64(True):
         inputs = make_inputs(2, dtype="float64")

@@ -269,7 +269,7 @@ def test_auto(target: str, length: int, head_dim: int, dtype: str, kernel: str) 
 
 def test_what_a_kernel_cannot_do_is_said() -> None:
     short = [x[:, :200] for x in inputs()]
-    with pytest.raises(ValueError, match=r"multiples of 128 tokens a device, and has 200 on 1"):
+    with pytest.raises(ValueError, match=r"multiples of 128 tokens per device, and has 200 on 1"):
         self_attention(*short, kernel="splash")
     with pytest.raises(
         ValueError, match=r"unknown attention kernel 'flash'; known: splash, cudnn, chunked, xla"

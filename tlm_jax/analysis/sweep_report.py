@@ -188,11 +188,11 @@ def conditions(records: Sequence[Record]) -> str:
     budgets = {json.dumps(r["budget"], sort_keys=True): r["budget"] for r in records}
     each = "; ".join(
         ", ".join(f"{value:,} {what}" for what, value in one.items()) for one in budgets.values()
-    )
+    ).replace("FLOPs a token", "FLOPs per token")  # records keep the name that they were made with
     baselines = sorted({r["baseline"] for r in records})
     versions = sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in records})
     return (
-        f"Held-out loss in nats a token. Each cell: {each}. Baseline: {', '.join(baselines)}; "
+        f"Held-out loss in nats per token. Each cell: {each}. Baseline: {', '.join(baselines)}; "
         "differences are those of cells with one seed (parameters and order of data), ± is the 95% "
         "interval of a mean over seeds (Student's t). Tokens to its loss: share of them after "
         "which the loss is that of the baseline's end. "

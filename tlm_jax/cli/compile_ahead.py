@@ -95,7 +95,7 @@ def _used(result: Any) -> str:
 
 
 _EXPLAINED = """Needed: the most at one moment, and code; temporaries take each other's place.
-TFLOPs a step: by formula, causal, with nothing computed again.
+TFLOPs per step: by formula, causal, with nothing computed again.
 In the program: matrix products that were compiled, loops as often as they run.
 Over its share: those over 1/chips of all chips' before dividing; more than 1 is repeated work.
 Compiler: its own count of all operations; it takes a loop over layers once.
@@ -116,7 +116,7 @@ def _table(results: Sequence[Any]) -> Table:
         )
     row("limit", [f"{r.limit / 2**30:.2f} GiB" for r in results])
     row("fits", ["yes" if r.fits else f"no: {_used(r)}" for r in results])
-    row("TFLOPs a step", [f"{r.flops / 1e12:.3f}" for r in results])
+    row("TFLOPs per step", [f"{r.flops / 1e12:.3f}" for r in results])
     row("in the program", [f"{r.products / 1e12:.3f}" if r.memory else "" for r in results])
     row("over its share", [f"{r.products / r.share:.2f}" if r.memory else "" for r in results])
     row("compiler, loops once", [f"{r.counted / 1e12:.3f}" if r.memory else "" for r in results])

@@ -17,7 +17,7 @@ SETTING = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def wanted(words: Sequence[str]) -> bool:
-    """Whether a process with these words (a verb and its options) should begin anew.
+    """Whether a process with these words (a verb and its options) should restart itself.
 
     Not when the variable is set already, to whatever: an empty one turns this off.
     """

@@ -52,7 +52,7 @@ def make_decoder(skeleton: Skeleton) -> tuple[Callable[..., Any], Callable[..., 
     """How a model reads on from what it has read, with the updates that evaluation makes.
 
     Returns:
-      start: (params, rows, length) -> the state before the first of `length` tokens a row.
+      start: (params, rows, length) -> the state before the first of `length` tokens per row.
       advance: (params, tokens_BL, state) -> logits_BV float32 after the last of the tokens, and
         the new state; `prefill=True` says that the tokens are the first.
     """

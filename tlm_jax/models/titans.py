@@ -42,7 +42,7 @@ class Titans(nnx.Module):
     tokens: they would only lead M_0, which is learned, to another constant state.
 
     With `local_chunks` memory(x) is a sum over several memories (TNT, arXiv 2511.07343): a global
-    one with long chunks and local ones with short chunks, which begin anew in every shard, so that
+    one with long chunks and local ones with short chunks, which start over in every shard, so that
     shards are computed side by side. All learn from the same keys and values.
     """
 

@@ -77,7 +77,7 @@ class Learner(nnx.Module):
     theta = max_rate (1 - eta) sigmoid(r), so that what a token's steps add up to is bounded
     whatever the momentum (bounds and biases are our choice). M_0 is learned.
 
-    With `local` it is one of TNT's local memories: it begins anew in every shard, and its queries
+    With `local` it is one of TNT's local memories: it starts over in every shard, and its queries
     are projected. The global one beside it reads what earlier chunks have written.
     """
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 _MOST_DOCUMENTS = 32
 """Of a row in cuDNN's packed layout. The kernel's time grows with the places for documents that are
-left empty, and log-sums take B M H L floats: 67 MB a layer for 8 rows of 4,096 tokens."""
+left empty, and log-sums take B M H L floats: 67 MB per layer for 8 rows of 4,096 tokens."""
 _SHORTEST = 16
 """Mean tokens of a document in a row, below which cuDNN is left."""
 

@@ -33,7 +33,7 @@ def splash(
     block = next((b for b in _BLOCKS if (L // parts) % b == 0), None)
     if block is None:
         raise ValueError(
-            f"splash attention needs rows in multiples of {_BLOCKS[-1]} tokens a device, and has "
+            f"splash attention needs rows in multiples of {_BLOCKS[-1]} tokens per device, and has "
             f"{L} on {parts}; use model.attention_kernel=xla"
         )
     sizes = kernels.BlockSizes(

@@ -15,40 +15,34 @@ from tlm_jax.ops.backend import REFERENCE, Op, Version, everywhere, target
 
 def dense(x: jax.Array, w: jax.Array) -> jax.Array:
     """`x (..., D) @ w (D, ...)` -> (..., *w.shape[1:]), in the dtype of `x`."""
-    version = DENSE.choose(**_facts(x))
-    y: jax.Array = version.function(x, w)
-    return y
+    return _run(DENSE, x, w)
 
 
 def weight_gradient(x: jax.Array, dy: jax.Array) -> jax.Array:
     """The sum over tokens of `x (..., D)` times `dy (..., F)` -> (D, F), float32."""
-    version = WEIGHT_GRADIENT.choose(**_facts(x))
-    dw: jax.Array = version.function(x, dy)
-    return dw
+    return _run(WEIGHT_GRADIENT, x, dy)
 
 
 def product(a: jax.Array, b: jax.Array) -> jax.Array:
     """`a (..., M, K) @ b (..., K, N)` -> (..., M, N), in their dtype."""
-    version = PRODUCT.choose(**_facts(a))
-    y: jax.Array = version.function(a, b)
-    return y
+    return _run(PRODUCT, a, b)
 
 
 def float32_product(a: jax.Array, b: jax.Array) -> jax.Array:
     """`product`, in float32."""
-    version = FLOAT32_PRODUCT.choose(**_facts(a))
-    y: jax.Array = version.function(a, b)
-    return y
+    return _run(FLOAT32_PRODUCT, a, b)
 
 
-def _facts(x: jax.Array) -> dict[str, Any]:
+def _run(op: Op, a: jax.Array, b: jax.Array) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
-    return {
-        "target": target(),
-        "shards": layer_shards(),
-        "devices": 1 if mesh.empty else mesh.size,
-        "dtype": x.dtype.name,
-    }
+    version = op.choose(
+        target=target(),
+        shards=layer_shards(),
+        devices=1 if mesh.empty else mesh.size,
+        dtype=a.dtype.name,
+    )
+    result: jax.Array = version.function(a, b)
+    return result
 
 
 def _reference(x: jax.Array, w: jax.Array) -> jax.Array:

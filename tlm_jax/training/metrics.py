@@ -193,7 +193,7 @@ class SpeedMeter:
         return self.stepping / max(self.wall, 1e-9)
 
     def read(self) -> tuple[dict[str, float], float]:
-        """({tokens_per_second, mfu}, seconds a step) since the last reading, then restarts."""
+        """({tokens_per_second, mfu}, seconds per step) since the last reading, then restarts."""
         now = time.perf_counter()
         seconds = max(now - self._start, 1e-9)
         rate = self._tokens / seconds
