@@ -6,12 +6,15 @@ Data:      DATA, a folder that `tlm prepare` made (docs/results.md has the recip
 Expected:  docs/results.md
 
 8 layers, 1.7M parameters besides the embeddings; the taper is the paper's, the rest our choice.
-Float32 everywhere, so that the machine does not matter. FILE.py:medium has 12 layers, 21.7M
-parameters besides the embeddings, bfloat16, and reads 23M tokens: for a GPU.
+Float32 everywhere, so that the machine does not matter. FILE.py:micro is 64 wide, has 0.43M
+parameters besides the embeddings and reads 4.3M tokens: for many seeds on a CPU; :WIDTHxTOKENS has
+another width and so many tokens per parameter, such as :96x20 (micro is 64x10). :medium has 12
+layers, 21.7M parameters besides the embeddings, bfloat16, and reads 23M tokens: for a GPU.
 """
 
 import dataclasses
 import os
+import re
 
 from tlm_jax.config import (
     AttentionConfig,
@@ -51,10 +54,47 @@ def get_config(size: str = "small") -> RunConfig:
             sample_tokens=0,
         ),
     )
-    sizes = {"small": small, "medium": medium(small)}
-    if size not in sizes:
-        raise UserError(f"unknown size {size!r}; one of {', '.join(sizes)}")
-    return sizes[size]
+    if size == "small":
+        return small
+    if size == "medium":
+        return medium(small)
+    if size == "micro":
+        return of_width(small, 64, 10)
+    if found := re.fullmatch(r"(\d+)x(\d+)", size):
+        return of_width(small, *map(int, found.groups()))
+    raise UserError(f"unknown size {size!r}; micro, small, medium or WIDTHxTOKENS, such as 96x20")
+
+
+def of_width(small: RunConfig, d_model: int, tokens_per_parameter: int) -> RunConfig:
+    """Eight layers of another width: heads of 16, MLPs of three times the width, taper in eights.
+
+    104 d_model^2 parameters besides the embeddings. The rate falls with the root of the width.
+    """
+    model = dataclasses.replace(
+        small.model,
+        d_model=d_model,
+        mlp_width=3 * d_model,
+        taper=dataclasses.replace(small.model.taper, multiple_of=8),
+        mixer=AttentionConfig(num_heads=d_model // 16),
+    )
+    data = dataclasses.replace(small.data, batch_size=8)
+    steps = round(tokens_per_parameter * 104 * d_model**2 / (data.batch_size * data.seq_len))
+    rate = round(3e-3 * (128 / d_model) ** 0.5, 5)
+    return dataclasses.replace(
+        small,
+        name=f"study-{d_model}x{tokens_per_parameter}",
+        model=model,
+        data=data,
+        optimizer=OptimizerConfig(
+            learning_rate=rate, final_learning_rate=rate / 10, warmup_steps=max(1, steps // 20)
+        ),
+        training=dataclasses.replace(
+            small.training,
+            num_steps=steps,
+            eval_every=max(1, steps // 8),
+            checkpoint_every=max(1, steps // 4),
+        ),
+    )
 
 
 def medium(small: RunConfig) -> RunConfig:

@@ -1,8 +1,9 @@
 """The four architectures, tapered against uniform, each with its own baseline.
 
 Command:   DATA=FOLDER tlm sweep configs/sweeps/architectures.py
-Sizes:     FILE.py:440m, :760m and :1_3b take configs/tlm_*.py
-Cost:      24 runs (three seeds)
+Sizes:     FILE.py:micro takes that of configs/study.py; :440m, :760m and :1_3b configs/tlm_*.py
+Cost:      40 runs (five seeds)
+Plan:      docs/studies.md, study h
 """
 
 import pathlib
@@ -14,8 +15,10 @@ from tlm_jax.architectures import ARCHITECTURES, with_architecture
 CONFIGS = pathlib.Path(__file__).parents[1]
 
 
-def get_sweep(size: str = "study") -> Sweep:
-    base = config_io.load_config(CONFIGS / (f"{size}.py" if size == "study" else f"tlm_{size}.py"))
+def get_sweep(size: str = "small") -> Sweep:
+    study = size in ("micro", "small", "medium")
+    file = f"study.py:{size}" if study else f"tlm_{size}.py"
+    base = config_io.load_config(f"{CONFIGS}/{file}")
     arms = []
     for name in ARCHITECTURES:
         model = with_architecture(base, name).model
@@ -23,4 +26,10 @@ def get_sweep(size: str = "study") -> Sweep:
             arms.append(
                 Arm(name=f"{name} {shape}", changes={"model": one}, baseline=f"{name} uniform")
             )
-    return Sweep(name=f"architectures-{size}", base=base, arms=tuple(arms), baseline=arms[0].name)
+    return Sweep(
+        name=f"architectures-{size}",
+        base=base,
+        arms=tuple(arms),
+        baseline=arms[0].name,
+        seeds=tuple(range(5)),
+    )

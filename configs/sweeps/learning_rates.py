@@ -1,7 +1,9 @@
 """Does each shape want its own learning rate? Uniform and tapered at three of them.
 
 Command:   DATA=FOLDER tlm sweep configs/sweeps/learning_rates.py
-Cost:      12 runs of configs/study.py (two seeds)
+Sizes:     FILE.py:micro and :medium take those of configs/study.py
+Cost:      30 runs of configs/study.py (five seeds)
+Plan:      docs/studies.md, study d
 
 Every cell is compared with the uniform one of the same rate; the table of losses says which rate is
 the best of each shape.
@@ -15,9 +17,11 @@ from tlm_jax.analysis.sweep import Arm, Sweep
 STUDY = pathlib.Path(__file__).parents[1] / "study.py"
 
 
-def get_sweep() -> Sweep:
+def get_sweep(size: str = "small") -> Sweep:
+    base = config_io.load_config(f"{STUDY}:{size}")
     arms = []
-    for rate in (1.5e-3, 3e-3, 6e-3):
+    for factor in (0.5, 1, 2):
+        rate = factor * base.optimizer.learning_rate
         for shape in ("uniform", "cosine"):
             changes = {
                 "model.taper.schedule": shape,
@@ -28,9 +32,9 @@ def get_sweep() -> Sweep:
                 Arm(name=f"{shape}, {rate:g}", changes=changes, baseline=f"uniform, {rate:g}")
             )
     return Sweep(
-        name="learning_rates",
-        base=config_io.load_config(STUDY),
+        name=f"learning_rates-{size}",
+        base=base,
         arms=tuple(arms),
         baseline=arms[0].name,
-        seeds=(0, 1),
+        seeds=tuple(range(5)),
     )

@@ -1,6 +1,7 @@
 """Schedules at one ratio, with eight seeds: is cosine better than linear, and either than uniform?
 
 Command:   DATA=FOLDER tlm sweep configs/sweeps/schedules.py
+Sizes:     FILE.py:micro and :medium take those of configs/study.py
 Cost:      32 runs of configs/study.py
 Plan:      docs/studies.md, study a
 
@@ -16,14 +17,14 @@ from tlm_jax.analysis.sweep import Arm, Sweep
 STUDY = pathlib.Path(__file__).parents[1] / "study.py"
 
 
-def get_sweep() -> Sweep:
+def get_sweep(size: str = "small") -> Sweep:
     arms = [
         Arm(name=name, changes={"model.taper.schedule": name})
         for name in ("uniform", "cosine", "linear", "sigmoid")
     ]
     return Sweep(
-        name="schedules",
-        base=config_io.load_config(STUDY),
+        name=f"schedules-{size}",
+        base=config_io.load_config(f"{STUDY}:{size}"),
         arms=tuple(arms),
         seeds=tuple(range(8)),
     )

@@ -54,7 +54,7 @@ def _reference(model: c.ModelConfig, params: Any, tokens: np.ndarray) -> dict[st
     """Cosines (N, L) of one text, in float64."""
     params = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     h_LD = params["embedding"][tokens]
-    found: dict[str, list[np.ndarray]] = {"h": [], "z": []}
+    found: dict[str, list[np.ndarray]] = {"h": [], "z": [], "block": []}
     for segment in params["segments"].values():
         for index in range(len(segment["mixer_norm"]["scale"])):
             layer = jax.tree.map(lambda a, i=index: a[i], segment)
@@ -73,16 +73,20 @@ def _reference(model: c.ModelConfig, params: Any, tokens: np.ndarray) -> dict[st
                 gate = n @ level["gate"]
                 y_LD = y_LD + (gate / (1 + np.exp(-gate)) * (n @ level["up"])) @ level["down"]
             branch = y_LD - z_LD
-            for name, stream in (("h", h_LD), ("z", z_LD)):
-                lengths = np.linalg.norm(branch, axis=1) * np.linalg.norm(stream, axis=1)
-                found[name].append((branch * stream).sum(1) / lengths)
+            for name, added, stream in (
+                ("h", branch, h_LD),
+                ("z", branch, z_LD),
+                ("block", y_LD - h_LD, h_LD),
+            ):
+                lengths = np.linalg.norm(added, axis=1) * np.linalg.norm(stream, axis=1)
+                found[name].append((added * stream).sum(1) / lengths)
             h_LD = y_LD
     return {name: np.stack(rows) for name, rows in found.items()}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_numpy(name: str) -> None:
-    """Every layer, both references, with and without first tokens, in packed and padded rows."""
+    """Every layer and measure, with and without first tokens, in packed and padded rows."""
     model = MODELS[name]
     structure = skeleton(model)
     rng = np.random.default_rng(0)
@@ -100,7 +104,7 @@ def test_equals_numpy(name: str) -> None:
     cosines = [_reference(model, params, text) for text in texts]
     assert (result.tokens, result.first_tokens) == (21, 3)
     assert result.mlp_widths == model.mlp_widths
-    for key in ("h", "z"):
+    for key in ("h", "z", "block"):
         every = np.concatenate([c[key] for c in cosines], axis=1).mean(1)
         after = np.concatenate([c[key][:, 1:] for c in cosines], axis=1).mean(1)
         assert np.abs(every - after).max() > 1e-3
@@ -150,7 +154,7 @@ def test_align_of_a_run(
         words += ["--text", str(text_folder / "00.txt")]
     assert cli.main([*words, "--tokens", "1000"]) == 0
     out = capsys.readouterr().out
-    assert "Pearson r" in out
+    assert "Pearson's correlation" in out
     assert (tmp_path / "out" / "alignment.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((tmp_path / "out" / "alignment.json").read_text())
     assert set(record["rho"]) == set(alignment.REFERENCES)
@@ -168,19 +172,6 @@ def test_mistakes_are_one_line(
         text = str(tmp_path / name)
         assert cli.main(["align", "--checkpoint", str(finished_run), "--text", text]) == 1
         assert message in only_error(capsys.readouterr().err)
-
-
-def test_proposed_widths_keep_the_budget_and_the_order():
-    rho = (-0.2, 0.0, 0.3, 0.1)
-    widths = alignment.proposed_widths(rho, 64, 8)
-    assert sum(widths) == 4 * 64
-    assert all(width % 8 == 0 for width in widths)
-    assert [w / 256 for w in widths] == pytest.approx(
-        [1.2 / 3.8, 1 / 3.8, 0.7 / 3.8, 0.9 / 3.8], abs=8 / 256
-    )
-    taper = c.TaperConfig(schedule="explicit", widths=widths, multiple_of=8)
-    assert taper.apply(4, 64) == widths
-    assert sum(alignment.proposed_widths(rho, 63, 8)) == 4 * 63
 
 
 def test_side_by_side_has_a_column_a_checkpoint():

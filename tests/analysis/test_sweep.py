@@ -18,9 +18,9 @@ from helpers import ROOT, Fails, environment
 from rich.console import Console
 
 from tlm_jax import cli, config_io, files
-from tlm_jax.analysis import sweep, sweep_plots, sweep_report
+from tlm_jax.analysis import sweep, sweep_merge, sweep_plots, sweep_report
 from tlm_jax.analysis.sweep import Arm, Cell, Sweep
-from tlm_jax.config import RunConfig, TaperConfig, UserError
+from tlm_jax.config import OptimizerConfig, RunConfig, TaperConfig, UserError
 
 UNIFORM = Arm(name="uniform", changes={"model.taper.schedule": "uniform"})
 SWEEP = """
@@ -104,9 +104,9 @@ def test_the_sweep_files_compare_what_can_be_compared(path: pathlib.Path):
     assert len(found.arms) > 2
 
 
-def _start(file: pathlib.Path, folder: pathlib.Path) -> subprocess.Popen[str]:
+def _start(file: pathlib.Path, folder: pathlib.Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "tlm_jax", "sweep", str(file), "--out", str(folder)],
+        [sys.executable, "-m", "tlm_jax", "sweep", str(file), "--out", str(folder), *words],
         cwd=ROOT,
         env=environment(),
         stdin=subprocess.DEVNULL,
@@ -168,6 +168,51 @@ def test_killed_and_broken_cells(
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "cosine-1.5-3/result.json is of another config (optimizer.clip_norm: 1.0 -> 2.0)" in err
+
+
+def test_cells_at_once_stop_together_and_end_as_they_would_alone(
+    finished_run: pathlib.Path, config_file: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Two cells on half of the cores each; the tapered one is the run that all tests share."""
+    file, folder = tmp_path / "sweep.py", tmp_path / "out"
+    text = SWEEP.format(config=str(config_file))
+    file.write_text("".join(line for line in text.splitlines(True) if "broken" not in line))
+    words = ("--parallel", "2", "--seeds", "0")
+    process = _start(file, folder, *words)
+    cells = [folder / "uniform-0", folder / "cosine-1.5-0"]
+    give_up = time.monotonic() + 200
+    while not all('"step": 2' in _text(cell / "metrics.jsonl") for cell in cells):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < give_up
+        time.sleep(0.02)
+    assert not list(folder.glob("*/result.json"))
+    running = [int(_text(cell / ".lock").split()[1]) for cell in cells]
+    if hasattr(os, "sched_getaffinity"):
+        shares = [os.sched_getaffinity(number) for number in running]
+        if len(here := os.sched_getaffinity(0)) > 1:
+            assert shares[0] | shares[1] == here
+            assert not shares[0] & shares[1]
+    process.terminate()
+    out, err = process.communicate(timeout=100)
+    assert (process.returncode, err) == (75, "")
+    assert out.count("Stopped in") == 1
+    assert all(list((cell / "checkpoints").glob("[0-9]*")) for cell in cells)
+
+    process = _start(file, folder, *words)
+    out, err = process.communicate(timeout=200)
+    assert (process.returncode, err) == (0, "")
+    assert "[2/2]" in out
+    assert all("Continuing from step" in _text(cell / "log.txt") for cell in cells)
+    results = {r["arm"]: r for r in sweep_report.read(folder)}
+    assert list(results) == ["uniform", "cosine 1.5"]
+    alone = [json.loads(line) for line in _text(finished_run / "metrics.jsonl").splitlines()]
+    losses = [row["loss"] for row in alone if row["kind"] == "eval"]
+    assert results["cosine 1.5"]["final"]["loss"] == pytest.approx(losses[-1], abs=1e-5)
+    assert results["uniform"]["machine"].endswith(" x cpu")
+
+
+def _text(path: pathlib.Path) -> str:
+    return path.read_text() if path.is_file() else ""
 
 
 def test_a_sweep_told_to_stop_while_its_cell_imports(
@@ -267,6 +312,56 @@ def test_differences_are_of_pairs_with_the_interval_of_students_t():
     assert late.difference == sweep_report.Estimate(mean=pytest.approx(0.8), half_width=None)
     assert late.speed is None
     assert sweep_report.rows([late])[0][-1] == "not reached"
+
+
+def _write(path: pathlib.Path, records: list[dict]) -> pathlib.Path:
+    path.write_text("".join(json.dumps(files.sealed(r)) + "\n" for r in records))
+    return path
+
+
+def test_records_of_two_machines_in_one_file(tmp_path: pathlib.Path) -> None:
+    """What both have is kept once; the merged file reports what one sweep of all would."""
+    one, other = _write(tmp_path / "a.jsonl", RECORDS[:4]), _write(tmp_path / "b", RECORDS[3:])
+    other.rename(tmp_path / "b.jsonl")
+    target = tmp_path / "all.jsonl"
+    words = ["report", str(one), str(tmp_path / "b.jsonl"), "--merge", str(target)]
+    assert cli.main(words) == 0
+    whole = sweep_report.read(_write(tmp_path / "whole.jsonl", RECORDS))
+    merged = sweep_report.read(target)
+    assert sweep_report.rows(sweep_report.findings(merged)) == sweep_report.rows(
+        sweep_report.findings(whole)
+    )
+    before = target.read_bytes()
+    assert cli.main(words) == 0
+    assert target.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"sweep": "another"}, "is of sweep 'another', .* of 'made'; merge each sweep into a file"),
+        ({"final": {"loss": 3.0}}, "'taper' has two results with seed 0, in .*; run other seeds"),
+        ({"seed": 7, "budget": {"parameters": 11}}, "'taper' is not the same in .*: budget"),
+        (
+            {"seed": 7, "config": config_io.to_dict(RunConfig(seed=7)) | {"steps_per_call": 2}},
+            "unknown field",
+        ),
+        (
+            {
+                "seed": 7,
+                "config": config_io.to_dict(RunConfig(optimizer=OptimizerConfig(clip_norm=2.0))),
+            },
+            "'taper' is not the same in .*: optimizer.clip_norm",
+        ),
+    ],
+)
+def test_records_that_do_not_belong_together_are_refused(changes, says, tmp_path: pathlib.Path):
+    target = _write(tmp_path / "all.jsonl", RECORDS)
+    before = target.read_bytes()
+    other = _write(tmp_path / "other.jsonl", [RECORDS[3] | changes])
+    with pytest.raises(UserError, match=says):
+        sweep_merge.merge(target, [other])
+    assert target.read_bytes() == before
 
 
 def test_a_page_keeps_what_is_outside_the_marks():

@@ -209,32 +209,17 @@ def test_smollm2(tmp_path: pathlib.Path) -> None:
 
 def _same_alignment(model: Any, params: Any, reference: Any, tokens_BL: np.ndarray) -> None:
     """Our cosines are those of what hooks in transformers see."""
-    from tlm_jax.analysis import alignment
+    from tlm_jax.analysis import alignment, hf_alignment
 
-    seen: dict[str, list[Any]] = {"h": [], "z": [], "branch": []}
-    hooks = []
-    for layer in reference.model.layers:
-        for name, norm in (("h", layer.input_layernorm), ("z", layer.post_attention_layernorm)):
-            hooks.append(
-                norm.register_forward_pre_hook(lambda _, args, n=name: seen[n].append(args[0]))
-            )
-        hooks.append(layer.mlp.register_forward_hook(lambda _, a, y: seen["branch"].append(y)))
-    with torch.no_grad():
-        reference(torch.from_numpy(tokens_BL))
-    for hook in hooks:
-        hook.remove()
     positions = np.broadcast_to(np.arange(tokens_BL.shape[1]), tokens_BL.shape)
     batch = {"inputs": tokens_BL, "positions": positions, "document_ids": np.ones_like(tokens_BL)}
-    result = alignment.align(skeleton(model), params, [batch])
-    for name in ("h", "z"):
-        cosines = [
-            torch.nn.functional.cosine_similarity(branch.double(), stream.double(), dim=-1)
-            for branch, stream in zip(seen["branch"], seen[name], strict=True)
-        ]
-        every = [float(c.mean()) for c in cosines]
-        after = [float(c[:, 1:].mean()) for c in cosines]
-        np.testing.assert_allclose(result.rho[name], every, atol=2e-6)
-        np.testing.assert_allclose(result.rho[f"{name}_after_first"], after, atol=2e-6)
+    ours = alignment.align(skeleton(model), params, [batch])
+    theirs = hf_alignment.align(reference, [tokens_BL])
+    assert (ours.mlp_widths, ours.tokens) == (theirs.mlp_widths, theirs.tokens)
+    assert ours.first_tokens == theirs.first_tokens == len(tokens_BL)
+    for name in alignment.REFERENCES:
+        np.testing.assert_allclose(ours.rho[name], theirs.rho[name], atol=4e-6)
+    assert len({values[0] for values in ours.rho.values()}) == len(alignment.REFERENCES)
 
 
 def _read_gguf_by_transformers(file: pathlib.Path) -> Any:

@@ -1,11 +1,11 @@
-"""How much of an MLP's output points along the residual stream, layer by layer.
+"""How much of what a layer adds points along the residual stream, layer by layer.
 
-rho_l = cos(F_l(z_l), h_l), the mean over tokens (arXiv 2606.23670): F_l(z_l) is what
-the MLP branch of layer l adds to the stream, h_l the stream before the layer. Where
-the paper leaves the reference open, z_l (the stream that the MLP itself reads) is
-reported too; and, because some models give the first token of a text a huge norm,
-all of it once more without tokens that have nothing before them. In a chain of MLPs
-the branch is what the whole chain adds.
+Means over tokens (arXiv 2606.23670, eq. 8 and 9): rho_mlp = cos(F_l(z_l), h_l), where F_l(z_l)
+is what the MLP branch of layer l adds to the stream and h_l the stream before the layer;
+rho_block = cos(h_{l+1} - h_l, h_l). cos(F_l(z_l), z_l), against the stream that the MLP itself
+reads, is reported too; and, because some models give the first token of a text a huge norm,
+all of it once more without tokens that have nothing before them. In a chain of MLPs the branch
+is what the whole chain adds.
 
 Shapes: B batch, L length, D model, N layers, R references.
 """
@@ -22,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from tlm_jax._fit import nearest
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.data import open_dataset
 from tlm_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -33,9 +32,12 @@ from tlm_jax.training import restore
 
 Batch = dict[str, Any]
 
-REFERENCES = ("h", "z", "h_after_first", "z_after_first")
-"""Stream before the layer and before its MLP; over all tokens and without first ones."""
-LABELS = dict(zip(REFERENCES, ("h", "z", "h, no position 0", "z, no position 0"), strict=True))
+MEASURES = {"h": "MLP, h", "z": "MLP, z", "block": "block, h"}
+"""What is compared with which stream: the MLP's branch with h_l and z_l, the layer's with h_l."""
+AFTER_FIRST = "_after_first"
+LABELS = MEASURES | {f"{n}{AFTER_FIRST}": f"{w}, after pos. 0" for n, w in MEASURES.items()}
+REFERENCES = tuple(LABELS)
+"""The measures over all tokens, then without first ones."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,14 +134,25 @@ def align(model: Skeleton, params: Any, batches: Iterable[Batch]) -> Alignment:
         sums, counts = step(params, batch)
         sums_RN += np.asarray(sums, np.float64)
         counts_2 += np.asarray(counts)
-    tokens, first = map(int, counts_2)
-    counts_R = np.asarray([tokens, tokens, tokens - first, tokens - first])
+    return mean(model.config.mlp_widths, sums_RN, *map(int, counts_2))
+
+
+def mean(mlp_widths: tuple[int, ...], sums_RN: np.ndarray, tokens: int, first: int) -> Alignment:
+    """From cosines summed over tokens.
+
+    Args:
+      mlp_widths: one per layer.
+      sums_RN: in the order of `REFERENCES`.
+      tokens: how many.
+      first: how many of them at position 0.
+    """
+    counts_R = np.repeat([tokens, tokens - first], len(MEASURES))
     rho = {
         name: tuple((sums_N / max(count, 1)).tolist())
         for name, sums_N, count in zip(REFERENCES, sums_RN, counts_R, strict=True)
     }
     return Alignment(
-        mlp_widths=model.config.mlp_widths,
+        mlp_widths=mlp_widths,
         rho=rho,
         pearson={name: pearson(values) for name, values in rho.items()},
         tokens=tokens,
@@ -167,7 +180,9 @@ def _sums(model: Skeleton, params: Any, batch: Batch) -> tuple[jax.Array, jax.Ar
         for level in block.mlp.values():
             added_BLD = level.branch(y_BLD)  # y - z would lose digits beside a large stream
             y_BLD, branch_BLD = y_BLD + added_BLD, branch_BLD + added_BLD
-        cosines = [_cosine(branch_BLD, stream) for stream in (h_BLD, z_BLD)]
+        added_BLD = z_BLD - h_BLD + branch_BLD
+        pairs = ((branch_BLD, h_BLD), (branch_BLD, z_BLD), (added_BLD, h_BLD))
+        cosines = [_cosine(*pair) for pair in pairs]  # in the order of MEASURES
         sums_R = jnp.stack(
             [jnp.sum(c, where=where) for where in (all_BL, after_first_BL) for c in cosines]
         )
@@ -188,37 +203,19 @@ def _cosine(a_BLD: jax.Array, b_BLD: jax.Array) -> jax.Array:
 def table(title: str, alignment: Alignment) -> Table:
     """One row a layer, and the correlations below."""
     result = Table(
-        title=f"{title}: mean cosine of MLP output and residual stream, {alignment.tokens:,} "
-        f"tokens, {alignment.first_tokens:,} of them at position 0",
+        title=f"{title}: mean cosine of what is added with the residual stream, "
+        f"{alignment.tokens:,} tokens, {alignment.first_tokens:,} of them at position 0",
+        caption="r: Pearson's correlation with the layer's number",
         show_footer=True,
     )
-    result.add_column("layer", "Pearson r", justify="right")
-    result.add_column("MLP width", justify="right")
+    result.add_column("layer", "r", justify="right")
+    result.add_column("width", justify="right")
     for name, label in LABELS.items():
-        result.add_column(label, f"{alignment.pearson[name]:+.3f}", justify="right")
+        result.add_column(label, f"{alignment.pearson[name]:+.2f}", justify="right")
     for layer, width in enumerate(alignment.mlp_widths):
         values = (f"{alignment.rho[name][layer]:+.4f}" for name in REFERENCES)
         result.add_row(str(layer), f"{width:,}", *values)
     return result
-
-
-def proposed_widths(rho: Sequence[float], base_width: int, multiple_of: int) -> tuple[int, ...]:
-    """MLP widths in proportion to 1 - rho, at the budget of a uniform model (our choice).
-
-    What points along the stream adds little that is new, so such a layer is given less.
-
-    Args:
-      rho: mean cosine of each layer, first to last.
-      base_width: mean of the widths.
-      multiple_of: of which widths are multiples, where the budget is one.
-    """
-    room = [1.0 - value for value in rho]
-    unit = math.gcd(multiple_of, len(room) * base_width)
-    total = len(room) * base_width // unit
-    ideal = [total * value / sum(room) for value in room]
-    units = nearest([max(1, round(value)) for value in ideal], ideal, total, 1, None)
-    assert units is not None  # without an upper limit there always is a fit
-    return tuple(unit * value for value in units)
 
 
 def side_by_side(records: Sequence[Mapping[str, Any]], reference: str = "h") -> str:

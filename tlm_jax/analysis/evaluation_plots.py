@@ -4,26 +4,30 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tlm_jax.analysis.style import EVAL, GRID, MUTED, WIDE, Path, house_figure
+from tlm_jax.analysis.style import EVAL, GRID, MUTED, TRAIN, WIDE, Path, house_figure
 
 
 def plot_alignment(
     rho: Mapping[str, Sequence[float]], pearson: Mapping[str, float], title: str, path: Path
 ) -> None:
-    """Draws the mean cosine of MLP output and residual stream over depth.
+    """Draws the mean cosine of what a layer or its MLP adds with the stream, over depth.
 
     Args:
-      rho: `h` and `z`, and each with `_after_first`: one value a layer.
+      rho: `alignment.REFERENCES`: one value per layer.
       pearson: correlation with depth, by the same names.
       title: of the picture.
       path: the PNG to write.
     """
     from matplotlib.ticker import MaxNLocator
 
-    names = {"h": "stream before the layer, h", "z": "stream before the MLP, z"}
+    names = {
+        "h": "MLP's output, stream before the layer",
+        "z": "MLP's output, stream before the MLP",
+        "block": "layer's output, stream before the layer",
+    }
     with house_figure(path, figsize=(8.0, 4.2)) as figure:
         axes = figure.subplots()
-        for (name, words), color in zip(names.items(), (WIDE, EVAL), strict=True):
+        for (name, words), color in zip(names.items(), (WIDE, EVAL, TRAIN), strict=True):
             for key, line, which in (
                 (f"{name}_after_first", "-", ", without position 0"),
                 (name, ":", ""),
@@ -40,7 +44,7 @@ def plot_alignment(
         axes.axhline(0, color=MUTED, linewidth=0.8)
         axes.set_title(title)
         axes.set_xlabel("layer")
-        axes.set_ylabel("mean cosine with the MLP's output")
+        axes.set_ylabel("mean cosine with the stream")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.legend(frameon=False, fontsize=9)
         axes.grid(color=GRID)

@@ -6,6 +6,7 @@ a run of `tlm train` in a process and a folder of its own, and leaves `result.js
 results of all cells are gathered in `results.jsonl`.
 """
 
+import concurrent.futures
 import dataclasses
 import difflib
 import importlib.metadata
@@ -88,6 +89,11 @@ class Sweep:
         seeds = sorted({s for arm in self.arms for s in arm.seeds or self.seeds})
         pairs = itertools.product(seeds, self.arms)
         return tuple(Cell(arm=a, seed=s) for s, a in pairs if s in (a.seeds or self.seeds))
+
+    def with_seeds(self, seeds: Sequence[int]) -> "Sweep":
+        """The sweep with these seeds in every arm."""
+        arms = tuple(dataclasses.replace(arm, seeds=()) for arm in self.arms)
+        return dataclasses.replace(self, arms=arms, seeds=tuple(dict.fromkeys(seeds)))
 
     def config(self, cell: Cell) -> RunConfig:
         """The run of a cell.
@@ -175,9 +181,15 @@ class Outcome:
 
 
 def run(
-    sweep: Sweep, folder: pathlib.Path, console: Console, *, index: int = 0, count: int = 1
+    sweep: Sweep,
+    folder: pathlib.Path,
+    console: Console,
+    *,
+    index: int = 0,
+    count: int = 1,
+    parallel: int = 1,
 ) -> Outcome:
-    """Trains the cells that have no result yet, one after the other.
+    """Trains the cells that have no result yet.
 
     Args:
       sweep: what to run.
@@ -187,6 +199,8 @@ def run(
       index: of this machine ...
       count: ... of so many that share the folder (or keep folders to be gathered later); each
         takes every `count`-th cell.
+      parallel: cells that are trained at once, each in a process of its own. They share the
+        accelerator's memory as they need it, and divide the processor's cores.
 
     Raises:
       UserError: budgets differ, a finished cell had another config, or another process runs
@@ -200,7 +214,7 @@ def run(
         files.locked(folder / f".lock-{index}-of-{count}", in_use),
         sweep_cell.stop_signals() as stop,
     ):
-        return _run(sweep, folder, console, sweep.cells[index::count], stop)
+        return _run(sweep, folder, console, sweep.cells[index::count], stop, parallel)
 
 
 def _run(
@@ -209,6 +223,7 @@ def _run(
     console: Console,
     mine: Sequence[Cell],
     stop: sweep_cell.Stop,
+    parallel: int,
 ) -> Outcome:
     todo = [cell for cell in mine if not _is_finished(sweep, cell, folder, console)]
     console.print(
@@ -216,32 +231,46 @@ def _run(
         f"in {folder}",
         highlight=False,
     )
-    broken: dict[str, str] = {}
-    for number, cell in enumerate(todo, 1):
+    places = sweep_cell.places(parallel)
+
+    def train(cell: Cell) -> tuple[int | None, float]:
+        begin, place = time.monotonic(), places.get()
         where = folder / cell.folder
-        begin = time.monotonic()
-        status = sweep_cell.train(sweep.config(cell), where, console, stop)
-        if status is None:
-            console.print(f"Stopped in {where}; the same command resumes it.", highlight=False)
-            gather(folder, console)
-            return Outcome(finished=len(mine) - len(todo) + number - 1, broken=broken, stopped=True)
-        label = f"[{number}/{len(todo)}] {cell.arm.name}, seed {cell.seed}"
         try:
-            if status:
-                raise UserError(sweep_cell.complaint(where, status))
-            result = _result(sweep, cell, where)
-        except UserError as error:
-            broken[cell.folder] = str(error)
-            console.print(f"{label}: broken: {error}", style="red")
-            continue
-        files.write_json(where / RESULT, result, indent=None)
-        gather(folder, console)
-        console.print(
-            f"{label}: loss {result['final']['loss']:.4f}, {time.monotonic() - begin:,.0f} s",
-            highlight=False,
-        )
+            status = sweep_cell.train(sweep.config(cell), where, console, stop, place)
+        finally:
+            places.put(place)
+        return status, time.monotonic() - begin
+
+    broken: dict[str, str] = {}
+    finished = 0
+    with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
+        cells = {pool.submit(train, cell): cell for cell in todo}
+        for future in concurrent.futures.as_completed(cells):
+            cell, (status, seconds) = cells[future], future.result()
+            if status is None:
+                continue
+            where = folder / cell.folder
+            finished += 1
+            label = f"[{finished}/{len(todo)}] {cell.arm.name}, seed {cell.seed}"
+            try:
+                if status:
+                    raise UserError(sweep_cell.complaint(where, status))
+                result = _result(sweep, cell, where)
+            except UserError as error:
+                broken[cell.folder] = str(error)
+                console.print(f"{label}: broken: {error}", style="red")
+                continue
+            files.write_json(where / RESULT, result, indent=None)
+            gather(folder, console)
+            loss = result["final"]["loss"]
+            console.print(f"{label}: loss {loss:.4f}, {seconds:,.0f} s", highlight=False)
     gather(folder, console)
-    return Outcome(finished=len(mine) - len(broken), broken=broken, stopped=False)
+    interrupted = len(todo) - finished
+    if interrupted:
+        console.print(f"Stopped in {folder}; the same command resumes it.", highlight=False)
+    whole = len(mine) - interrupted - len(broken)
+    return Outcome(finished=whole, broken=broken, stopped=interrupted > 0)
 
 
 def gather(folder: pathlib.Path, console: Console) -> pathlib.Path:
@@ -312,6 +341,7 @@ def _result(sweep: Sweep, cell: Cell, folder: pathlib.Path) -> dict[str, Any]:
         "final": {k: v for k, v in last.items() if k not in ("kind", "step")},
         "tokens_per_second": statistics.median(row["tokens_per_second"] for row in train),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+        "machine": files.read_json(folder / "config.json").get("devices", "unknown"),
     }
 
 

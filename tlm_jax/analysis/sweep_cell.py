@@ -2,10 +2,12 @@
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import json
 import os
 import pathlib
+import queue
 import signal
 import subprocess
 import sys
@@ -23,19 +25,20 @@ _LOCK = ".lock"  # of a run folder, see `training.faults`
 _PATIENCE = 120.0
 """Seconds that the process of an earlier call may take to save and end."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # not to be loaded after a fork
 
 
 class Stop:
-    """Takes note of a signal to stop, and hands it on to the process of a cell."""
+    """Takes note of a signal to stop, and hands it on to the processes of cells."""
 
     def __init__(self) -> None:
         self.told = False
-        self.process: subprocess.Popen[bytes] | None = None
+        self.processes: set[subprocess.Popen[bytes]] = set()
 
     def __call__(self, *_: Any) -> None:
         self.told = True
-        if self.process is not None:
-            self.process.terminate()
+        for process in list(self.processes):
+            process.terminate()
 
 
 @contextlib.contextmanager
@@ -50,7 +53,29 @@ def stop_signals() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def train(config: RunConfig, folder: pathlib.Path, console: Console, stop: Stop) -> int | None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """What the process of a cell may use."""
+
+    cores: tuple[int, ...] = ()
+    """Processor cores; empty means all."""
+    shares_device: bool = False
+    """Other cells use the accelerator at the same time."""
+
+
+def places(number: int) -> queue.SimpleQueue[Place]:
+    """So many places, which divide this process's cores among them."""
+    found: queue.SimpleQueue[Place] = queue.SimpleQueue()
+    here = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    for index in range(number):
+        mine = here[index::number] or here[index % max(1, len(here)) :][:1]
+        found.put(Place(cores=tuple(mine) if number > 1 else (), shares_device=number > 1))
+    return found
+
+
+def train(
+    config: RunConfig, folder: pathlib.Path, console: Console, stop: Stop, place: Place
+) -> int | None:
     """Trains a cell in its folder, from its last checkpoint.
 
     Returns:
@@ -61,31 +86,34 @@ def train(config: RunConfig, folder: pathlib.Path, console: Console, stop: Stop)
     _wait_until_free(folder, console, stop)
     if stop.told:
         return None
-    status = _run(config, folder, stop)
+    status = _run(config, folder, stop, place)
     interrupted = stop.told or status == RUN_AGAIN or {-status, status - 128} & set(_SIGNALS)
     return None if status and interrupted else status
 
 
-def _run(config: RunConfig, folder: pathlib.Path, stop: Stop) -> int:
+def _run(config: RunConfig, folder: pathlib.Path, stop: Stop, place: Place) -> int:
     written = folder / "cell.json"
     files.write_text(written, json.dumps(config_io.to_dict(config), indent=1) + "\n")
     command = [sys.executable, "-m", "tlm_jax", "train", "--config", str(written)]
     command += config_io.trust_options(config)
+    shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if place.shares_device else {}
     with (folder / LOG).open("a") as log:
-        stop.process = subprocess.Popen(
+        process = subprocess.Popen(
             [*command, "--workdir", str(folder)],
+            env=shared | os.environ,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C comes through us, once
-            preexec_fn=functools.partial(_end_with_parent, os.getpid()),
+            preexec_fn=functools.partial(_settle, os.getpid(), place.cores),
         )
+    stop.processes.add(process)
     if stop.told:  # the signal came while the process was being started
-        stop.process.terminate()
+        process.terminate()
     try:
-        return stop.process.wait()
+        return process.wait()
     finally:
-        stop.process = None
+        stop.processes.discard(process)
 
 
 def _wait_until_free(folder: pathlib.Path, console: Console, stop: Stop) -> None:
@@ -106,11 +134,14 @@ def _wait_until_free(folder: pathlib.Path, console: Console, stop: Stop) -> None
         time.sleep(0.2)
 
 
-def _end_with_parent(parent: int) -> None:
-    """On Linux: a run whose sweep was killed is told to stop, and saves."""
-    if sys.platform == "linux":
+def _settle(parent: int, cores: tuple[int, ...]) -> None:
+    """In a new process, on Linux: it keeps to its cores, and is told to stop, so that it saves,
+    when the thread that waits for it ends."""
+    if cores:
+        os.sched_setaffinity(0, cores)
+    if _LIBC is not None:
         set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+        _LIBC.prctl(set_parent_death_signal, signal.SIGTERM)
         if os.getppid() != parent:  # it was killed before we asked
             os._exit(RUN_AGAIN)
 

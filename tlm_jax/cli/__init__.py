@@ -19,6 +19,8 @@ from tlm_jax.cli import (
     export,
     generate,
     import_model,
+    importance,
+    ladder,
     large_pages,
     parsing,
     plan,
@@ -41,9 +43,11 @@ VERBS: dict[str, ModuleType] = {
     "prepare": prepare,
     "sweep": sweep,
     "report": report,
+    "ladder": ladder,
     "import": import_model,
     "export": export,
     "align": align,
+    "importance": importance,
     "verify": verify,
 }
 _LOGGING = frozenset({"train", "sweep", "prepare", "import", "export"})
@@ -72,7 +76,7 @@ def main(argv: Sequence[str], prog: str | None = None) -> int:
     if verb in ("-h", "--help"):
         print("usage: tlm VERB ...\n")
         for name, module in VERBS.items():
-            print(f"  tlm {name:9} {module.Command.__doc__.splitlines()[0]}")
+            print(f"  tlm {name:10} {module.Command.__doc__.splitlines()[0]}")
         print("\ntlm VERB --help says more.")
         return 0
     if verb not in VERBS:

@@ -25,6 +25,8 @@ class Command:
     """Print Markdown."""
     power: bool = False
     """Of a sweep: also say how many seeds would tell smaller differences from zero."""
+    merge: pathlib.Path | None = None
+    """Of one sweep on several machines: JSON lines to which the records of all RUNS are added."""
     out: pathlib.Path | None = None
     """Of a sweep: folder for the table as Markdown, pictures, and an HTML page of both."""
     page: pathlib.Path | None = None
@@ -38,6 +40,12 @@ def run(argv: Sequence[str], prog: str) -> int:
     command = parse(Command, argv, prog)
     if not command.runs:
         raise UserError(f"{prog} needs run folders: {prog} runs/a runs/b")
+    if command.merge is not None:
+        from tlm_jax.analysis import sweep_merge
+
+        records, new = sweep_merge.merge(command.merge, command.runs)
+        output.console().print(f"{command.merge}: {records} records, {new} new", highlight=False)
+        return 0
     if len(command.runs) == 1 and _is_sweep(command.runs[0]):
         return _sweep(command)
     if command.out is not None or command.power:
@@ -49,12 +57,13 @@ def run(argv: Sequence[str], prog: str) -> int:
         from tlm_jax.analysis import alignment
 
         found = [files.read_json(path) for path in command.runs]
-        _show(command, None, alignment.side_by_side(found))
+        show(alignment.side_by_side(found), page=command.page, part=command.part)
         return 0
     from tlm_jax.evaluation import comparison, result_files
 
     results = [one for folder in command.runs for one in result_files.read(folder)]
-    _show(command, comparison.table(results), comparison.markdown(results))
+    table = None if command.markdown else comparison.table(results)
+    show(comparison.markdown(results), table, page=command.page, part=command.part)
     if not command.markdown and (apart := comparison.note(results)):
         output.console().print(apart, soft_wrap=True)
     return 0
@@ -72,19 +81,19 @@ def _is_alignment(path: pathlib.Path) -> bool:
     return isinstance(found, dict) and "rho" in found
 
 
-def _show(command: Command, table: Table | None, text: str, sweep: str = "") -> None:
-    """On the terminal, and in the page that was asked for."""
-    if command.markdown or table is None:
+def show(
+    text: str, table: Table | None = None, *, page: pathlib.Path | None, part: str | None
+) -> None:
+    """Prints the table, or else the text, which also goes into a part of a page."""
+    if table is None:
         print(text)
     else:
         output.console().print(table)
-    if command.page is not None:
+    if page is not None:
         from tlm_jax.analysis import sweep_report
 
-        new = sweep_report.replace(
-            command.page.read_text(encoding="utf-8"), command.part or sweep, text
-        )
-        files.write_text(command.page.resolve(), new)
+        new = sweep_report.replace(page.read_text(encoding="utf-8"), part or "", text)
+        files.write_text(page.resolve(), new)
 
 
 def _sweep(command: Command) -> int:
@@ -92,7 +101,8 @@ def _sweep(command: Command) -> int:
 
     results = sweep_report.read(command.runs[0])
     text = sweep_report.markdown(results)
-    _show(command, sweep_report.table(results), text, sweep=results[0]["sweep"])
+    table = None if command.markdown else sweep_report.table(results)
+    show(text, table, page=command.page, part=command.part or results[0]["sweep"])
     if not command.markdown:
         output.console().print(sweep_report.conditions(results), highlight=False)
     if command.power:

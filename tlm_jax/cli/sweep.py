@@ -24,6 +24,10 @@ class Command:
     """Of this machine, from 0, ..."""
     count: int = 1
     """... of so many; each trains every COUNT-th cell."""
+    parallel: int = 1
+    """Cells trained at once on this machine: small models leave most of a GPU idle."""
+    seeds: tuple[int, ...] = ()
+    """Seeds to run instead of the file's."""
 
 
 def run(argv: Sequence[str], prog: str) -> int:
@@ -33,12 +37,23 @@ def run(argv: Sequence[str], prog: str) -> int:
         raise UserError(f"{prog} needs a file: {prog} configs/sweeps/shapes.py")
     if not 0 <= command.index < command.count:
         raise UserError(f"--index {command.index} must lie between 0 and --count - 1")
+    if command.parallel < 1:
+        raise UserError("--parallel must be at least 1")
     from tlm_jax.analysis import sweep, sweep_cell
 
     wanted = config_io.load(command.file, "get_sweep", sweep.Sweep)
+    if command.seeds:
+        wanted = wanted.with_seeds(command.seeds)
     folder = command.out or pathlib.Path("runs") / "sweeps" / wanted.name
     console = output.console()
-    outcome = sweep.run(wanted, folder, console, index=command.index, count=command.count)
+    outcome = sweep.run(
+        wanted,
+        folder,
+        console,
+        index=command.index,
+        count=command.count,
+        parallel=command.parallel,
+    )
     if outcome.stopped:
         return RUN_AGAIN
     console.print(f"Results: {folder / sweep.RESULTS}   tlm report {folder}", highlight=False)

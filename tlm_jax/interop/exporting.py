@@ -32,6 +32,7 @@ from tlm_jax.interop import (
 )
 from tlm_jax.interop.tensors import SHARD_BYTES, write_safetensors
 from tlm_jax.models import skeleton
+from tlm_jax.models.skeleton import path_of, place
 from tlm_jax.training import checkpoint, restore
 
 Format = Literal["llama", "compact", "native"]
@@ -148,13 +149,13 @@ def _special_tokens(metadata: dict[str, Any], tokenizer: Tokenizer) -> dict[str,
 
 def _native(params: Any) -> Iterator[tuple[str, np.ndarray]]:
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-        yield parameters.path_of(keys), np.asarray(leaf)
+        yield path_of(keys), np.asarray(leaf)
 
 
 def _llama(params: Any, model: ModelConfig, form: Format) -> Iterator[tuple[str, np.ndarray]]:
     widest = max(model.mlp_widths)
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path, layers = parameters.place(model, parameters.path_of(keys))
+        path, layers = place(model, path_of(keys))
         for index, layer in enumerate(layers or [None]):
             spelled = llama.tensor(path, layer)
             array = np.asarray(leaf if layers is None else leaf[index])

@@ -9,11 +9,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tlm_jax.config import ModelConfig, UserError
+from tlm_jax.config import UserError
 from tlm_jax.distributed import sharding
 from tlm_jax.interop import llama, own_exports
 from tlm_jax.interop.tensors import TensorSource
 from tlm_jax.models import Skeleton
+from tlm_jax.models.skeleton import Place, path_of, place
 
 _DIMS = (
     "vocab_size",
@@ -26,24 +27,6 @@ _DIMS = (
 _HARMLESS = 1 << 20
 """Numbers of a config up to here, such as the length of a chunk, cost nothing."""
 Index = tuple[slice, ...]
-Place = tuple[str, range | None]
-"""(path below the layer, the layers that it stacks or None)."""
-
-
-def place(config: ModelConfig, path: str) -> Place:
-    """Which layers a parameter of ours, such as `segments/003/mixer/query`, stacks."""
-    if not path.startswith("segments/"):
-        return path, None
-    _, number, rest = path.split("/", 2)
-    segment, place = config.segments[int(number)], "0"
-    if len(segment.pattern) > 1:
-        place, rest = rest.split("/", 1)
-    return rest, segment.layers(int(place))
-
-
-def path_of(keys: Any) -> str:
-    """A parameter's place in the tree as one name."""
-    return "/".join(str(key.key) for key in keys)
 
 
 def load(skeleton: Skeleton, source: TensorSource, mesh: Mesh, *, native: bool) -> Any:

@@ -95,3 +95,23 @@ def skeleton(config: ModelConfig) -> Skeleton:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise UserError(f"parameter {name} of shape {leaf.shape} is empty; make it None")
     return result
+
+
+Place = tuple[str, range | None]
+"""(path below the layer, the layers that it stacks or None)."""
+
+
+def place(config: ModelConfig, path: str) -> Place:
+    """Which layers a parameter, such as `segments/003/mixer/query`, stacks."""
+    if not path.startswith("segments/"):
+        return path, None
+    _, number, rest = path.split("/", 2)
+    segment, place = config.segments[int(number)], "0"
+    if len(segment.pattern) > 1:
+        place, rest = rest.split("/", 1)
+    return rest, segment.layers(int(place))
+
+
+def path_of(keys: Any) -> str:
+    """A parameter's place in the tree as one name."""
+    return "/".join(str(key.key) for key in keys)

@@ -46,6 +46,7 @@ def metadata(config: RunConfig, params: Any, layout: dict[str, Any]) -> dict[str
         "tlm_jax": tlm_jax.__version__,
         "jax": jax.__version__,
         "git_revision": _git_revision(),
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "config": config_io.to_dict(config),
         "mlp_widths": list(config.model.mlp_widths),
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(params)),
