@@ -95,6 +95,19 @@ def test_what_cannot_be_compared_is_refused(arms, says):
     assert says in str(error.value)
 
 
+def test_tokens_that_were_spent_before_belong_to_the_budget():
+    """Widths from a run of a fifth of the steps: the arm trains for the other four fifths."""
+    base = RunConfig()
+    steps, tokens = base.training.num_steps, base.data.batch_size * base.data.seq_len
+    fewer = {"training.num_steps": steps - steps // 5}
+    arm = Arm(name="learned", changes=fewer, tokens_before=steps // 5 * tokens)
+    Sweep(name="s", base=base, arms=(UNIFORM, arm)).check()
+    with pytest.raises(UserError, match=r"arm 'learned' has .* tokens, its baseline"):
+        Sweep(
+            name="s", base=base, arms=(UNIFORM, dataclasses.replace(arm, tokens_before=1))
+        ).check()
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "configs" / "sweeps").glob("*.py")), ids=lambda p: p.stem
 )

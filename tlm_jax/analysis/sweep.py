@@ -41,6 +41,8 @@ class Arm:
     """Empty means those of the sweep."""
     baseline: str = ""
     """The arm that it is compared with and must match in budget; empty is that of the sweep."""
+    tokens_before: int = 0
+    """Tokens of a run that the arm's widths were read from, which its budget includes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +116,10 @@ class Sweep:
         Raises:
           UserError: which arm, and by how much.
         """
-        budgets = {arm.name: budget(self.config(Cell(arm=arm, seed=0))) for arm in self.arms}
+        budgets = {}
+        for arm in self.arms:
+            budgets[arm.name] = budget(self.config(Cell(arm=arm, seed=0)))
+            budgets[arm.name]["tokens"] += arm.tokens_before
         for arm in self.arms:
             baseline = arm.baseline or self.baseline
             for what, value in budgets[arm.name].items():
