@@ -190,3 +190,5 @@ def test_side_by_side_has_a_column_a_checkpoint():
         "| 1 | -0.500 (4) | -0.500 (6) |",
         "| Pearson r | -1.00 | -1.00 |",
     ]
+    steps = alignment.side_by_side([one | {"step": 10}, one | {"step": 2000}]).splitlines()
+    assert steps[0] == "| layer | a, step 10 | a, step 2,000 |"

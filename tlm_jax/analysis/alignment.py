@@ -226,6 +226,8 @@ def side_by_side(records: Sequence[Mapping[str, Any]], reference: str = "h") -> 
       reference: one of `REFERENCES`.
     """
     names = [one["checkpoint"] for one in records]
+    if len(set(names)) < len(names):  # several steps of one run
+        names = [f"{one['checkpoint']}, step {one['step']:,}" for one in records]
     lines = [["layer", *names], ["---"] * (1 + len(names))]
     for layer in range(len(records[0]["mlp_widths"])):
         cells = (f"{r['rho'][reference][layer]:+.3f} ({r['mlp_widths'][layer]})" for r in records)

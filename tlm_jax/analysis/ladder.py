@@ -137,7 +137,7 @@ def markdown(records: Sequence[Record]) -> str:
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     sentences = [_sentence(fit([p for p in found if p.taper == taper])) for taper in tapers]
     return (
-        f"{table}\n\nHeld-out loss less the baseline's, in nats per token; ± is the 95% interval "
+        f"{table}\n\nHeld-out loss minus the baseline's, in nats per token; ± is the 95% interval "
         "of a mean over seeds (Student's t).\n\n" + "\n".join(f"- {one}" for one in sentences)
     )
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from rich.console import Console
 
+import tlm_jax
 from tlm_jax import config_io, costs, files
 from tlm_jax.analysis import sweep_cell
 from tlm_jax.analysis.plots import series
@@ -345,9 +346,18 @@ def _result(sweep: Sweep, cell: Cell, folder: pathlib.Path) -> dict[str, Any]:
         "train": list(_thinned(train)),
         "final": {k: v for k, v in last.items() if k not in ("kind", "step")},
         "tokens_per_second": statistics.median(row["tokens_per_second"] for row in train),
-        "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
-        "machine": files.read_json(folder / "config.json").get("devices", "unknown"),
+        "versions": {"tlm_jax": tlm_jax.__version__}
+        | {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")},
+        "machine": _devices(folder),
     }
+
+
+def _devices(folder: pathlib.Path) -> str:
+    """What a run was trained on; its config.json may be missing, which does not end a run."""
+    try:
+        return str(files.read_json(folder / "config.json").get("devices", "unknown"))
+    except UserError:
+        return "unknown"
 
 
 def _thinned(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[float]]:

@@ -69,7 +69,7 @@ def plot_differences(found: Sequence[Finding], path: Path) -> None:
 
 
 def plot_losses(found: Sequence[Finding], path: Path) -> None:
-    """Held-out loss against steps; below, less the baseline's of equal seed, bands over seeds."""
+    """Held-out loss against steps; below, minus the baseline's of equal seed, bands over seeds."""
     with house_figure(path, figsize=(8.0, 6.0)) as figure:
         top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[1, 1])
         by_arm = {f.arm: {r["seed"]: dict(r["validation"]) for r in f.records} for f in found}
@@ -90,7 +90,7 @@ def plot_losses(found: Sequence[Finding], path: Path) -> None:
         margin = 0.05 * (max(settled) - min(settled)) or 0.1
         top.set_ylim(min(settled) - margin, max(settled) + margin)
         top.set_ylabel("validation loss")
-        bottom.set_ylabel("less the baseline's")
+        bottom.set_ylabel("minus baseline")
         bottom.set_xlabel("step")
         top.legend(frameon=False, fontsize=8, ncols=2)
         for axes in (top, bottom):

@@ -143,9 +143,9 @@ HEADER = (
     "seeds",
     "loss",
     "perplexity",
-    "loss - baseline's",
+    "loss minus baseline",
     "perplexity ratio",
-    "tokens to its loss",
+    "tokens to match",
 )
 
 
@@ -190,13 +190,14 @@ def conditions(records: Sequence[Record]) -> str:
         ", ".join(f"{value:,} {what}" for what, value in one.items()) for one in budgets.values()
     ).replace("FLOPs a token", "FLOPs per token")  # records keep the name that they were made with
     baselines = sorted({r["baseline"] for r in records})
-    versions = sorted({", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in records})
+    versions = {", ".join(f"{k} {v}" for k, v in r["versions"].items()) for r in records}
+    machines = {r["machine"] for r in records if "machine" in r}  # older records have none
     return (
-        f"Held-out loss in nats per token. Each cell: {each}. Baseline: {', '.join(baselines)}; "
-        "differences are those of cells with one seed (parameters and order of data), ± is the 95% "
-        "interval of a mean over seeds (Student's t). Tokens to its loss: share of them after "
-        "which the loss is that of the baseline's end. "
-        f"{'; '.join(versions)}."
+        f"Held-out loss in nats per token. Each cell: {each}. Baseline: {', '.join(baselines)}. "
+        "Differences are paired by seed (parameters and order of data); ± is the 95% interval of "
+        "the mean over seeds (Student's t). Tokens to match: the share of the tokens after which "
+        "the loss equals the baseline's final loss. "
+        f"{'; '.join([*sorted(machines), *sorted(versions)])}."
     )
 
 
