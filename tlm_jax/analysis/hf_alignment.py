@@ -7,6 +7,7 @@ most others. Where a norm follows the MLP (Gemma 2, OLMo 2), its output is the M
 Shapes: B batch, L length, D model, N layers, R references.
 """
 
+import contextlib
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -41,27 +42,37 @@ def measure(name: str, *, text: pathlib.Path, tokens: int, length: int) -> Align
     Raises:
       UserError: the model or the text cannot be read, or its layers are of another kind.
     """
-    try:
+    transformers.utils.logging.disable_progress_bar()
+    with _named(name):
+        config = transformers.AutoConfig.from_pretrained(name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--hf {name} cannot be loaded: {' '.join(str(error).split())}") from None
-    known = getattr(model.config.get_text_config(), "max_position_embeddings", length)
+    known = getattr(config.get_text_config(), "max_position_embeddings", length)
     if length > known:
         raise UserError(f"--length {length}: {name} has {known} positions")
     try:
         ids = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"text {text} cannot be read: {error}") from error
+    if not ids:
+        raise UserError(f"text {text} is empty")
+    with _named(name):
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     return align(model, _rows(start, ids[:tokens], length))
 
 
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Turns what transformers says of a model that it cannot load into one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--hf {name} cannot be loaded: {' '.join(str(error).split())}") from None
+
+
 def _rows(start: list[int], ids: list[int], length: int) -> Iterator[np.ndarray]:
     """Rows of one text, one per batch; the last is as long as what is left."""
-    if not ids:
-        raise UserError("the text is empty")
     room = length - len(start)
     for begin in range(0, len(ids), room):
         yield np.asarray([[*start, *ids[begin : begin + room]]])
