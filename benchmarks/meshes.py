@@ -6,8 +6,8 @@ Small models of the four architectures, their layers unrolled so that the compil
 is whole, on 8 devices along each axis and along three at once: FLOPs per device over an eighth of
 what one device needs for all, bytes that collectives give on a device, temporaries over one
 device's, and what the partitioner complains of. tests/distributed/test_mesh_costs.py holds them to
-their bounds. The table of docs/pods.md has beside them what the commit before was measured at
-(docs/results/meshes.json).
+their bounds. The table of docs/notes/mesh-costs.md has beside them what the commit before was
+measured at (docs/results/meshes.json).
 """
 
 import contextlib
@@ -35,7 +35,7 @@ from tlm_jax.mlp import MLPConfig
 from tlm_jax.training import aot
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "pods.md"
+PAGE = ROOT / "docs" / "notes" / "mesh-costs.md"
 RESULTS = ROOT / "docs" / "results" / "meshes.json"
 DEVICES = 8
 TAPER, LAYER = (320, 192), (256,)

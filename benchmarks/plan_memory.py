@@ -2,10 +2,11 @@
 
     python -m benchmarks.plan_memory cpu      # small models, one device and eight simulated ones
     python -m benchmarks.plan_memory tpu      # 440M and 1.3B for v5e:4x4; needs the extra tpu
-    python -m benchmarks.plan_memory publish  # the table of docs/pods.md, from what was compiled
+    python -m benchmarks.plan_memory publish  # the table, from what was compiled
 
-Each cell compiles a train step. What the compiler says is kept in docs/results/plan_memory.jsonl
-and not compiled twice; the plan is made anew each time the table is.
+The table goes to docs/notes/plan-memory.md. Each cell compiles a train step. What the compiler says
+is kept in docs/results/plan_memory.jsonl and not compiled twice; the plan is made anew each time
+the table is.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any, Literal
 from tlm_jax.distributed import topology
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "pods.md"
+PAGE = ROOT / "docs" / "notes" / "plan-memory.md"
 CELLS = ROOT / "docs" / "results" / "plan_memory.jsonl"
 DEVICES = 8
 TOPOLOGY = "v5e:4x4"

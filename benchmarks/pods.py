@@ -5,7 +5,7 @@
 Needs the extra `tpu`, and no TPU. Each cell (a size, an architecture, a topology, a number of
 segments) compiles the train step with the config's own batch, split over fsdp, in as few parts as
 fit. Cells are kept in docs/results/pods.jsonl as they come and not compiled twice; the tables go to
-docs/pods.md:
+docs/notes/tpu-compile.md:
 
 1. every size and architecture on every topology, the taper as the best stair of 2 segments;
 2. the Transformer with more and fewer segments, down to its uniform twin and up to the exact taper:
@@ -23,7 +23,7 @@ from typing import Any
 from tlm_jax.distributed import topology
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "pods.md"
+PAGE = ROOT / "docs" / "notes" / "tpu-compile.md"
 CELLS = ROOT / "docs" / "results" / "pods.jsonl"
 SIZES = ("440m", "760m", "1_3b")
 TOPOLOGIES = ("v5e:4x4", "v5e:16x16", "v5p:4x4x4")

@@ -32,7 +32,7 @@ MEASURED = {"cpu": (15, 13), "tpu": (8, 7)}
 """Configs that were compiled, and by how many percent the estimate was off at most; see
 benchmarks/plan_memory.py."""
 _CODE = 35 * 2**20
-"""Bytes of program per segment on a TPU, measured (docs/pods.md)."""
+"""Bytes of program per segment on a TPU, measured (docs/notes/tpu-compile.md)."""
 _GAPS = 0.07
 """Share of the temporaries that a CPU's allocation adds to them, measured likewise."""
 _MOST_ROWS = 4096
