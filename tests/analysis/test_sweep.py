@@ -183,24 +183,47 @@ def test_killed_and_broken_cells(
     assert "cosine-1.5-3/result.json is of another config (optimizer.clip_norm: 1.0 -> 2.0)" in err
 
 
-def test_cells_at_once_stop_together_and_end_as_they_would_alone(
+def _two_arms(file: pathlib.Path, config: pathlib.Path) -> str:
+    text = SWEEP.format(config=str(config))
+    text = "".join(line for line in text.splitlines(True) if "broken" not in line)
+    file.write_text(text)
+    return text
+
+
+def test_cells_at_once_end_as_they_would_alone(
     finished_run: pathlib.Path, config_file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """Two cells on half of the cores each; the tapered one is the run that all tests share."""
+    """Two at a time; the tapered one is the run that all tests share."""
     file, folder = tmp_path / "sweep.py", tmp_path / "out"
-    text = SWEEP.format(config=str(config_file))
-    file.write_text("".join(line for line in text.splitlines(True) if "broken" not in line))
-    words = ("--parallel", "2", "--seeds", "0")
-    process = _start(file, folder, *words)
-    cells = [folder / "uniform-0", folder / "cosine-1.5-0"]
+    _two_arms(file, config_file)
+    process = _start(file, folder, "--parallel", "2", "--seeds", "0")
+    out, err = process.communicate(timeout=200)
+    assert (process.returncode, err) == (0, "")
+    assert "[2/2]" in out
+    results = {r["arm"]: r for r in sweep_report.read(folder)}
+    assert list(results) == ["uniform", "cosine 1.5"]
+    alone = [json.loads(line) for line in _text(finished_run / "metrics.jsonl").splitlines()]
+    losses = [row["loss"] for row in alone if row["kind"] == "eval"]
+    assert results["cosine 1.5"]["final"]["loss"] == pytest.approx(losses[-1], abs=1e-5)
+    assert results["uniform"]["machine"].endswith(" x cpu")
+
+
+def test_cells_at_once_divide_the_cores_and_stop_together(
+    config_file: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """Two cells of runs so long that neither ends before it is told to stop; both save."""
+    file, folder = tmp_path / "sweep.py", tmp_path / "out"
+    text = _two_arms(file, config_file)
+    file.write_text(text.replace("changes={", 'changes={"training.num_steps": 100_000, '))
+    process = _start(file, folder, "--parallel", "2")
+    cells = [folder / "uniform-3", folder / "cosine-1.5-3"]
     give_up = time.monotonic() + 200
     while not all('"step": 2' in _text(cell / "metrics.jsonl") for cell in cells):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < give_up
         time.sleep(0.02)
-    assert not list(folder.glob("*/result.json"))
-    running = [int(_text(cell / ".lock").split()[1]) for cell in cells]
     if hasattr(os, "sched_getaffinity"):
+        running = [int(_text(cell / ".lock").split()[1]) for cell in cells]
         shares = [os.sched_getaffinity(number) for number in running]
         if len(here := os.sched_getaffinity(0)) > 1:
             assert shares[0] | shares[1] == here
@@ -210,18 +233,7 @@ def test_cells_at_once_stop_together_and_end_as_they_would_alone(
     assert (process.returncode, err) == (75, "")
     assert out.count("Stopped in") == 1
     assert all(list((cell / "checkpoints").glob("[0-9]*")) for cell in cells)
-
-    process = _start(file, folder, *words)
-    out, err = process.communicate(timeout=200)
-    assert (process.returncode, err) == (0, "")
-    assert "[2/2]" in out
-    assert all("Continuing from step" in _text(cell / "log.txt") for cell in cells)
-    results = {r["arm"]: r for r in sweep_report.read(folder)}
-    assert list(results) == ["uniform", "cosine 1.5"]
-    alone = [json.loads(line) for line in _text(finished_run / "metrics.jsonl").splitlines()]
-    losses = [row["loss"] for row in alone if row["kind"] == "eval"]
-    assert results["cosine 1.5"]["final"]["loss"] == pytest.approx(losses[-1], abs=1e-5)
-    assert results["uniform"]["machine"].endswith(" x cpu")
+    assert not list(folder.glob("*/result.json"))
 
 
 def _text(path: pathlib.Path) -> str:

@@ -82,8 +82,9 @@ def train(
       The exit status of `tlm train`; None if it was interrupted, perhaps before it had begun
       or could save.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    _wait_until_free(folder, console, stop)
+    if not stop.told:
+        folder.mkdir(parents=True, exist_ok=True)
+        _wait_until_free(folder, console, stop)
     if stop.told:
         return None
     status = _run(config, folder, stop, place)
