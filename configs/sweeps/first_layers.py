@@ -29,4 +29,5 @@ def get_sweep(size: str = "small") -> Sweep:
         base=config_io.load_config(f"{STUDY}:{size}"),
         arms=tuple(arms),
         seeds=tuple(range(5)),
+        primary=(("wide first third", "cosine"),),
     )

@@ -46,4 +46,10 @@ def get_sweep(size: str = "small") -> Sweep:
         }
         before = steps // 10 * base.data.batch_size * base.data.seq_len
         arms.append(Arm(name=name.lower(), changes=changes, tokens_before=before))
-    return Sweep(name=f"learned-{size}", base=base, arms=tuple(arms), seeds=tuple(range(5)))
+    return Sweep(
+        name=f"learned-{size}",
+        base=base,
+        arms=tuple(arms),
+        seeds=tuple(range(5)),
+        primary=(("importance", "cosine"),),
+    )

@@ -35,4 +35,5 @@ def get_sweep(size: str = "small") -> Sweep:
         arms=tuple(arms),
         baseline=arms[0].name,
         seeds=tuple(range(5)),
+        primary=(("cosine, Muon", "uniform, Muon"),),
     )

@@ -21,4 +21,13 @@ def get_sweep(size: str = "small") -> Sweep:
     for start in STARTS:
         changes = {"model.taper.start": start, "model.taper.end": 2 - start}
         arms.append(Arm(name=f"cosine {start:g} to {2 - start:g}", changes=changes))
-    return Sweep(name=f"ratios-{size}", base=base, arms=tuple(arms), seeds=tuple(range(5)))
+    return Sweep(
+        name=f"ratios-{size}",
+        base=base,
+        arms=tuple(arms),
+        seeds=tuple(range(5)),
+        primary=(
+            ("cosine 1.5 to 0.5", "cosine 1.25 to 0.75"),
+            ("cosine 1.5 to 0.5", "cosine 1.75 to 0.25"),
+        ),
+    )

@@ -27,4 +27,5 @@ def get_sweep(size: str = "small") -> Sweep:
         base=config_io.load_config(f"{STUDY}:{size}"),
         arms=tuple(arms),
         seeds=tuple(range(8)),
+        primary=(("cosine", "uniform"), ("linear", "uniform"), ("cosine", "linear")),
     )

@@ -389,6 +389,19 @@ def test_records_that_do_not_belong_together_are_refused(changes, says, tmp_path
     assert target.read_bytes() == before
 
 
+def test_primary_comparisons_share_a_level():
+    """Two arms that are no baselines too; 97.5% intervals for two of them."""
+    pairs = [["taper", "uniform"], ["late", "taper"]]
+    text = sweep_report.primary([r | {"primary": pairs} for r in RECORDS])
+    # -0.5 and -0.1 as above; t(1) at 1 - 0.05 / 2 / 2 is 25.4517.
+    assert "- taper minus uniform: -0.3000 ± 5.0903 (2 pairs)\n" in text
+    assert "- late minus taper: +0.9000 (1 pairs)\n" in text
+    assert "97.5% intervals" in text
+    assert sweep_report.primary(RECORDS) == ""
+    with pytest.raises(UserError, match="'cosine' in primary is none of its arms"):
+        Sweep(name="s", base=RunConfig(), arms=(UNIFORM,), primary=(("cosine", "uniform"),))
+
+
 def test_a_page_keeps_what_is_outside_the_marks():
     page = "a\n<!-- made -->\nold\n<!-- end made -->\nb\n"
     assert sweep_report.replace(page, "made", "new") == page.replace("old", "new")

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from tlm_jax.analysis.sweep_report import Record, findings
+from tlm_jax.analysis.sweep_report import LEVEL, Record, findings
 
-LEVEL, POWER = 0.05, 0.8
-"""Chance of a false alarm, of all primary comparisons together; chance of seeing what is there."""
+POWER = 0.8
+"""Chance of seeing what is there."""
 _MOST = 1000
 
 

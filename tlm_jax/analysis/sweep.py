@@ -64,7 +64,7 @@ class Sweep:
     """Arms of one base config.
 
     Raises:
-      UserError: names that clash, or a baseline that is no arm.
+      UserError: names that clash, or a baseline or a primary comparison that is not of its arms.
     """
 
     name: str
@@ -73,6 +73,8 @@ class Sweep:
     baseline: str = "uniform"
     """Name of the arm with which the others are compared."""
     seeds: tuple[int, ...] = (0, 1, 2)
+    primary: tuple[tuple[str, str], ...] = ()
+    """Pairs of arms whose difference carries the claim; they share one level of significance."""
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
@@ -85,6 +87,9 @@ class Sweep:
                     f"sweep {self.name}: the baseline {arm.baseline or self.baseline!r} of arm "
                     f"{arm.name!r} is none of its arms"
                 )
+
+        if strangers := {name for pair in self.primary for name in pair} - set(names):
+            raise UserError(f"sweep {self.name}: {min(strangers)!r} in primary is none of its arms")
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -337,6 +342,7 @@ def _result(sweep: Sweep, cell: Cell, folder: pathlib.Path) -> dict[str, Any]:
         "sweep": sweep.name,
         "arm": cell.arm.name,
         "baseline": cell.arm.baseline or sweep.baseline,
+        "primary": [list(pair) for pair in sweep.primary],
         "order": sweep.arms.index(cell.arm),
         "seed": cell.seed,
         "config": config_io.to_dict(config),

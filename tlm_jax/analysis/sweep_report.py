@@ -19,6 +19,8 @@ from tlm_jax import files
 from tlm_jax.config import UserError
 
 Record = dict[str, Any]
+LEVEL = 0.05
+"""Chance of a false alarm, of all primary comparisons together."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,17 +29,17 @@ class Estimate:
 
     mean: float
     half_width: float | None
-    """Of the 95% interval; None for a single seed."""
+    """Of the interval, 95% unless said otherwise; None for a single seed."""
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Estimate":
-        """From one value a seed."""
+    def of(cls, values: Sequence[float], level: float = LEVEL) -> "Estimate":
+        """From one value per seed; `level` is the chance that the interval misses the mean."""
         count = len(values)
         if count < 2:
             return cls(mean=values[0], half_width=None)
         from scipy import stats  # slow to import
 
-        reach = float(stats.t.ppf(0.975, count - 1))
+        reach = float(stats.t.ppf(1 - level / 2, count - 1))
         deviation = statistics.stdev(values) / math.sqrt(count)
         return cls(mean=statistics.fmean(values), half_width=reach * deviation)
 
@@ -180,7 +182,24 @@ def markdown(records: Sequence[Record]) -> str:
     found = findings(records)
     lines = [list(HEADER), ["---"] * len(HEADER), *rows(found)]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"{table}\n\n{conditions(records)}"
+    return f"{table}\n\n{primary(records)}{conditions(records)}"
+
+
+def primary(records: Sequence[Record]) -> str:
+    """The primary comparisons of the sweep, at a level that they share (Bonferroni), or nothing."""
+    pairs = [tuple(pair) for pair in records[0].get("primary", ())]
+    lines = []
+    cells = {(r["arm"], r["seed"]): r["final"]["loss"] for r in records}
+    for one, other in pairs:
+        seeds = [seed for arm, seed in cells if arm == one and (other, seed) in cells]
+        if seeds:
+            apart = [cells[one, seed] - cells[other, seed] for seed in seeds]
+            text = Estimate.of(apart, LEVEL / len(pairs)).text(4)
+            lines.append(f"- {one} minus {other}: {text} ({len(seeds)} pairs)")
+    if not lines:
+        return ""
+    share = f"{1 - LEVEL / len(pairs):.1%} intervals, so that together they err in 5% of studies"
+    return f"Primary comparisons ({share}):\n\n" + "\n".join(lines) + "\n\n"
 
 
 def conditions(records: Sequence[Record]) -> str:

@@ -104,7 +104,8 @@ def _sweep(command: Command) -> int:
     table = None if command.markdown else sweep_report.table(results)
     show(text, table, page=command.page, part=command.part or results[0]["sweep"])
     if not command.markdown:
-        output.console().print(sweep_report.conditions(results), highlight=False)
+        more = sweep_report.primary(results) + sweep_report.conditions(results)
+        output.console().print(more, highlight=False)
     if command.power:
         from tlm_jax.analysis import power
 
