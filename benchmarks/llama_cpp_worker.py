@@ -31,8 +31,8 @@ def answer(file: str, tokens: list[int], text: str, new: int) -> dict[str, Any]:
     settings = llama_cpp.llama_cpp.llama_model_default_params
 
     def as_stored() -> Any:
-        # Repacked weights are rounded otherwise, and multiplied with AMX, whose instructions some
-        # virtual machines announce and do not execute.
+        # Repacked weights round differently, and Q8_0 died of an illegal instruction on a virtual
+        # machine (probably AMX, which it announces).
         found = settings()
         found.use_extra_bufts = False
         return found
