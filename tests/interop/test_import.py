@@ -231,7 +231,7 @@ def test_refusals_name_the_field(
         ({"fields": {"llama.expert_count": 8}}, "llama.expert_count is 8"),
         ({"fields": {"llama.rope.dimension_count": 8}}, "llama.rope.dimension_count is 8"),
         ({"pre": "tekken"}, "tokenizer.ggml.pre 'tekken' is not known here; give the model's own"),
-        ({"architecture": "gemma"}, "general.architecture 'gemma' cannot be imported; llama can"),
+        ({"architecture": "gemma"}, "'gemma' cannot be imported; llama and deci can"),
     ],
 )  # fmt: skip
 def test_refusals_of_gguf_files(

@@ -21,11 +21,13 @@ class Command:
     """Folder to make."""
     step: int | None = None
     """Step of the checkpoint; None is the newest."""
-    format: Literal["llama", "compact", "native"] | None = None
-    """llama: MLPs zero-padded to the widest, for any tool. compact: own widths, for transformers
-    with remote code. native: our names, for any model. None: llama where possible, else native."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the tensors; bfloat16 rounds."""
+    format: Literal["llama", "compact", "deci", "gguf", "native"] | None = None
+    """llama: MLPs zero-padded to the widest, for any tool. Every layer at its own width: compact
+    for transformers with remote code, deci for vLLM, gguf for llama.cpp (tapered heads too).
+    native: our names, for any model. None: llama where possible, else native."""
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32"
+    """Type of the tensors; all but float32 round. float16 and q8_0 (8 bits and a scale for every
+    32 weights) need --format gguf."""
 
 
 def run(argv: Sequence[str], prog: str) -> int:

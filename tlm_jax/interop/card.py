@@ -6,6 +6,7 @@ from typing import Any
 
 from tlm_jax import config_io, costs
 from tlm_jax.config import RunConfig
+from tlm_jax.interop import gguf_export
 
 _LOAD = {
     "llama": """
@@ -22,6 +23,21 @@ Every layer has its own width; `modeling_tapered_llama.py` in this folder tells 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
+```
+""",
+    "deci": """
+Every layer has its own width, as vLLM's DeciLMForCausalLM reads it;
+`configuration_tapered_deci.py` in this folder reads the config.
+
+```
+vllm serve FOLDER --trust-remote-code
+```
+""",
+    "gguf": """
+Every layer has its own width, for llama.cpp and what is built on it.
+
+```
+llama-cli -m FOLDER/model.gguf
 ```
 """,
     "native": """
@@ -49,7 +65,8 @@ def text(
       dtype: of the tensors.
     """
     config: RunConfig = config_io.from_dict(metadata["config"])
-    library = "tlm-jax" if form == "native" else "transformers"
+    library = {"native": "tlm-jax", "deci": "vllm", "gguf": "llama.cpp"}.get(form, "transformers")
+    source = f"FOLDER/{gguf_export.FILE}" if form == "gguf" else "FOLDER"
     parts = [
         f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags:\n- tlm-jax\n---\n",
         f"# {config.name}\n",
@@ -61,10 +78,12 @@ def text(
         "## Loading\n",
         _LOAD[form].strip().format(padding=_padding(config.model.mlp_widths)) + "\n",
         _tokenizer(config, metadata, form, out),
-        "With tlm-jax itself: `tlm import --model FOLDER --out runs/NAME`, bit for bit."
-        if dtype == "float32"
-        else "With tlm-jax itself: `tlm import --model FOLDER --out runs/NAME` (the parameters "
-        "were rounded to bfloat16).",
+        f"With tlm-jax itself: `tlm import --model {source} --out runs/NAME`"
+        + (
+            ", bit for bit."
+            if dtype == "float32"
+            else f" (the parameters were rounded to {dtype})."
+        ),
     ]
     return "\n".join(parts) + "\n"
 
@@ -148,7 +167,7 @@ def _metrics(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _tokenizer(config: RunConfig, metadata: dict[str, Any], form: str, out: pathlib.Path) -> str:
-    if config.data.tokenizer == "bytes":
+    if config.data.tokenizer == "bytes" and form != "gguf":
         return (
             "The tokenizer is the bytes of UTF-8 (ids 0 to 255) and 256 for the end of a text; "
             "there is no file of it.\n"
@@ -160,6 +179,8 @@ def _tokenizer(config: RunConfig, metadata: dict[str, Any], form: str, out: path
         begins = "The tokenizer puts its token for the beginning before a text"
     else:
         begins = "A text begins without a special token"
+    if form == "gguf":
+        return f"{begins}. The file holds the tokenizer.\n"
     if not (out / "tokenizer.json").is_file():
         return f"{begins}. `tokenizer.model` is for SentencePiece; transformers splits otherwise.\n"
     if native and form != "native":

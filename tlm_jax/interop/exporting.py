@@ -1,11 +1,13 @@
 """A run's model as a folder for other tools.
 
-Three formats. `llama`: every MLP zero-padded to the widest layer, so that any tool
+Five formats. `llama`: every MLP zero-padded to the widest layer, so that any tool
 that knows Llama computes the same. `compact`: each layer at its own width, with a
-modeling file for transformers. `native`: our own names, for what Llama cannot
+modeling file for transformers. `deci`: the same for vLLM. `gguf`: the same for
+llama.cpp, heads included. `native`: our own names, for what none of them can
 express. In config.json, `tlm_jax` says what the way back needs.
 """
 
+import hashlib
 import json
 import pathlib
 import shutil
@@ -24,7 +26,9 @@ from tlm_jax.data.tokenizers import EMBEDDED
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.interop import (
     card,
+    gguf_export,
     gguf_tokenizer,
+    gguf_vocabulary,
     llama,
     own_exports,
     parameters,
@@ -35,10 +39,11 @@ from tlm_jax.models import skeleton
 from tlm_jax.models.skeleton import path_of, place
 from tlm_jax.training import checkpoint, restore
 
-Format = Literal["llama", "compact", "native"]
-Dtype = Literal["float32", "bfloat16"]
+Format = Literal["llama", "compact", "deci", "gguf", "native"]
+Dtype = Literal["float32", "bfloat16", "float16", "q8_0"]
 
 _MODELING = "modeling_tapered_llama"
+_REMOTE = {"compact": _MODELING, "deci": llama.DECI_CONFIGURATION}
 _NUMPY: dict[Dtype, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -61,15 +66,18 @@ def export_model(
       out: the folder to make; it may be there if it is empty.
       step: which checkpoint; None is the newest.
       form: None is llama where that is possible, else native.
-      dtype: of the tensors; parameters are float32, so bfloat16 rounds them.
-      shard_bytes: largest file of tensors.
+      dtype: of the tensors; parameters are float32, so the others round them. float16 and q8_0
+        are for gguf.
+      shard_bytes: largest file of tensors; a GGUF file is one.
 
     Raises:
-      UserError: the format cannot express the model, or `out` is not empty.
+      UserError: the format cannot express the model or has no such dtype, or `out` is not empty.
     """
     step, metadata = restore.saved_metadata(folder, step)
     config = restore.saved_config(metadata)
-    form = _checked_format(config.model, form)
+    form = _checked_format(config, form)
+    if form != "gguf" and dtype not in _NUMPY:
+        raise UserError(f"--dtype {dtype} needs --format gguf; {form} has {', '.join(_NUMPY)}")
     tokenizer = restore.model_tokenizer(config, metadata)
     values = _config_json(config, metadata, form, dtype, step, _special_tokens(metadata, tokenizer))
     if not _made_before(out, values):
@@ -80,13 +88,21 @@ def export_model(
 
 def _made_before(out: pathlib.Path, values: dict[str, Any]) -> bool:
     """Whether a folder is the export whose config.json would hold `values`."""
-    if values[own_exports.KEY]["params"] is None or not list(out.glob("*.safetensors")):
+    if values[own_exports.KEY]["params"] is None:
+        return False
+    if values[own_exports.KEY]["format"] == "gguf":
+        return gguf_export.record(out / gguf_export.FILE) == _digest(values)
+    if not list(out.glob("*.safetensors")):
         return False
     try:
         found = json.loads((out / "config.json").read_bytes())
     except (OSError, ValueError):
         return False
     return bool(found == json.loads(json.dumps(values)))
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _fill(
@@ -106,29 +122,44 @@ def _fill(
     with jax.set_mesh(mesh):
         params = restore.load_params(folder, step, structure, tokenizer, mesh)
     tensors = _native(params) if form == "native" else _llama(params, config.model, form)
-    write_safetensors(
-        out,
-        ((name, array.astype(_NUMPY[dtype], copy=False)) for name, array in tensors),
-        shard_bytes=shard_bytes,
-    )
-    _write_json(out / "config.json", values)
-    if form == "compact":
-        source = pathlib.Path(__file__).parent / "remote" / f"{_MODELING}.py"
-        shutil.copyfile(source, out / f"{_MODELING}.py")
-    if form != "native":
-        _write_json(out / "generation_config.json", _special_tokens(metadata, tokenizer))
-    _write_tokenizer(config.data.tokenizer, tokenizer, metadata, values, out)
+    if form == "gguf":
+        gguf_export.write(
+            out / gguf_export.FILE,
+            config,
+            list(tensors),  # views of the parameters
+            dtype=dtype,
+            context_length=values["max_position_embeddings"],
+            vocabulary=_vocabulary(config, metadata, tokenizer),
+            digest=_digest(values),
+        )
+    else:
+        write_safetensors(
+            out,
+            ((name, array.astype(_NUMPY[dtype], copy=False)) for name, array in tensors),
+            shard_bytes=shard_bytes,
+        )
+        _write_json(out / "config.json", values)
+        if module := _REMOTE.get(form):
+            source = pathlib.Path(__file__).parent / "remote" / f"{module}.py"
+            shutil.copyfile(source, out / f"{module}.py")
+        if form != "native":
+            _write_json(out / "generation_config.json", _special_tokens(metadata, tokenizer))
+        _write_tokenizer(config.data.tokenizer, tokenizer, metadata, values, out)
     (out / "README.md").write_text(
         card.text(out, folder, step, metadata, form, dtype), encoding="utf-8"
     )
 
 
-def _checked_format(model: ModelConfig, form: Format | None) -> Format:
-    reason = llama.why_not(model)
+def _checked_format(config: RunConfig, form: Format | None) -> Format:
+    reason = llama.why_not(config.model)
     if form is None:
         return "native" if reason else "llama"
+    in_gguf = gguf_export.why_not(config.model)
+    if form == "gguf":
+        reason = in_gguf
     if form != "native" and reason:
-        raise UserError(f"--format {form} cannot express {reason}; use --format native")
+        works = "native" if in_gguf else "gguf or native"
+        raise UserError(f"--format {form} cannot express {reason}; use --format {works}")
     return form
 
 
@@ -156,9 +187,10 @@ def _llama(params: Any, model: ModelConfig, form: Format) -> Iterator[tuple[str,
     widest = max(model.mlp_widths)
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         path, layers = place(model, path_of(keys))
+        stacked = np.asarray(leaf)
         for index, layer in enumerate(layers or [None]):
             spelled = llama.tensor(path, layer)
-            array = np.asarray(leaf if layers is None else leaf[index])
+            array = stacked if layers is None else stacked[index]
             if spelled.inputs is not None:
                 outputs, inputs = parameters.flat_shape(array.shape, spelled.inputs)
                 array = array.reshape(inputs, outputs).T
@@ -190,8 +222,12 @@ def _config_json(
     if form == "native":
         return {"model_type": "tlm_jax", "dtype": dtype, "tlm_jax": ours}
     source = metadata.get("source", {}).get("config", {})
+    length = source.get("max_position_embeddings", config.data.seq_len)
+    if form == "gguf":
+        chat = {"chat_template": metadata.get("chat_template")}
+        return {"max_position_embeddings": length, "dtype": dtype, "tlm_jax": ours} | chat
     values = llama.config_json(config.model) | {
-        "max_position_embeddings": source.get("max_position_embeddings", config.data.seq_len),
+        "max_position_embeddings": length,
         "bos_token_id": None,  # Llama's default is 1
         **ends,
         "dtype": dtype,
@@ -207,7 +243,28 @@ def _config_json(
             },
             "mlp_widths": list(config.model.mlp_widths),
         }
+    if form == "deci":
+        values |= llama.deci_json(config.model)
     return values | {"tlm_jax": ours}
+
+
+def _vocabulary(
+    config: RunConfig, metadata: dict[str, Any], tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """The tokenizer and its chat template as a GGUF file has them."""
+    path = _tokenizer_path(config.data.tokenizer)
+    prefix = restore.document_prefix(metadata, tokenizer)
+    found = gguf_vocabulary.fields(path, tokenizer, prefix, config.model.vocab_size)
+    if "chat_template" in metadata:
+        found["chat_template"] = metadata["chat_template"]
+    return found
+
+
+def _tokenizer_path(name: str | None) -> pathlib.Path | None:
+    """The tokenizer's file; None for bytes."""
+    if name == "bytes":
+        return None
+    return EMBEDDED if name is None else pathlib.Path(name).expanduser()
 
 
 def _write_tokenizer(
@@ -221,9 +278,9 @@ def _write_tokenizer(
 
     A SentencePiece model is written as tokenizer.json too, where that gives the same ids.
     """
-    if name == "bytes":
+    path = _tokenizer_path(name)
+    if path is None:
         return
-    path = EMBEDDED if name is None else pathlib.Path(name).expanduser()
     shutil.copyfile(path, out / f"tokenizer{path.suffix}")
     prefix = metadata["data_layout"].get("document_prefix", ())
     if path.suffix == ".model":

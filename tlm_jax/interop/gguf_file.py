@@ -1,5 +1,8 @@
 """GGUF files of Llama models: tensors under Hugging Face's names, dequantised to float32.
 
+Two of llama.cpp's architectures can be read: `llama`, whose layers are alike, and `deci`,
+which has an MLP width and numbers of heads for each layer.
+
 llama.cpp rotates pairs (2k, 2k + 1) of a head, so its files hold the rows of the
 query and key matrices in another order; they are put back while they are read.
 """
@@ -15,6 +18,7 @@ import numpy as np
 from tlm_jax.config import UserError
 from tlm_jax.interop import gguf_header
 
+ARCHITECTURES = ("llama", "deci")
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -47,11 +51,14 @@ class GgufFile:
         except gguf_header.DamagedError as error:
             raise UserError(f"{path} is not a whole GGUF file: {error}") from None
         self._fields = header.fields
+        self._architecture = ARCHITECTURES[0]
         architecture = self.field("general.architecture")
-        if architecture != "llama":
+        if architecture not in ARCHITECTURES:
             raise UserError(
-                f"{path}: general.architecture {architecture!r} cannot be imported; llama can"
+                f"{path}: general.architecture {architecture!r} cannot be imported; "
+                f"{' and '.join(ARCHITECTURES)} can"
             )
+        self._architecture = architecture
         self._tensors = {_hugging_face_name(t.name): t for t in header.tensors}
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
@@ -76,7 +83,7 @@ class GgufFile:
 
     def _refuse_lookalike(self, name: str) -> None:
         """A key with one damaged letter must not pass for one that is not there."""
-        for key in self._fields.keys() - _known_keys():
+        for key in self._fields.keys() - _known_keys(self._architecture):
             pairs = zip(key, name, strict=False)
             if len(key) == len(name) and sum(a != b for a, b in pairs) == 1:
                 raise UserError(
@@ -86,9 +93,17 @@ class GgufFile:
     @functools.cached_property
     def config(self) -> dict[str, Any]:
         """The metadata as a Hugging Face config."""
-        heads = self._number("attention.head_count")
+        num_layers = self._number("block_count")
+        if num_layers > len(self.shapes):  # before a list of that length is made
+            raise UserError(
+                f"{self.where}: {self._architecture}.block_count is {num_layers:,}, and there are "
+                f"only {len(self.shapes)} tensors"
+            )
+        heads = self._each("attention.head_count", num_layers)
+        kv_heads = self._each("attention.head_count_kv", num_layers, heads)
+        mlp_widths = self._each("feed_forward_length", num_layers)
         width = self._number("embedding_length")
-        head_dim = self._number("attention.key_length", width // heads)
+        head_dim = self._number("attention.key_length", width // heads[0])
         if "model.embed_tokens.weight" not in self.shapes:
             raise UserError(f"{self.where} has no tensor token_embd.weight")
         for name in ("attention.value_length", "rope.dimension_count"):
@@ -98,20 +113,26 @@ class GgufFile:
         self._refuse_unless("attention.sliding_window", 0)
         self._refuse_unless("attention.scale", head_dim**-0.5)
         eps = np.float32(self._number("attention.layer_norm_rms_epsilon", kind=float))
+        unequal: dict[str, Any] = {}
+        if len(set(mlp_widths)) > 1:
+            unequal["mlp_widths"] = mlp_widths
+        if len(set(zip(heads, kv_heads, strict=True))) > 1:
+            unequal["layer_heads"] = [list(pair) for pair in zip(heads, kv_heads, strict=True)]
         return {
             "model_type": "llama",
             "vocab_size": self.shapes["model.embed_tokens.weight"][0],
             "hidden_size": width,
-            "intermediate_size": self._number("feed_forward_length"),
-            "num_hidden_layers": self._number("block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": self._number("attention.head_count_kv", heads),
+            "intermediate_size": max(mlp_widths),
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": heads[0],
+            "num_key_value_heads": kv_heads[0],
             "head_dim": head_dim,
             "rope_theta": self._number("rope.freq_base", 10_000.0, float),
             # The file holds a float32; 1e-05 is meant, not 9.999999747378752e-06.
             "rms_norm_eps": float(str(eps)),
             "tie_word_embeddings": "lm_head.weight" not in self.shapes,
             "max_position_embeddings": self._number("context_length"),
+            **unequal,
         }
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
@@ -138,32 +159,44 @@ class GgufFile:
 
     def _number(self, name: str, default: Any = None, kind: type[int] | type[float] = int) -> Any:
         """A positive number of this very type: a damaged type gives other values."""
-        value = self.field(f"llama.{name}", default)
+        value = self.field(f"{self._architecture}.{name}", default)
         if isinstance(value, list) and len(set(value)) == 1:
             value = value[0]
         if type(value) is not kind or not 0 < float(value) < math.inf:
             raise UserError(
-                f"{self.where}: llama.{name} is {value!r}; one positive {kind.__name__} for all "
-                "layers can be imported"
+                f"{self.where}: {self._architecture}.{name} is {value!r}; one positive "
+                f"{kind.__name__} for all layers can be imported"
+            )
+        return value
+
+    def _each(self, name: str, num_layers: int, default: list[int] | None = None) -> list[int]:
+        """A positive number for each layer; they may differ in `deci` alone."""
+        value = self.field(f"{self._architecture}.{name}", default)
+        if self._architecture != "deci" or not isinstance(value, list):
+            return [self._number(name, default)] * num_layers
+        if len(value) != num_layers or not all(type(n) is int and n > 0 for n in value):
+            raise UserError(
+                f"{self.where}: deci.{name} is {value!r}; {num_layers} positive numbers, one for "
+                "each layer, can be imported"
             )
         return value
 
     def _refuse_unless(self, name: str, expected: Any) -> None:
-        value = self.field(f"llama.{name}", expected)
+        value = self.field(f"{self._architecture}.{name}", expected)
         if value != expected and not (
             isinstance(expected, float)
             and isinstance(value, float)
             and abs(value - expected) < 1e-6 * expected
         ):
             raise UserError(
-                f"{self.where}: llama.{name} is {value!r}, which cannot be represented exactly "
-                f"here; only {expected!r} can be imported"
+                f"{self.where}: {self._architecture}.{name} is {value!r}, which cannot be "
+                f"represented exactly here; only {expected!r} can be imported"
             )
 
 
 @functools.cache
-def _known_keys() -> frozenset[str]:
-    """Keys of the metadata of Llama's files that the installed gguf knows."""
+def _known_keys(architecture: str) -> frozenset[str]:
+    """Keys of the metadata of an architecture's files that the installed gguf knows."""
     from gguf.constants import Keys
 
     found: set[str] = set()
@@ -171,10 +204,20 @@ def _known_keys() -> frozenset[str]:
     while groups:
         for value in vars(groups.pop()).values():
             if isinstance(value, str):
-                found.add(value.replace("{arch}", "llama"))
+                found.add(value.replace("{arch}", architecture))
             elif isinstance(value, type):
                 groups.append(value)
     return frozenset(found)
+
+
+def stored_name(name: str) -> str:
+    """The name that llama.cpp gives to a tensor of Llama's, as Hugging Face calls it."""
+    for theirs, ours in _MODEL_NAMES.items():
+        if ours == name:
+            return theirs
+    _, _, layer, rest = name.removesuffix(".weight").split(".", 3)
+    theirs = next(theirs for theirs, ours in _LAYER_NAMES.items() if ours == rest)
+    return f"blk.{layer}.{theirs}.weight"
 
 
 def _hugging_face_name(name: str) -> str:

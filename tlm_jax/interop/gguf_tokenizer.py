@@ -8,6 +8,8 @@ from typing import Any
 from tlm_jax.config import UserError
 from tlm_jax.interop.gguf_file import GgufFile
 
+PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe")
+"""Values of tokenizer.ggml.pre that are known here."""
 _CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -73,7 +75,10 @@ def _byte_level_bpe(file: GgufFile) -> Any:
 
     tokens = file.field("tokenizer.ggml.tokens")
     kinds = file.field("tokenizer.ggml.token_type") or [1] * len(tokens)
-    pre_tokenizer, whole_words = _pre_tokenizer(file)
+    pre = file.field("tokenizer.ggml.pre")
+    if pre not in PRE_TOKENIZERS:
+        raise _unknown(file, "tokenizer.ggml.pre", pre)
+    splitter, whole_words = pre_tokenizer(pre)
     result = tokenizers.Tokenizer(
         models.BPE(
             vocab={token: index for index, token in enumerate(tokens)},
@@ -81,7 +86,7 @@ def _byte_level_bpe(file: GgufFile) -> Any:
             ignore_merges=whole_words,
         )
     )
-    result.pre_tokenizer = pre_tokenizer
+    result.pre_tokenizer = splitter
     result.decoder = decoders.ByteLevel()
     for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         added = [
@@ -117,13 +122,17 @@ def begin_with(token: str, index: int) -> Any:
     )
 
 
-def _pre_tokenizer(file: GgufFile) -> tuple[Any, bool]:
-    """How text is cut before it is merged, and whether a word in the vocabulary stays whole."""
+def pre_tokenizer(name: str) -> tuple[Any, bool]:
+    """How text is cut before it is merged, and whether a word in the vocabulary stays whole.
+
+    Args:
+      name: one of `PRE_TOKENIZERS`.
+    """
     from tokenizers import Regex
     from tokenizers import pre_tokenizers as pre
 
     gpt2 = pre.ByteLevel(add_prefix_space=False, use_regex=True)
-    match name := file.field("tokenizer.ggml.pre"):
+    match name:
         case "gpt-2":
             return gpt2, False
         case "smollm":
@@ -132,7 +141,7 @@ def _pre_tokenizer(file: GgufFile) -> tuple[Any, bool]:
             split = pre.Split(Regex(_LLAMA3_SPLIT), behavior="isolated")
             whole = pre.ByteLevel(add_prefix_space=False, use_regex=False)
             return pre.Sequence([split, whole]), True
-    raise _unknown(file, "tokenizer.ggml.pre", name)
+    raise ValueError(f"pre-tokenizer {name!r} is not one of {PRE_TOKENIZERS}")
 
 
 def _sentencepiece(file: GgufFile) -> bytes:

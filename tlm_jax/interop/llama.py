@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 from tlm_jax.config import ModelConfig, UserError
-from tlm_jax.mixers import AttentionConfig
+from tlm_jax.mixers import AttentionConfig, ListedConfig, MixerConfig
 from tlm_jax.mlp import MLPConfig
 from tlm_jax.taper_config import TaperConfig
 
@@ -27,6 +27,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
 }
+DECI_CONFIGURATION = "configuration_tapered_deci"
+"""The module in an export that transformers reads its config with."""
 _MOST_POSITIONS = 1 << 24
 _EXACT: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -109,12 +111,22 @@ def is_ignored(name: str, config: ModelConfig) -> bool:
     )
 
 
-def why_not(model: ModelConfig) -> str | None:
-    """What of a model Llama's graph cannot express, or None."""
+def why_not(model: ModelConfig, *, each_layers_heads: bool = False) -> str | None:
+    """What of a model Llama's graph cannot express, or None.
+
+    Args:
+      model: the model.
+      each_layers_heads: whether the format has numbers of heads for each layer, and a head's
+        dimension apart from them.
+    """
     if any(type(mixer) is not AttentionConfig for mixer in model.mixers):
         return model.mixer.describe(model.d_model)
-    first, *others = _attention(model)
-    if any(mixer != first for mixer in others):
+    first, *others = attention(model)
+    if each_layers_heads:
+        apart = [m for m in others if _but_heads(m) != _but_heads(first)]
+        if apart or len({mixer.heads(model.d_model)[2] for mixer in (first, *others)}) > 1:
+            return "layers whose attention differs in more than the number of heads"
+    elif any(mixer != first for mixer in others):
         return "layers with unequal numbers of heads (mixer.heads_taper)"
     if first.qk_norm:
         return "mixer.qk_norm"
@@ -124,14 +136,14 @@ def why_not(model: ModelConfig) -> str | None:
         return f"norm={model.norm}"
     if type(model.mlp) is not MLPConfig:
         return f"{type(model.mlp).__name__}"
-    if model.d_model % first.num_heads:
+    if model.d_model % first.num_heads and not each_layers_heads:
         return f"d_model={model.d_model}, which is no multiple of num_heads={first.num_heads}"
     return None
 
 
 def config_json(model: ModelConfig) -> dict[str, Any]:
     """config.json of a LlamaForCausalLM with this model's graph, at its widest MLP."""
-    first = _attention(model)[0]
+    first = attention(model)[0]
     heads, kv_heads, head_dim = first.heads(model.d_model)
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -154,8 +166,36 @@ def config_json(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _attention(model: ModelConfig) -> list[AttentionConfig]:
+def deci_json(model: ModelConfig) -> dict[str, Any]:
+    """Fields of config.json that make a Llama a DeciLMForCausalLM, each layer at its own width.
+
+    As vLLM's nemotron_nas.py and its convertor of `nemotron-nas` configs read them (commit
+    00bd149): objects, which `configuration_tapered_deci.py` makes of these dicts, and no
+    `ffn_mult`, which would be taken in place of the width and rounded up.
+    """
+    heads, kv_heads, _ = attention(model)[0].heads(model.d_model)
+    runs = {"no_op": False, "replace_with_linear": False}
+    return {
+        "architectures": ["DeciLMForCausalLM"],
+        "model_type": "nemotron-nas",
+        "auto_map": {"AutoConfig": f"{DECI_CONFIGURATION}.TaperedDeciConfig"},
+        "block_configs": [
+            {
+                "attention": runs | {"n_heads_in_group": heads // kv_heads},
+                "ffn": runs | {"intermediate_size": width, "hidden_act": "silu"},
+            }
+            for width in model.mlp_widths
+        ],
+    }
+
+
+def attention(model: ModelConfig) -> list[AttentionConfig]:
+    """The attention of each layer, of a model that `why_not` has no objection to."""
     return [mixer for mixer in model.mixers if isinstance(mixer, AttentionConfig)]
+
+
+def _but_heads(mixer: AttentionConfig) -> AttentionConfig:
+    return dataclasses.replace(mixer, num_heads=1, num_kv_heads=1, head_dim=2)
 
 
 def model_config(values: dict[str, Any], where: str) -> ModelConfig:
@@ -188,20 +228,43 @@ def model_config(values: dict[str, Any], where: str) -> ModelConfig:
             vocab_size=values["vocab_size"],
             num_layers=values["num_hidden_layers"],
             d_model=values["hidden_size"],
-            mlp_width=values["intermediate_size"],
-            taper=TaperConfig(schedule="uniform", multiple_of=1),
-            mixer=AttentionConfig(
-                num_heads=values["num_attention_heads"],
-                num_kv_heads=values.get("num_key_value_heads"),
-                head_dim=values.get("head_dim"),
-                qk_norm=kind == "qwen3",
-                rope_theta=_rope(values, where),
-            ),
+            mlp_width=_mean(values.get("mlp_widths")) or values["intermediate_size"],
+            taper=_taper(values.get("mlp_widths")),
+            mixer=_mixer(values, where),
             tie_embeddings=tied,
             norm_eps=_positive("rms_norm_eps", values.get("rms_norm_eps", 1e-6), where),
         )
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def _mean(widths: list[int] | None) -> int | None:
+    return sum(widths) // len(widths) if widths else None
+
+
+def _taper(widths: list[int] | None) -> TaperConfig:
+    if widths is None:
+        return TaperConfig(schedule="uniform", multiple_of=1)
+    return TaperConfig(schedule="explicit", widths=tuple(widths), multiple_of=1)
+
+
+def _mixer(values: dict[str, Any], where: str) -> MixerConfig:
+    """Attention, in each layer the same unless `layer_heads` (of a GGUF file) says otherwise."""
+    usual = AttentionConfig(
+        num_heads=values["num_attention_heads"],
+        num_kv_heads=values.get("num_key_value_heads"),
+        head_dim=values.get("head_dim"),
+        qk_norm=values["model_type"] == "qwen3",
+        rope_theta=_rope(values, where),
+    )
+    if "layer_heads" not in values:
+        return usual
+    return ListedConfig(
+        mixers=tuple(
+            dataclasses.replace(usual, num_heads=heads, num_kv_heads=kv_heads)
+            for heads, kv_heads in values["layer_heads"]
+        )
+    )
 
 
 def max_positions(values: dict[str, Any], where: str) -> int:

@@ -6,15 +6,12 @@ from typing import Any
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
-def convert(path: pathlib.Path) -> Any | None:
-    """The `tokenizers.Tokenizer` of a tokenizer.model; None where it would differ.
+def read(path: pathlib.Path) -> Any | None:
+    """The `ModelProto` of a tokenizer.model of Llama's kind; None for others.
 
-    Llama's kind converts: BPE, text taken as it is. Others normalise the text or are
-    unigram models.
+    Llama's kind is BPE with text taken as it is. Others normalise the text or are unigram models.
     """
-    import tokenizers
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import decoders, models, normalizers
 
     proto: Any = sentencepiece_model_pb2  # its classes are made at run time
     model = proto.ModelProto.FromString(path.read_bytes())
@@ -28,9 +25,20 @@ def convert(path: pathlib.Path) -> Any | None:
         or model.trainer_spec.treat_whitespace_as_suffix
     ):
         return None
+    return model
+
+
+def convert(path: pathlib.Path) -> Any | None:
+    """The `tokenizers.Tokenizer` of a tokenizer.model; None where it would differ (see `read`)."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers
+
+    model = read(path)
+    if model is None:
+        return None
+    spec, kinds = model.normalizer_spec, type(model).SentencePiece
     pieces = [(p.piece, p.score, p.type) for p in model.pieces]
     vocab = {piece: index for index, (piece, _, _) in enumerate(pieces)}
-    kinds = proto.ModelProto.SentencePiece
     unknown = next(piece for piece, _, kind in pieces if kind == kinds.UNKNOWN)
     result = tokenizers.Tokenizer(
         models.BPE(
