@@ -1,8 +1,9 @@
 """Memory in large pages for programs that compute on a CPU.
 
-Fresh arrays cost a page fault for every 4 KiB. Where Linux gives pages of 2 MiB to those who ask
-(`madvise`, the default of most distributions), glibc asks if a variable of the environment says so
-when the process begins; it saves a tenth of a train step and more (docs/speed.md).
+Fresh arrays cost a page fault for every 4 KiB. Where Linux gives pages of 2 MiB on request
+(`madvise`, the default of most distributions), glibc requests them if an environment variable says
+so when the process starts. It saves at least a tenth of a train step
+(docs/notes/speed-train-step.md).
 """
 
 import os
