@@ -79,7 +79,7 @@ def test_memory_of_each_device() -> None:
     words = " ".join(" ".join(line.strip("│ ") for line in text.splitlines()).split())
     assert "off by up to" in words
     assert "compiled for tpu" in words
-    for part in ("weights", "kept by layers", "at work", "program"):
+    for part in ("weights", "kept by layers", "working set", "program"):
         assert "(estimate)" in words[words.index(part) :][:120], part
     assert "fits, by this estimate" in words
     assert "does not fit" in " ".join(_printed(_run(), devices=16, limit=2**30).split())
