@@ -161,7 +161,7 @@ def test_killed_and_broken_cells(
     assert process.returncode == 1
     assert "3 cells, 3 here, 2 to run" in out
     assert "broken, seed 3: failed: status 1: error: data.path /nowhere" in " ".join(out.split())
-    assert err.startswith("error: 1 cells broke, see log.txt in their folders: broken-3")
+    assert err.startswith("error: 1 cells failed, see log.txt in their folders: broken-3")
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert "Continuing from step" in (folder / "cosine-1.5-3" / "log.txt").read_text()
     results = sweep_report.read(folder)
@@ -352,8 +352,8 @@ def test_records_of_two_machines_in_one_file(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"sweep": "another"}, "is of sweep 'another', but .* is of 'made'; merge each sweep into"),
-        ({"final": {"loss": 3.0}}, "'taper' has two results with seed 0, in .*; run different seeds"),
+        ({"sweep": "another"}, "is of sweep 'another', but .* is of 'made'; merge each sweep"),
+        ({"final": {"loss": 3.0}}, "'taper' has two results with seed 0, in .*; run different"),
         ({"seed": 7, "budget": {"parameters": 11}}, "'taper' differs between .*: budget"),
         (
             {"seed": 7, "config": config_io.to_dict(RunConfig(seed=7)) | {"steps_per_call": 2}},

@@ -20,7 +20,7 @@ SETTING = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def wanted(words: Sequence[str]) -> bool:
     """Whether a process with these words (a verb and its options) should restart itself.
 
-    Not when the variable is set already, to whatever: an empty one turns this off.
+    Not when the variable is already set, to any value: an empty one turns this off.
     """
     if (
         VARIABLE in os.environ
@@ -35,8 +35,8 @@ def wanted(words: Sequence[str]) -> bool:
         return False
 
 
-def begin_anew() -> None:
-    """The same process from its beginning, with the variable set; does not return."""
+def restart() -> None:
+    """Restarts this process with the variable set; does not return."""
     os.environ[VARIABLE] = VALUE
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -57,7 +57,7 @@ class Job:
 
 
 def prepare(job: Job, folder: pathlib.Path, *, processes: int = 1) -> Manifest:
-    """Writes the store, or what an earlier run with the same job has left of it to do.
+    """Writes the store, or what an earlier run of the same job left to do.
 
     Args:
       job: what to do.
@@ -75,7 +75,7 @@ def prepare(job: Job, folder: pathlib.Path, *, processes: int = 1) -> Manifest:
         units = [Unit(**unit) for unit in plan["units"]]
     except (TypeError, KeyError) as error:
         raise UserError(
-            f"{folder / PLAN} is damaged: its units are none; choose another folder"
+            f"{folder / PLAN} is damaged: it has no units; choose another folder"
         ) from error
     if not store.is_complete(folder):
         (folder / PARTS).mkdir(exist_ok=True)
@@ -115,9 +115,9 @@ def _settle_plan(job: Job, tokenizer: Tokenizer, folder: pathlib.Path) -> dict[s
         for name in dict.fromkeys([*old, *key]):
             if old.get(name, "absent") != key.get(name, "absent"):
                 raise UserError(
-                    f"{folder} holds the work of another plan: {name}: "
-                    f"{old.get(name, 'absent')!r} -> {key.get(name, 'absent')!r}; give it the same "
-                    "again, or choose another folder"
+                    f"{folder} belongs to another plan: {name}: "
+                    f"{old.get(name, 'absent')!r} -> {key.get(name, 'absent')!r}; use the same "
+                    "options again, or choose another folder"
                 )
         return plan
     if any(not entry.name.startswith(".") for entry in folder.iterdir()):
@@ -340,8 +340,8 @@ def _share_out(
             told = now
     except concurrent.futures.process.BrokenProcessPool as error:
         raise UserError(
-            "a process that prepared text was killed, perhaps for want of memory; the same command "
-            "goes on from the shards that are whole (fewer --processes need less)"
+            "a process preparing text was killed, perhaps out of memory; the same command resumes "
+            "after the complete shards (fewer --processes need less memory)"
         ) from error
     finally:
         if pending:
@@ -381,8 +381,8 @@ def _progress(name: str, total: int, done: int) -> Iterator[Callable[[int], None
             task = bar.add_task(what, total=total, completed=done)
             yield lambda size: bar.advance(task, size)
         return
-    before = f", {done / 1e6:.1f} MB of it before" if done else ""
-    console.print(f"{what}: {total / 1e6:.1f} MB of text, once{before}")
+    before = f", {done / 1e6:.1f} MB of it already done" if done else ""
+    console.print(f"{what}: {total / 1e6:.1f} MB of text (only once){before}")
     said = start
 
     def advance(size: int) -> None:

@@ -63,8 +63,8 @@ def open_source(name: str, rules: Rules) -> Source:
     chosen = [suffixes for suffixes in readers if found & set(suffixes)]
     if len(chosen) > 1:
         raise UserError(
-            f"{name} has files of several kinds ({', '.join(sorted(found))}); prepare each kind by "
-            "itself, and mix the results with data.mixture"
+            f"{name} has files of several kinds ({', '.join(sorted(found))}); prepare each kind "
+            "separately, and mix the results with data.mixture"
         )
     reader = readers[chosen[0]]
     return reader(name, rules) if reader else FilesSource(name, rules.validation_fraction, _SOURCE)

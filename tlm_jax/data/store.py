@@ -161,7 +161,7 @@ def open_manifest(folder: pathlib.Path) -> Manifest:
         try:
             size = file.stat().st_size
         except OSError as error:
-            raise UserError(f"{file} is missing, and {MANIFEST} lists it") from error
+            raise UserError(f"{file} is missing, but {MANIFEST} lists it") from error
         if size != shard.size:
             what = "truncated" if size < shard.size else "not the file that was written"
             raise UserError(f"{file} has {size:,} bytes instead of {shard.size:,}: it is {what}")
@@ -183,8 +183,8 @@ def verify(folder: pathlib.Path) -> Iterator[Shard]:
                 for record in range(shard.num_documents):
                     reader[first + record]  # raises where the damage is
                 raise UserError(
-                    f"{folder / shard.file} has another checksum than {MANIFEST} says, though all "
-                    f"of its {shard.num_documents:,} records can be read"
+                    f"{folder / shard.file} does not match its checksum in {MANIFEST}, although "
+                    f"all of its {shard.num_documents:,} records can be read"
                 )
             first += shard.num_documents
             yield shard

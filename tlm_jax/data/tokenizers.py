@@ -19,7 +19,7 @@ _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<s>", "<bos
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpecialTokens:
-    """Ids that a model was taught a meaning of, beside the one between documents."""
+    """Special ids that a model was trained with, besides the document separator."""
 
     bos: int | None = None
     """Begins a text; None where the model has no such token."""

@@ -23,7 +23,7 @@ from tlm_jax.evaluation.suites import Metric, Outcome
 from tlm_jax.models import Skeleton
 
 Advance = Callable[[str, int, int], None]
-"""Told (what, done, of how many)."""
+"""Called with (what, done, total)."""
 
 
 class Evaluator:

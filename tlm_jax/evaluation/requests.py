@@ -5,7 +5,7 @@ in one row, their common beginning is a trunk that is read once, and each goes o
 branch that sees the trunk and itself (`branches.BRANCH`). Rows are filled with
 as many questions as fit. Nothing here needs jax.
 
-Legend: B rows, L row length, P parts of equally many rows (one a device), N scored tokens of
+Legend: B rows, L row length, P parts of equally many rows (one per device), N scored tokens of
 a part.
 """
 

@@ -1,6 +1,6 @@
 """Log-likelihoods of continuations: common beginnings once, in a handful of compiled shapes.
 
-Shapes: B rows, L row length, P parts of the rows (one a device), N scored tokens of a part,
+Shapes: B rows, L row length, P parts of the rows (one per device), N scored tokens of a part,
 D model.
 """
 

@@ -1,4 +1,5 @@
-"""Ahead-of-time compilation: the real train and evaluation steps for devices that are not here."""
+"""Ahead-of-time compilation: the real train and evaluation steps for devices that this machine does
+not have."""
 
 import dataclasses
 import re
@@ -150,7 +151,7 @@ def compile_step(name: str, config: RunConfig, devices: list[Any], limit: int) -
 def largest_batch(
     config: RunConfig, devices: list[Any], limit: int, *, tried: Callable[[Compiled], None]
 ) -> int | None:
-    """The largest batch whose train step fits, in whole rows a device; None if none does.
+    """The largest batch whose train step fits, in whole rows per device; None if none does.
 
     Doubles from one row for each part of the batch until a batch does not fit, then bisects.
 

@@ -62,7 +62,7 @@ def param_shapes(params: Any) -> dict[str, list[int]]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What keeps `new` metadata from continuing a checkpoint with `old`, a line each.
+    """What keeps `new` metadata from continuing a checkpoint with `old`, one line each.
 
     Raises:
       UserError: the checkpoint holds no training state.
@@ -82,7 +82,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def shape_differences(saved: dict[str, Any], params: Any) -> list[str]:
-    """Parameters that are missing, extra or of another shape than in a checkpoint, a line each.
+    """Parameters that are missing, extra or of another shape than in a checkpoint, one line each.
 
     Args:
       saved: the checkpoint's metadata.
@@ -317,8 +317,8 @@ class Checkpoints:
         except Exception as error:
             names = (entry.name for entry in self.folder.iterdir())
             newest = max((int(name) for name in names if name.isdigit()), default=None)
-            kept = "no earlier checkpoint" if newest is None else f"step {newest} is whole"
-            start = "starts anew" if newest is None else "continues from there"
+            kept = "no earlier checkpoint" if newest is None else f"step {newest} is complete"
+            start = "starts over" if newest is None else "resumes from there"
             raise UserError(
                 f"cannot save step {self._saving} in {self.folder}: {damage.reason(error)}; "
                 f"{kept}, and the same command {start}"
@@ -346,7 +346,7 @@ def _sealed(metadata: dict[str, Any], tree: Any) -> dict[str, Any]:
 
 
 def _different(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """A line for each name whose value differs."""
+    """One line for each name whose value differs."""
     return [
         f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
         for name in sorted(before.keys() | after.keys())

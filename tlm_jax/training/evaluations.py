@@ -89,7 +89,9 @@ class Evaluations:
             missing = multihost_utils.broadcast_one_to_all(np.asarray(missing)).tolist()
         kinds = {kind for kind, gone in zip(due, missing, strict=True) if gone}
         if kinds:
-            self._say(f"Step {start} lacks its evaluation ({', '.join(kinds)}); it comes first.")
+            self._say(
+                f"Step {start} has not been evaluated ({', '.join(kinds)}); that comes first."
+            )
         return kinds
 
     def prepare(self, start: int, params: Any) -> None:
@@ -222,7 +224,7 @@ class Evaluations:
                 raise  # another process is gone
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             reason = " ".join(f"{kind}{error}".split())[:300]
-            self._say(f"step {done}  the suites failed, and training goes on: {reason}", "yellow")
+            self._say(f"step {done}  the suites failed, and training continues: {reason}", "yellow")
             return
         finally:
             if self._suites is not None:

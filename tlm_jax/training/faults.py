@@ -67,7 +67,9 @@ def stop_signals(console: Console) -> Iterator[Stop]:
             return
         stop.signal = name
         with contextlib.suppress(RuntimeError):  # it came in the middle of another print
-            console.print(f"{name}: saving after this step; again to stop at once.", style="yellow")
+            console.print(
+                f"{name}: saving after this step; send it again to stop at once.", style="yellow"
+            )
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     for number in numbers[: 1 if jax.process_count() > 1 else 2]:
@@ -80,9 +82,9 @@ def stop_signals(console: Console) -> Iterator[Stop]:
 
 
 class Watchdog:
-    """Ends a process that makes no progress, with a message and the places where it hangs.
+    """Ends a process that makes no progress, with a message and where it hangs.
 
-    A process that waits for ever for a hung one keeps a whole job, and nobody restarts it.
+    A process that waits forever for a hung one blocks the whole job, and nobody restarts it.
 
     Args:
       seconds: without a sign of life until the process is ended; 0 is never.
@@ -119,7 +121,7 @@ def end_at_once(reason: str) -> NoReturn:
     where = f"process {jax.process_index()} of {jax.process_count()}: "
     sys.stdout.flush()
     print(
-        f"error: {where if jax.process_count() > 1 else ''}{reason}; the same command continues "
+        f"error: {where if jax.process_count() > 1 else ''}{reason}; the same command resumes "
         "from the last checkpoint",
         file=sys.stderr,
         flush=True,
