@@ -27,7 +27,7 @@ from tlm_jax.optimizers import OptimizerConfig
 CONFIG_FUNCTION = "get_config"
 KIND = "kind"
 _OWN_FILE = "tlm_config_"
-"""Begins the module names of Python files that the user names, so that they hide no others."""
+"""Prefix of the module names of the user's Python files, so that they hide no others."""
 _BASES = (MixerConfig, MLPConfig, OptimizerConfig)
 """Configs of several kinds, which users may add to."""
 _T = typing.TypeVar("_T")

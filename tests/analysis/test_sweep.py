@@ -180,7 +180,7 @@ def test_killed_and_broken_cells(
     process = _start(file, folder)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "cosine-1.5-3/result.json is of another config (optimizer.clip_norm: 1.0 -> 2.0)" in err
+    assert "cosine-1.5-3/result.json has another config (optimizer.clip_norm: 1.0 -> 2.0)" in err
 
 
 def test_cells_at_once_stop_together_and_end_as_they_would_alone(

@@ -135,7 +135,7 @@ def test_packed_files_that_end_too_soon(
         source.write_bytes(pack(plain)[:-20])  # type: ignore[operator]
         assert prepare(source, tmp_path / f"{kind}.out", "--skip_corrupt") == 1
         said = only_error(capsys.readouterr().err)
-        assert said.startswith(f"{source} cannot be unpacked: ")
+        assert said.startswith(f"{source} cannot be decompressed: ")
 
 
 def test_sources_that_cannot_be_opened(

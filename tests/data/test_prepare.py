@@ -156,7 +156,7 @@ def test_damaged_plans(
     with pytest.raises(UserError, match=f"^{re.escape(str(plan))} is damaged: {reason}"):
         make(lines, folder)
     plan.write_text(json.dumps(values | {"units": [content.decode(errors="replace")]}))
-    with pytest.raises(UserError, match=f"^{re.escape(str(plan))} is damaged: its units"):
+    with pytest.raises(UserError, match=f"^{re.escape(str(plan))} is damaged: it has no units"):
         make(lines, folder)
 
 

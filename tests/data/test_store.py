@@ -271,7 +271,7 @@ def test_manifests_that_do_not_fit(folder: pathlib.Path, tmp_path: pathlib.Path)
     assert "has no validation documents" in with_(shards=validation)
     path.unlink()
     (folder / "plan.json").touch()
-    assert "is not finished; the same tlm prepare command goes on" in refusal(folder)
+    assert "is not finished; the same tlm prepare command resumes it" in refusal(folder)
     empty = tmp_path / "empty"
     with pytest.raises(UserError, match="has no manifest"):
         dataset(folder, path=None, mixture=((str(empty), 1.0),))

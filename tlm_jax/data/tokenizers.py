@@ -73,8 +73,8 @@ def load_tokenizer(name: str | None) -> Tokenizer:
     """Opens a tokenizer.
 
     Args:
-      name: None for the package's own 4,096-token byte-level BPE; `bytes` for one
-        token a byte; else the path of a Hugging Face tokenizer.json or of a
+      name: None for the package's own 4,096-token byte-level BPE; `bytes` for one token per
+        byte; else the path of a Hugging Face tokenizer.json or of a
         SentencePiece .model.
 
     Raises:

@@ -104,7 +104,7 @@ def _check_sequence(config: RunConfig, shards: int) -> None:
 
 
 def device_mesh(config: MeshConfig) -> Mesh:
-    """A mesh over all devices, or as many as its sizes ask for; no batch need fit it.
+    """A mesh over all devices, or as many as its sizes ask for; it need not fit a batch.
 
     Raises:
       UserError: the mesh does not fit the devices.

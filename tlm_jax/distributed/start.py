@@ -1,4 +1,4 @@
-"""What comes before anything else asks for devices: compiled programs kept, processes joined.
+"""What must happen before anything asks for devices: compiled programs cached, processes joined.
 
 A job has a process on each host of a TPU slice, or on each GPU or node.
 """

@@ -152,7 +152,7 @@ def _agreed(number: int) -> int:
 
 
 def _free_memory(device: jax.Device) -> int:
-    """Bytes that are free on a device, or on this machine where devices do not tell."""
+    """Bytes that are free on a device, or on this machine where devices do not report it."""
     statistics = device.memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics["bytes_in_use"]

@@ -5,7 +5,7 @@ position of the data iterator and, as metadata, what is needed to tell whether
 this program may continue it: the resolved config, widths, shapes, the data
 layout; and whether it is still what was saved: a checksum for each array, over
 the position and over the metadata themselves. Orbax writes into a temporary
-folder and renames it when it is whole.
+folder and renames it when it is complete.
 """
 
 import functools
@@ -146,14 +146,14 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Steps of whole checkpoints, oldest first."""
+        """Steps of complete checkpoints, oldest first."""
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
     def save(self, step: int, state: TrainState, iterator: Any, metadata: dict[str, Any]) -> None:
         """Starts to save; returns when the arrays are copied, before they are written.
 
         Raises:
-          UserError: this save, or the one before, failed; older checkpoints are whole.
+          UserError: this save, or the one before, failed; older checkpoints are intact.
         """
         self.wait()
         self._saving = step
@@ -190,7 +190,7 @@ class Checkpoints:
                 self._pending = None
 
     def wait(self) -> None:
-        """Waits until the last save is whole.
+        """Waits until the last save is complete.
 
         Raises:
           UserError: it failed, for example because the disk is full.
@@ -218,7 +218,7 @@ class Checkpoints:
         return found | {CHECKSUMS: checksums.saved(folder / CHECKSUMS)}
 
     def restore(self, step: int, state: TrainState, iterator: Any) -> TrainState:
-        """Loads a step; `state` has shapes and shardings, `iterator` is moved to its place.
+        """Loads a step; `state` has shapes and shardings, `iterator` is moved to its position.
 
         Raises:
           UserError: the step has another state, or cannot be read.

@@ -70,7 +70,7 @@ class Evaluations:
         return kinds
 
     def owed(self, start: int) -> set[str]:
-        """Kinds that a run which starts at a step makes before it goes on.
+        """Kinds that a run which starts at a step makes before its next step.
 
         They are those that were interrupted, or failed. Before the first step it is validation.
         """
@@ -103,7 +103,7 @@ class Evaluations:
 
         Raises:
           UserError: at the start of training, that a suite cannot be evaluated. (A run that
-            continues reports it when it is due, and goes on.)
+            continues reports it when it is due, and keeps training.)
         """
         training, tokenizer = self._config.training, self._dataset.tokenizer
         if training.suites and start == 0:
@@ -211,7 +211,7 @@ class Evaluations:
         writer: metrics.MetricsWriter,
         between: Callable[..., None],
     ) -> None:
-        """Evaluates the suites; what goes wrong in them is reported, and no reason to stop."""
+        """Evaluates the suites; errors in them are reported and do not stop the run."""
         try:
             if self._suites is None:
                 self._suites = self._open_suites()

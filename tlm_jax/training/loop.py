@@ -3,8 +3,8 @@
 Order within a step, not to be changed: take a batch, dispatch the update, read
 the metrics of the step before (so the device never waits), save, evaluate. The
 data iterator moves only after the save, so a checkpoint continues with exactly
-the next batch; and no evaluation, however it ends, costs a step. One that was
-interrupted is made up when the run continues: `metrics.jsonl` tells.
+the next batch; and no evaluation, however it ends, costs a step. An interrupted one is repeated
+when the run resumes: `metrics.jsonl` tells.
 """
 
 import dataclasses

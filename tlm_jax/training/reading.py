@@ -1,4 +1,4 @@
-"""The batches of a job: each process reads those rows that its devices need."""
+"""The batches of a job: each process reads the rows that its devices need."""
 
 from collections.abc import Callable
 from typing import Any

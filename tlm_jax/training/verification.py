@@ -1,4 +1,4 @@
-"""Whether the files of a run folder are still what was written: by their checksums."""
+"""Whether the files of a run folder are unchanged, by their checksums."""
 
 import dataclasses
 import json
