@@ -231,7 +231,7 @@ def _text(path: pathlib.Path) -> str:
 def test_a_sweep_told_to_stop_while_its_cell_imports(
     config_file: pathlib.Path, tmp_path: pathlib.Path, fails: Fails
 ) -> None:
-    """Status 75, no cell is called broken and no other begun; a second sweep is kept out."""
+    """Status 75, no cell is called failed and no other begun; a second sweep is kept out."""
     file, folder = tmp_path / "sweep.py", tmp_path / "out"
     file.write_text(SWEEP.format(config=str(config_file)))
     process = _start(file, folder)
@@ -246,7 +246,7 @@ def test_a_sweep_told_to_stop_while_its_cell_imports(
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (75, "")
     assert "Stopped in" in out
-    assert "broken" not in out
+    assert "failed" not in out
     assert [path.name for path in folder.glob("*-3")] == ["uniform-3"]
 
 
