@@ -28,11 +28,11 @@ lint: $(READY)            ## ruff, types and import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(READY)          ## mend what ruff can mend
+format: $(READY)          ## fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY)           ## the tables of docs/speed.md (TORCH_PYTHON=..., RUN=..., DATA_DIR=... for comparisons)
+bench: $(READY)           ## the tables of docs/speed*.md (TORCH_PYTHON=..., RUN=..., DATA_DIR=... for comparisons)
 	$(BIN)/python -m benchmarks.compile_time
 	$(BIN)/python -m benchmarks.step_time tiny
 	$(BIN)/python -m benchmarks.scaling

@@ -3,11 +3,11 @@
     python -m benchmarks.data [--only prepare] [--text FOLDER --tokenizer FILE] [--processes 2]
 
 Every measurement is a process of its own, and arms that are compared take turns. Four tables
-go to docs/speed.md:
+go to docs/speed-data.md:
 
 - prepare: seconds to tokenise the same documents with the same tokenizer and number of
-  processes, and to write the result. Ours includes reading, unpacking and cutting the files and
-  choosing what is held out; theirs begins when the documents lie in an Arrow file. Their
+  processes, and to write the result. Ours includes reading, decompressing and splitting the
+  files and choosing what is held out; theirs begins with the documents in an Arrow file. Their
   function is timed with `encode_batch`, which transformers calls, and with `encode_batch_fast`.
 - loader: tokens per second that the train iterator delivers, packing included, and how many times
   what the tiny model consumes here (its train step is timed in the same run).
@@ -423,7 +423,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or pathlib.Path(temporary)
         for table in [options.only] if options.only else TABLES:
-            report.publish(f"data-{table}", measures[table](options, folder))
+            text = measures[table](options, folder)
+            report.publish(f"data-{table}", text, report.SPEED_DATA)
 
 
 if __name__ == "__main__":

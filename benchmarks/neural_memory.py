@@ -12,7 +12,7 @@ left as it was without `--torch_python`.
 A layer is all that stands between a normalised input and the residual stream: projections,
 gates, memory, output. Both are float32 on all cores and give gradients of every parameter and
 of the input. Each arm runs in a process of its own and they take turns; medians and the
-processes' peaks are written to docs/speed.md.
+processes' peaks are written to docs/speed-titans.md.
 """
 
 import argparse
@@ -173,6 +173,7 @@ def compare(torch_python: str, repetitions: int) -> None:
         f"Medians of {repetitions} alternating passes over {(BATCH, LENGTH, D_MODEL)}, {HEADS} "
         f"heads, chunk {CHUNK}, depth {DEPTH}; ratios are medians over pairs. {versions}; "
         f"{report.software()}.",
+        report.SPEED_TITANS,
     )
 
 
@@ -204,6 +205,7 @@ def grow(repetitions: int) -> None:
         "neural-memory-length",
         f"{report.table(header, rows)}\n\nMedians of {repetitions} alternating passes, batch "
         f"{BATCH}, chunks_per_checkpoint=1; {report.machine()}.",
+        report.SPEED_TITANS,
     )
 
 
@@ -229,6 +231,7 @@ def scales(repetitions: int) -> None:
         f"{report.table(header, rows)}\n\nMedians of {repetitions} alternating passes over "
         f"{(BATCH, LENGTH, D_MODEL)}, {HEADS} heads; TNT's two memories are half as wide, its "
         f"shard and global chunk {SHARD} tokens; {report.machine()}.",
+        report.SPEED_TITANS,
     )
 
 

@@ -9,7 +9,9 @@ import jaxlib
 
 from tlm_jax.analysis import sweep_report
 
-SPEED = pathlib.Path(__file__).parents[1] / "docs" / "speed.md"
+DOCS = pathlib.Path(__file__).parents[1] / "docs"
+SPEED = DOCS / "speed.md"
+SPEED_DATA, SPEED_TITANS = DOCS / "speed-data.md", DOCS / "speed-titans.md"
 
 
 def machine() -> str:

@@ -5,7 +5,7 @@ Hardware:  a CPU
 Expected:  S-NIAH-1 found in 94 of 100 cases or more at 256 to 512 tokens; 15 minutes on two
            cores (docs/results.md)
 
-It proves that the needle task can be measured. What counts is the kind of texts: see
+It proves that the needle task can be measured. What matters is the kind of texts: see
 benchmarks/needle.py.
 """
 

@@ -8,7 +8,7 @@ Expected:  docs/results.md
 8 layers, 1.7M parameters besides the embeddings; the taper is the paper's, the rest our choice.
 Float32 everywhere, so that the machine does not matter. FILE.py:micro is 64 wide, has 0.43M
 parameters besides the embeddings and reads 4.3M tokens: for many seeds on a CPU; :WIDTHxTOKENS has
-another width and so many tokens per parameter, such as :96x20 (micro is 64x10). :medium has 12
+another width and that many tokens per parameter, such as :96x20 (micro is 64x10). :medium has 12
 layers, 21.7M parameters besides the embeddings, bfloat16, and reads 23M tokens: for a GPU.
 """
 

@@ -32,7 +32,7 @@ def large(
     mlp_width: int,
     tokens: float,
 ) -> RunConfig:
-    """A run of one size of the paper, trained on so many tokens (rounded up to whole steps)."""
+    """A run of one size of the paper, trained on this many tokens (rounded up to whole steps)."""
     config = RunConfig(
         name=name,
         model=ModelConfig(

@@ -1,4 +1,4 @@
-"""The tiny model with a recurrent mixer of one's own.
+"""The tiny model with a custom recurrent mixer.
 
 Command:   python train.py --config examples/rg_lru_tiny.py --workdir runs/rg_lru
 """

@@ -6,8 +6,8 @@
 #
 # /mnt/shared is storage that all hosts have mounted, such as Filestore or a bucket with gcsfuse.
 # Needs gcloud, and Python 3.12 on the hosts. Copies this folder to every host, installs it and trains
-# until the run is complete: status 1 and 2 are mistakes to be mended first, after anything else the
-# command is given again and continues from the last checkpoint.
+# until the run is complete. Status 1 and 2 are mistakes that must be fixed first; after any other
+# status the command is repeated and resumes from the last checkpoint.
 set -euo pipefail
 
 : "${TPU:?name the TPU}" "${ZONE:?name its zone}" "${CONFIG:?}" "${WORKDIR:?}"
@@ -23,11 +23,11 @@ on_all 'mkdir -p ~/tlm-jax && tar xzf /tmp/tlm-jax.tar.gz -C ~/tlm-jax &&
 words=$(printf ' %q' "$@")
 while true; do
   status=0
-  # The TPU's metadata server tells JAX of the other hosts.
+  # The TPU's metadata server tells JAX about the other hosts.
   on_all "cd ~/tlm-jax && .venv/bin/python train.py --config $CONFIG --workdir $WORKDIR \
     --processes.join always$words" || status=$?
   case $status in
     0 | 1 | 2) exit "$status" ;;
-    *) echo "status $status: going on from the last checkpoint" >&2; sleep 30 ;;
+    *) echo "status $status: resuming from the last checkpoint" >&2; sleep 30 ;;
   esac
 done

@@ -56,8 +56,8 @@ def test_unknown_option_as_a_user_sees_it(encoding: str, train: tuple[str, ...])
             ("--model.taper.strt", "1.2"),
             "Unrecognized options: --model.taper.strt, 1.2; did you mean --model.taper.start?",
         ),
-        (("--model.d_model", "big"), "--model.d_model: 'big' is no whole number"),
-        (("--optimizer.eps", "tiny"), "--optimizer.eps: 'tiny' is no number"),
+        (("--model.d_model", "big"), "--model.d_model: 'big' is not a whole number"),
+        (("--optimizer.eps", "tiny"), "--optimizer.eps: 'tiny' is not a number"),
     ):
         result = run("train.py", *train[1:], *words, variables=variables)
         assert result.returncode == 1
@@ -240,7 +240,7 @@ def test_eval_of_what_is_not_there(
         f"{tmp_path} is not a run folder: it has no checkpoints/"
     )
     (tmp_path / "checkpoints").mkdir()
-    assert fails("eval", "--checkpoint", tmp_path) == f"{tmp_path} has no whole checkpoint"
+    assert fails("eval", "--checkpoint", tmp_path) == f"{tmp_path} has no complete checkpoint"
     message = fails("eval", "--checkpoint", finished_run, "--step", "7")
     assert message == f"{finished_run} has no checkpoint of step 7, only of [10, 20]"
     assert "--step" in fails("eval", "--checkpoint", finished_run, "--step", "x")

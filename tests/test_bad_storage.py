@@ -71,7 +71,7 @@ def test_damaged_checkpoint(
     damage(before)
     kept = contents(finished)
     message = fails(*train)
-    assert message.startswith(f"no whole checkpoint is left in {finished} (checkpoint {before} is")
+    assert message.startswith(f"no usable checkpoint is left in {finished} (checkpoint {before} is")
     assert "nothing was moved" in message
     assert contents(finished, but=[".lock"]) == {k: v for k, v in kept.items() if k != ".lock"}
 
@@ -128,7 +128,7 @@ def test_full_disk(
     """The disk fills up in the middle of a run, which then ends with one line, and soon.
 
     The last whole checkpoint stays, although only one is to be kept, and with room
-    again the same command continues from it.
+    again the same command resumes from it.
     """
     disk = tmp_path / "disk"
     with _mounted(disk, "4m"):
@@ -140,9 +140,9 @@ def test_full_disk(
         message = only_error(result.stderr)
         assert message == (
             f"cannot save step {NUM_STEPS} in {folder}/checkpoints: No space left on device; "
-            f"step {SAVED} is whole, and the same command continues from there"
+            f"step {SAVED} is complete, and the same command resumes from there"
         )
-        assert "metrics are not being written" in result.stdout  # and no reason to stop
+        assert "cannot write metrics" in result.stdout  # and no reason to stop
         assert steps(folder) == [SAVED]
         assert contents(folder / "checkpoints" / str(SAVED)) == kept
 
@@ -169,7 +169,7 @@ def test_file_that_cannot_grow(
     assert result.returncode == 1
     assert only_error(result.stderr) == (
         f"cannot save step {NUM_STEPS} in {folder}/checkpoints: File too large; "
-        f"step {SAVED} is whole, and the same command continues from there"
+        f"step {SAVED} is complete, and the same command resumes from there"
     )
     assert contents(folder / "checkpoints" / str(SAVED)) == kept
 
@@ -185,7 +185,7 @@ def test_failed_first_save_ends_the_run_before_the_next(
     assert result.returncode == 1
     message = only_error(result.stderr)
     assert message.startswith(f"cannot save step {SAVED} in {folder}/checkpoints: File too large;")
-    assert message.endswith("no earlier checkpoint, and the same command starts anew")
+    assert message.endswith("no earlier checkpoint, and the same command starts over")
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] < 2 * SAVED
 

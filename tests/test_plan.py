@@ -79,7 +79,7 @@ def test_memory_of_each_device() -> None:
     words = " ".join(" ".join(line.strip("│ ") for line in text.splitlines()).split())
     assert "off by up to" in words
     assert "compiled for tpu" in words
-    for part in ("weights", "kept by layers", "at work", "program"):
+    for part in ("weights", "kept by layers", "working set", "program"):
         assert "(estimate)" in words[words.index(part) :][:120], part
     assert "fits, by this estimate" in words
     assert "does not fit" in " ".join(_printed(_run(), devices=16, limit=2**30).split())
@@ -138,7 +138,7 @@ def test_summary_is_short_and_complete() -> None:
         ("--model.mlp_width 10000000000000", "it must be at most 2147483647"),
         ("--model.num_layers 10000 --model.taper.start 1.9 --model.taper.end 1", "use end=0.1"),
         ("--model.num_layers 9984 --model.taper.num_segments 3", "use num_segments=None"),
-        ("--training.num_steps 1e12", "--training.num_steps: '1e12' is no whole number"),
+        ("--training.num_steps 1e12", "--training.num_steps: '1e12' is not a whole number"),
     ],
 )
 def test_huge_numbers_are_refused_at_once(words: str, message: str, fails: Fails) -> None:

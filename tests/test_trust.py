@@ -210,7 +210,7 @@ def test_a_working_directory_that_is_gone(
     folder.rmdir()
     message = fails("plan", "--config", ROOT / "configs" / "tiny.py")
     os.chdir(tmp_path)
-    assert message == "the working directory does not exist any more; cd to one that does"
+    assert message == "the working directory no longer exists; cd to one that does"
 
 
 def test_the_option_needs_a_value(fails: Fails) -> None:

@@ -61,12 +61,12 @@ def best_stairs(ideal: tuple[float, ...], count: int, total: int) -> tuple[int, 
     to make up of few stairs, a stair far off the curve would do it too.
 
     Args:
-      ideal: non-increasing curve, one value a layer, in units.
+      ideal: non-increasing curve, one value per layer, in units.
       count: most stairs.
       total: sum of the result over layers, in units.
 
     Returns:
-      One height a layer, or None if no such stairs have the sum.
+      One height per layer, or None if no such stairs have the sum.
     """
     best, cost = None, math.inf
     for stairs in range(min(count, len(ideal)), 0, -1):  # of equally good ones the most stairs

@@ -1,4 +1,4 @@
-"""Training, loading and asking models from Python: what `import tlm_jax` offers.
+"""Training, loading and querying models from Python: what `import tlm_jax` offers.
 
     import tlm_jax
 
@@ -51,9 +51,10 @@ class LoadedModel:
         return skeleton(self.config.model).merge(self.params)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text as the model reads it: with what documents began with in training.
+        """Token ids of a text as the model reads it: preceded by what documents began with in
+        training.
 
-        Names of special tokens in the text are those tokens.
+        Names of special tokens in the text are read as those tokens.
         """
         return restore.prompt_ids(self.folder, self.metadata, self.tokenizer, text)
 
@@ -97,7 +98,7 @@ class LoadedModel:
 
         Args:
           prompt: text to continue.
-          num_tokens: to write at most; the text ends earlier at a token that ends texts.
+          num_tokens: most tokens to write; the text ends earlier at an end-of-text token.
           temperature: 0 is greedy.
           top_k: draw among this many likeliest tokens; 0 is all.
           top_p: draw among the likeliest tokens that hold this share of the probability.

@@ -125,7 +125,7 @@ VARIANTS: dict[str, Callable[[ModelConfig, int], ModelConfig]] = {"hybrid": _hyb
 def with_architecture(config: RunConfig, name: str) -> RunConfig:
     """A Transformer's run with another architecture of about as many parameters and FLOPs.
 
-    What the new mixer has more than attention is taken off the mean MLP width, in
+    Parameters that the new mixer has beyond attention's are deducted from the mean MLP width, in
     multiples of 32; the paper does not say how it matched architectures (our choice). Titans' FLOPs
     follow from its heads and the width of its memory (docs/architectures.md has both figures of
     each size). Only a model and its uniform twin are exactly equal.

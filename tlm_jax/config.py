@@ -32,7 +32,7 @@ from tlm_jax.validation import (
 from tlm_jax.validation import UserError as UserError
 
 RUN_AGAIN = 75
-"""Exit status of a run that is not complete and that the same command continues (EX_TEMPFAIL)."""
+"""Exit status of an incomplete run that the same command resumes (EX_TEMPFAIL)."""
 
 MAX_LAYERS = 10_000
 """Deepest model (our choice: ten times the deepest that was published, arXiv 2203.00555)."""
@@ -129,7 +129,7 @@ class ModelConfig(Checked):
 
     @property
     def base_mlp_width(self) -> int:
-        """Mean MLP width: `mlp_width` less what the mixer takes of the MLP's budget."""
+        """Mean MLP width: `mlp_width` minus what the mixer takes of the MLP's budget."""
         return self.mlp_width - self.mixer.mlp_width_taken(self.d_model)
 
     @property
@@ -175,8 +175,8 @@ class DataConfig(Checked):
     num_workers: Annotated[int, Range(least=0, most=1024)] = 0
     """Reader processes; batches depend on it, so it is fixed for a run."""
     readers: Count = 1
-    """Shares of a batch's rows that are read apart, so that a process of a job reads only its own
-    rows: as many as processes, or a multiple. Batches depend on it, so it is fixed for a run."""
+    """Readers that share a batch's rows, so that each process of a job reads only its own rows:
+    one per process, or a multiple. Batches depend on it, so it is fixed for a run."""
     skip_corrupt: bool = _may_change(False)
     """Skip damaged records of prepared text, with a note for each, instead of stopping."""
     cache_dir: str | None = None
@@ -207,7 +207,7 @@ class TrainingConfig(Checked):
     """The loop: steps, evaluation, checkpoints."""
 
     num_steps: Count = _may_change(1000)
-    """Optimizer steps in all; raise it to continue a finished run."""
+    """Total optimizer steps; raise it to continue a finished run."""
     grad_accumulation: Count = 1
     """Split each batch into this many parts, one after the other, to save memory."""
     loss_chunk: NaturalNumber = 128
@@ -235,11 +235,12 @@ class TrainingConfig(Checked):
     keep_every: Count | None = _may_change(None)
     """Also keep every checkpoint whose step is a multiple of this."""
     skip_spikes: NotNegative = 0.0
-    """Skip updates whose gradient norm is so many times that of about the last 100; 0 is never."""
+    """Skip updates with a gradient norm above this many times the mean of about the last 100;
+    0 is never."""
     max_bad_steps: Count = _may_change(10)
     """Stop after this many updates in a row skipped for a bad loss or gradient."""
     hang_timeout: Annotated[float, Range(least=0, most=1e9)] = _may_change(1800.0)
-    """Seconds without a finished step or batch of an evaluation until the process is ended, to be
+    """Seconds without a finished step or evaluation batch after which the process ends, to be
     restarted; 0 is never."""
     sample_prompt: str = _may_change("The ")
     """Continued at each evaluation."""
@@ -258,7 +259,7 @@ class TrainingConfig(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig(Checked):
-    """Devices along each mesh axis; -1 takes what is left."""
+    """Devices along each mesh axis; -1 takes the remaining ones."""
 
     data: int = _may_change(-1)
     """Batch split, parameters copied."""

@@ -27,7 +27,7 @@ from tlm_jax.optimizers import OptimizerConfig
 CONFIG_FUNCTION = "get_config"
 KIND = "kind"
 _OWN_FILE = "tlm_config_"
-"""Begins the module names of Python files that the user names, so that they hide no others."""
+"""Prefix of the module names of the user's Python files, so that they hide no others."""
 _BASES = (MixerConfig, MLPConfig, OptimizerConfig)
 """Configs of several kinds, which users may add to."""
 _T = typing.TypeVar("_T")
@@ -56,7 +56,7 @@ def load_config(path: str | pathlib.Path) -> RunConfig:
 def load(path: str | pathlib.Path, function: str, kind: type[_T]) -> _T:
     """Returns what a function in the Python file at `path` (or FILE.py:WORD) returns.
 
-    Modules that lie beside the file are found, after all others.
+    Modules beside the file can be imported; others of the same name come first.
 
     Raises:
       UserError: the file is missing, fails, or returns something else.
@@ -236,16 +236,14 @@ def _class(kind: Any, base: type, where: str) -> type:
             raise UserError(f"{where} has the kind {kind[:80]!r}; it must be module:Class")
         if module not in _trusted:
             raise UserError(
-                f"{where} is of the kind {kind[:80]!r}, which is not one of tlm-jax: to load it "
+                f"{where} has the kind {kind[:80]!r}, which is not part of tlm-jax: loading it "
                 f"runs the code of the module {module[:80]}. If you trust that code, add "
                 f"--trust_module {module[:80]} (or its file, FOLDER/NAME.py)"
             )
         _import_trusted(module)
         found = {_kind(cls): cls for cls in _loaded(base)}
     if kind not in found:
-        raise UserError(
-            f"{where} is of the kind {kind!r}, but {module} has no such {base.__name__}"
-        )
+        raise UserError(f"{where} has the kind {kind!r}, but {module} has no such {base.__name__}")
     return found[kind]
 
 

@@ -1,11 +1,11 @@
 """Exact parameters, FLOPs and bytes of a model, layer by layer, without a device.
 
 FLOPs are those of matrix products, 2 m n k each; norms, activations, softmax and
-the embedding lookup count nothing. Causal attention is counted twice over: as the
+the embedding lookup count nothing. Causal attention is counted in two ways: as the
 (L + 1) / 2 keys that a token really has ("causal"), and as all L keys, which dense
 kernels compute and the usual definition of MFU counts ("full"). Layers are
-summed, never multiplied, since their widths differ. What a train step needs while it runs is
-`training.memory`'s business.
+summed, never multiplied, since their widths differ. `training.memory` estimates what a train
+step needs while it runs.
 """
 
 import dataclasses
@@ -191,7 +191,7 @@ _MATCHED = ("parameters", "forward_flops", "forward_flops_full", "recompute_flop
 
 
 def twin_difference(config: ModelConfig, seq_len: int = 1) -> dict[str, int]:
-    """What the model has more than its uniform twin, by name; equal entries are left out."""
+    """How much more the model has than its uniform twin, by name; equal entries are left out."""
     costs, twin = model_costs(config, seq_len), model_costs(config.uniform_twin(), seq_len)
     return {
         name: getattr(costs, name) - getattr(twin, name)

@@ -128,7 +128,7 @@ def write_json(path: pathlib.Path, record: dict[str, Any], *, indent: int | None
 
 @contextlib.contextmanager
 def named(path: pathlib.Path | str) -> Iterator[None]:
-    """Names `path` in what the system refuses without naming a file, such as to a full disk."""
+    """Adds `path` to errors of the system that name no file, such as on a full disk."""
     try:
         yield
     except OSError as error:

@@ -74,7 +74,7 @@ def norm_parameters(kind: str) -> int:
     """
     if kind not in NORM_PARAMETERS:
         raise UserError(
-            f"model.norm={kind!r} is not one of {', '.join(NORM_PARAMETERS)}; if a module of yours "
+            f"model.norm={kind!r} is not one of {', '.join(NORM_PARAMETERS)}; if your own module "
             "registers it, add --trust_module MODULE (or its file, FOLDER/NAME.py)"
         )
     return NORM_PARAMETERS[kind]

@@ -54,7 +54,7 @@ class MixerConfig(Checked):
         return self
 
     def mlp_width_taken(self, d_model: int) -> int:
-        """MLP width that this mixer's parameters take off every layer's budget."""
+        """MLP width deducted from every layer's budget for this mixer's parameters."""
         del d_model
         return 0
 
@@ -240,9 +240,9 @@ class GatedAttentionConfig(AttentionConfig):
     """Attention whose output is gated by the layer's input (arXiv 2505.06708, variant G1)."""
 
     gate: Literal["elementwise", "headwise"] = "elementwise"
-    """A gate for every value of every head, or one a head."""
+    """One gate per value of each head, or one per head."""
     gate_from_mlp: bool = False
-    """Take the gate's parameters off the MLP width, before it is tapered."""
+    """Deduct the gate's parameters from the MLP width, before it is tapered."""
 
     def gate_parameters(self, d_model: int) -> int:
         """Parameters of one layer's gate, with the mean number of heads."""
@@ -270,7 +270,7 @@ class TitansConfig(MixerConfig):
     variant: Literal["lmm", "mac", "mag", "mal"] = "mag"
     """Memory alone, as context of attention, as its gate, or as the layer before it."""
     num_heads: Count = 4
-    """Heads, each with a memory of its own."""
+    """Heads, each with its own memory."""
     head_dim: Count | None = None
     """Dimension of a head; None means d_model / num_heads."""
     memory_depth: int = 2
@@ -280,7 +280,7 @@ class TitansConfig(MixerConfig):
     memory_taper: TaperConfig = NO_MEMORY_TAPER
     """How the memory's hidden width is spread over depth; exact at memory_depth=2."""
     chunk: Count = 64
-    """Tokens whose gradients are taken at the same memory."""
+    """Tokens whose gradients are taken at the same state of the memory."""
     local_chunks: tuple[Count, ...] = ()
     """TNT (arXiv 2511.07343): chunks of local memories, whose reads are added to those of the
     memory above. That one, now the global memory, reads what earlier chunks have written, so
@@ -288,15 +288,15 @@ class TitansConfig(MixerConfig):
     shard: Count = 2048
     """Tokens after which local memories start over; shards are computed side by side."""
     project_queries: bool = True
-    """Local memories read at queries led to the keys that their shard has seen."""
+    """Project the queries of local memories onto the keys that their shard has seen."""
     momentum: bool = True
-    """Steps go on in the direction of those before (eta)."""
+    """The memory's steps have momentum (eta)."""
     forgetting: bool = True
     """The memory decays (alpha)."""
     max_rate: Positive | None = None
     """Bound of a token's learning rate, theta / (1 - eta); None means 0.3 / chunk."""
     gradient_clip: Positive | None = 4.0
-    """Soft bound on the norm of a token's gradient; None leaves it alone."""
+    """Soft bound on the norm of a token's gradient; None is no bound."""
     conv_width: Count = 4
     """Tokens that the convolution of q, k and v sees; 1 turns it off."""
     num_persistent: NaturalNumber = 4

@@ -49,7 +49,7 @@ class MLPConfig(Checked):
         require(
             len(chunks) in (0, levels),
             f"mlp.online_chunks={chunks} has {len(chunks)} entries and mlp.periods has {levels}; "
-            "give one chunk length a level (0 for a level that is not updated), or none at all",
+            "give one chunk length per level (0 for a level that is not updated), or none at all",
         )
         require(
             not chunks or (min(chunks) >= 0 and max(chunks) > 0),
@@ -65,12 +65,12 @@ class MLPConfig(Checked):
         rate = self.online_learning_rate
         require(
             rate < CHAOTIC_RATE,
-            f"mlp.online_learning_rate={rate}: updates inside a sequence turn chaotic from about "
+            f"mlp.online_learning_rate={rate}: updates inside a sequence become chaotic from about "
             f"{CHAOTIC_RATE} on; use 0.01 or less",
         )
         require(
             bool(chunks) or not self.online_in_training,
-            "mlp.online_in_training needs mlp.online_chunks, one chunk length a level",
+            "mlp.online_in_training needs mlp.online_chunks, one chunk length per level",
         )
 
     @property

@@ -1,6 +1,6 @@
 """Configs of optimizers and learning-rate schedules; `training.updates` makes them.
 
-An optimizer of your own is a config that derives from `OptimizerConfig`, and a function registered
+A custom optimizer is a config that derives from `OptimizerConfig`, and a function registered
 for it with `tlm_jax.register_optimizer`.
 """
 
@@ -57,8 +57,8 @@ class OptimizerConfig(Checked):
         )
         require(
             peak * self.weight_decay <= 1,
-            f"weight_decay={self.weight_decay} at learning_rate={peak} takes more than the whole "
-            f"of each weight in a step; use at most {1 / peak:g}",
+            f"weight_decay={self.weight_decay} at learning_rate={peak} shrinks each weight by "
+            f"more than its value in a step; use at most {1 / peak:g}",
         )
 
 

@@ -45,7 +45,7 @@ def console(
 
 
 def protect(*, vital: bool) -> None:
-    """Makes standard output and error of this process ones that cannot fail.
+    """Makes writing to this process's standard output and error unable to fail.
 
     What cannot be written (nobody reads, the disk is full) is left out, and later text is tried
     again; what the encoding lacks is written as an escape such as \\xe9.

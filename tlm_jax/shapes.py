@@ -1,4 +1,4 @@
-"""Curves over depth: those of a taper, and the widths of related work at a uniform model's budget.
+"""Curves over depth: those of a taper, and widths of related work at a uniform model's budget.
 
 Each shape of related work gives the width of a layer at depth x (0 at the first layer, 1 at the
 last) up to a factor, which the budget fixes. The papers vary more than MLP widths, or other sizes

@@ -30,7 +30,7 @@ POLICIES: dict[str, Callable[..., Any] | None] = {
         offload_dst="pinned_host",
     ),
 }
-"""What the backward pass finds, besides each layer's input, and need not compute again."""
+"""What is kept for the backward pass besides each layer's input, and not recomputed."""
 
 MakeLayer = Callable[..., nnx.Module]
 Body = Callable[[Any, jax.Array, Any], tuple[jax.Array, Any]]

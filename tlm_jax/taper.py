@@ -105,7 +105,7 @@ def layer_widths(
         curve from 1 to 1, ignore `multiple_of`.
       start: first width over base (groups: that of the heavy third).
       end: last width over base (groups: not used). A curve keeps the mean only if
-        start + end = 2, within what rounding absorbs (one unit a layer).
+        start + end = 2, within what rounding absorbs (one unit per layer).
       steepness: k of the sigmoid.
       heavy: third of the depth that groups widens.
       widths: the result itself, for explicit; checked.

@@ -26,11 +26,11 @@ class TaperConfig(Checked):
     heavy: taper_lib.Third = "early"
     """Which third of the depth is wide in the groups schedule."""
     widths: tuple[Count, ...] = ()
-    """The widths themselves, one a layer, for schedule=explicit."""
+    """The widths themselves, one per layer, for schedule=explicit."""
     multiple_of: Count = 16
     """Widths are multiples of this: 16 as in the paper, 128 for TPU lanes."""
     num_segments: Count | None = None
-    """Approximate the curve by at most this many stairs, to buy compile time; None is exact."""
+    """Approximate the curve by at most this many stairs, to shorten compile time; None is exact."""
 
     def apply(self, num_layers: int, base_width: int) -> tuple[int, ...]:
         """The width of each layer; see `taper.layer_widths`."""

@@ -1,4 +1,4 @@
-"""What every mixer must hold, as checks for a user's own test suite.
+"""What every mixer must satisfy, as checks for a user's own test suite.
 
     from tlm_jax.testing import check_mixer
 

@@ -20,7 +20,7 @@ _SCARCE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 
 
 class UserError(Exception):
-    """A mistake the user can mend; shown as one line, without a stack trace."""
+    """A mistake the user can fix; shown as one line, without a stack trace."""
 
 
 def causes(error: BaseException) -> list[BaseException]:

@@ -9,7 +9,7 @@ Sizes:     FILE.py:micro and :medium take those of configs/study.py
 Cost:      20 runs of configs/study.py (five seeds)
 Plan:      docs/studies.md, study i
 
-The short run has a tenth of the steps, and the arms that use it train as many fewer.
+The short run has a tenth of the steps, and the arms that use it train for that many fewer.
 """
 
 import os
@@ -23,7 +23,7 @@ STUDY = pathlib.Path(__file__).parents[1] / "study.py"
 
 
 def widths(name: str, config: RunConfig) -> tuple[int, ...]:
-    """From the environment; without it the uniform widths, so that the file can be looked at."""
+    """From the environment; without it the uniform widths, so that the file can be loaded."""
     words = os.environ.get(name, "").split()
     if not words:
         return (config.model.base_mlp_width,) * config.model.num_layers

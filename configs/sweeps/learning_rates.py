@@ -1,4 +1,4 @@
-"""Does each shape want its own learning rate? Uniform and tapered at three of them.
+"""Does each shape need its own learning rate? Uniform and tapered at three of them.
 
 Command:   DATA=FOLDER tlm sweep configs/sweeps/learning_rates.py
 Sizes:     FILE.py:micro and :medium take those of configs/study.py

@@ -3,7 +3,7 @@
 Command:   tlm sweep configs/sweeps/optimizers.py
 Cost:      9 runs of 300 steps of configs/tiny.py, about 3 minutes each on two idle cores
 
-The best of each is what counts. One seed: differences of less than about 0.03 say nothing.
+Compare the best of each. There is one seed: differences below about 0.03 mean nothing.
 """
 
 import dataclasses

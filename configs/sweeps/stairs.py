@@ -1,4 +1,4 @@
-"""Stairs instead of the smooth curve: what is lost for the compile time won.
+"""Stairs instead of the smooth curve: what the shorter compile time costs in loss.
 
 Command:   DATA=FOLDER tlm sweep configs/sweeps/stairs.py
 Cost:      10 runs of configs/study.py (two seeds)

@@ -70,7 +70,7 @@ def test_grid_is_every_combination():
     ("arms", "says"),
     [
         ((UNIFORM, UNIFORM), "two cells have one name"),
-        ((Arm(name="x"),), "the baseline 'uniform' of arm 'x' is none of its arms"),
+        ((Arm(name="x"),), "the baseline 'uniform' of arm 'x' is not one of its arms"),
         (
             (UNIFORM, Arm(name="x", changes={"model.taper.strat": 1})),
             "arm 'x': unknown field model.taper.strat; did you mean model.taper.start?",
@@ -160,8 +160,8 @@ def test_killed_and_broken_cells(
     out, err = process.communicate(timeout=200)
     assert process.returncode == 1
     assert "3 cells, 3 here, 2 to run" in out
-    assert "broken, seed 3: broken: status 1: error: data.path /nowhere" in " ".join(out.split())
-    assert err.startswith("error: 1 cells broke, see log.txt in their folders: broken-3")
+    assert "broken, seed 3: failed: status 1: error: data.path /nowhere" in " ".join(out.split())
+    assert err.startswith("error: 1 cells failed, see log.txt in their folders: broken-3")
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert "Continuing from step" in (folder / "cosine-1.5-3" / "log.txt").read_text()
     results = sweep_report.read(folder)
@@ -180,7 +180,7 @@ def test_killed_and_broken_cells(
     process = _start(file, folder)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "cosine-1.5-3/result.json is of another config (optimizer.clip_norm: 1.0 -> 2.0)" in err
+    assert "cosine-1.5-3/result.json has another config (optimizer.clip_norm: 1.0 -> 2.0)" in err
 
 
 def _two_arms(file: pathlib.Path, config: pathlib.Path) -> str:
@@ -243,7 +243,7 @@ def _text(path: pathlib.Path) -> str:
 def test_a_sweep_told_to_stop_while_its_cell_imports(
     config_file: pathlib.Path, tmp_path: pathlib.Path, fails: Fails
 ) -> None:
-    """Status 75, no cell is called broken and no other begun; a second sweep is kept out."""
+    """Status 75, no cell is called failed and no other begun; a second sweep is kept out."""
     file, folder = tmp_path / "sweep.py", tmp_path / "out"
     file.write_text(SWEEP.format(config=str(config_file)))
     process = _start(file, folder)
@@ -258,7 +258,7 @@ def test_a_sweep_told_to_stop_while_its_cell_imports(
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (75, "")
     assert "Stopped in" in out
-    assert "broken" not in out
+    assert "failed" not in out
     assert [path.name for path in folder.glob("*-3")] == ["uniform-3"]
 
 
@@ -282,7 +282,7 @@ def test_a_cell_of_an_earlier_call_is_waited_for_and_a_damaged_result_made_again
     assert outcome == sweep.Outcome(finished=1, broken={}, stopped=False)
     said = console.export_text()
     assert "result.json is damaged: it is not valid JSON" in said
-    assert "it is made again from the cell's run folder" in said
+    assert "it is rebuilt from the cell's run folder" in said
     assert f"Waiting for process {os.getpid()} on " in said
 
     results = tmp_path / "results.jsonl"
@@ -364,9 +364,9 @@ def test_records_of_two_machines_in_one_file(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"sweep": "another"}, "is of sweep 'another', .* of 'made'; merge each sweep into a file"),
-        ({"final": {"loss": 3.0}}, "'taper' has two results with seed 0, in .*; run other seeds"),
-        ({"seed": 7, "budget": {"parameters": 11}}, "'taper' is not the same in .*: budget"),
+        ({"sweep": "another"}, "is of sweep 'another', but .* is of 'made'; merge each sweep"),
+        ({"final": {"loss": 3.0}}, "'taper' has two results with seed 0, in .*; run different"),
+        ({"seed": 7, "budget": {"parameters": 11}}, "'taper' differs between .*: budget"),
         (
             {"seed": 7, "config": config_io.to_dict(RunConfig(seed=7)) | {"steps_per_call": 2}},
             "unknown field",
@@ -376,7 +376,7 @@ def test_records_of_two_machines_in_one_file(tmp_path: pathlib.Path) -> None:
                 "seed": 7,
                 "config": config_io.to_dict(RunConfig(optimizer=OptimizerConfig(clip_norm=2.0))),
             },
-            "'taper' is not the same in .*: optimizer.clip_norm",
+            "'taper' differs between .*: optimizer.clip_norm",
         ),
     ],
 )
@@ -398,7 +398,7 @@ def test_primary_comparisons_share_a_level():
     assert "- late minus taper: +0.9000 (1 pairs)\n" in text
     assert "97.5% intervals" in text
     assert sweep_report.primary(RECORDS) == ""
-    with pytest.raises(UserError, match="'cosine' in primary is none of its arms"):
+    with pytest.raises(UserError, match="'cosine' in primary is not one of its arms"):
         Sweep(name="s", base=RunConfig(), arms=(UNIFORM,), primary=(("cosine", "uniform"),))
 
 

@@ -135,7 +135,7 @@ def test_packed_files_that_end_too_soon(
         source.write_bytes(pack(plain)[:-20])  # type: ignore[operator]
         assert prepare(source, tmp_path / f"{kind}.out", "--skip_corrupt") == 1
         said = only_error(capsys.readouterr().err)
-        assert said.startswith(f"{source} cannot be unpacked: ")
+        assert said.startswith(f"{source} cannot be decompressed: ")
 
 
 def test_sources_that_cannot_be_opened(
@@ -155,7 +155,7 @@ def test_sources_that_cannot_be_opened(
 
     assert fails(tmp_path / "gone") == f"source {tmp_path / 'gone'} does not exist"
     assert fails(both) == (
-        f"{both} has files of several kinds (.jsonl, .txt); prepare each kind by itself, and mix "
+        f"{both} has files of several kinds (.jsonl, .txt); prepare each kind separately, and mix "
         "the results with data.mixture"
     )
     assert fails("tfds:no_such_data_set").startswith("tfds:no_such_data_set cannot be opened: ")

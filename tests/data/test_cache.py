@@ -119,7 +119,7 @@ def test_is_done_once(
     first = open_dataset(config, 257)
     lines = capfd.readouterr()
     assert lines.out == ""  # TFDS keeps quiet
-    assert lines.err.splitlines()[0] == f"preparing {many_files}: 0.0 MB of text, once"
+    assert lines.err.splitlines()[0] == f"preparing {many_files}: 0.0 MB of text (only once)"
     assert len(lines.err.splitlines()) == 2
     second = open_dataset(config, 257)
     assert capfd.readouterr() == ("", "")

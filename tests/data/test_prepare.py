@@ -156,7 +156,7 @@ def test_damaged_plans(
     with pytest.raises(UserError, match=f"^{re.escape(str(plan))} is damaged: {reason}"):
         make(lines, folder)
     plan.write_text(json.dumps(values | {"units": [content.decode(errors="replace")]}))
-    with pytest.raises(UserError, match=f"^{re.escape(str(plan))} is damaged: its units"):
+    with pytest.raises(UserError, match=f"^{re.escape(str(plan))} is damaged: it has no units"):
         make(lines, folder)
 
 
@@ -279,7 +279,7 @@ def test_sigkill_loses_and_redoes_no_shard(packed: bool, tmp_path: pathlib.Path)
         _, err = process.communicate(timeout=300)
         if number == signal.SIGINT:
             assert process.returncode == 130
-            message = "interrupted; the same command goes on from the shards that are whole"
+            message = "interrupted; the same command resumes after the complete shards"
             assert only_error(err) == message
             assert not list(killed.glob(".*.tmp"))
         assert not store.is_complete(killed), "killed too late to prove anything"
@@ -291,7 +291,7 @@ def test_sigkill_loses_and_redoes_no_shard(packed: bool, tmp_path: pathlib.Path)
     process = start(source, killed, "--processes", "2")
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0
-    assert "MB of it before" in err
+    assert "MB of it already done" in err
     assert len(kept) >= 2
     for file, modified in kept.items():
         assert (killed / file).stat().st_mtime_ns == modified, f"{file} was written again"
@@ -352,7 +352,7 @@ def test_the_verb(
     assert f"use it with --data.path {out}" in said.out
     assert "preparing" in said.err
     assert cli.main(["prepare", "--verify", str(out)]) == 0
-    assert "all checksums are right" in capsys.readouterr().out
+    assert "all checksums match" in capsys.readouterr().out
     assert "needs SOURCE --out FOLDER" in fails(capsys, lines)
     assert "--processes 0" in fails(capsys, *words, "--processes", "0")
     with store_lock(out):

@@ -145,7 +145,7 @@ def test_open_shards_are_few(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyP
     [
         (lambda shard: shard.write_bytes(shard.read_bytes()[:-1000]), "it is truncated"),
         (lambda shard: shard.write_bytes(shard.read_bytes() + b"x"), "not the file that was"),
-        (lambda shard: shard.unlink(), "is missing, and manifest.json lists it"),
+        (lambda shard: shard.unlink(), "is missing, but manifest.json lists it"),
     ],
 )
 def test_shards_that_are_not_whole(
@@ -235,7 +235,7 @@ def test_wrong_checksum_in_the_manifest(
     path.write_text(json.dumps(values))
     assert cli.main(["prepare", "--verify", str(folder)]) == 1
     message = only_error(capsys.readouterr().err)
-    assert message.startswith(f"{folder / 'train-00002.arrayrecord'} has another checksum")
+    assert message.startswith(f"{folder / 'train-00002.arrayrecord'} does not match its checksum")
     assert "all of its 67 records can be read" in message
 
 
@@ -261,8 +261,8 @@ def test_manifests_that_do_not_fit(folder: pathlib.Path, tmp_path: pathlib.Path)
 
     ours = load_tokenizer("bytes").fingerprint
     assert with_(tokenizer="gpt2.json", tokenizer_fingerprint="0123") == (
-        f"{path} is of tokenizer gpt2.json (0123), but data.tokenizer is bytes ({ours}); give the "
-        "same --data.tokenizer, or prepare the text again"
+        f"{path} was made with tokenizer gpt2.json (0123), but data.tokenizer is bytes ({ours}); "
+        "give the same --data.tokenizer, or prepare the text again"
     )
     assert "has format 1, this version of tlm-jax reads 2" in with_(format_version=1)
     path.write_text("{")
@@ -271,7 +271,7 @@ def test_manifests_that_do_not_fit(folder: pathlib.Path, tmp_path: pathlib.Path)
     assert "has no validation documents" in with_(shards=validation)
     path.unlink()
     (folder / "plan.json").touch()
-    assert "is not finished; the same tlm prepare command goes on" in refusal(folder)
+    assert "is not finished; the same tlm prepare command resumes it" in refusal(folder)
     empty = tmp_path / "empty"
     with pytest.raises(UserError, match="has no manifest"):
         dataset(folder, path=None, mixture=((str(empty), 1.0),))

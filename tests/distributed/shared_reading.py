@@ -75,7 +75,7 @@ def read(text: str, folder: pathlib.Path, mesh: Mesh) -> tuple[list[int], list[A
 
 
 def told(text: str, readers: int, mesh: Mesh) -> list[str]:
-    """Lines about readers whose rows are read in vain."""
+    """Lines about readers whose rows are read unnecessarily."""
     from tlm_jax.data import open_dataset
     from tlm_jax.training import reading
 

@@ -123,7 +123,7 @@ def test_four_processes_then_two_then_one_read_the_same_batches(
     check([a[1] for a in answers], [[0, 1], [0, 1], [2, 3], [2, 3]])
     assert {a[2][0] for a in answers} == {
         "data.readers=2 does not divide over 4 processes: up to 2 of the 8 rows of a batch are "
-        "read where no device needs them. A new run with data.readers=4 would read none in vain."
+        "read by processes that do not need them. A new run with data.readers=4 would avoid this."
     }
     answers = _read(2, folder, text_folder)
     assert all(a[2] == [] for a in answers)

@@ -43,7 +43,7 @@ def test_no_coordinator_is_one_line(config_file: pathlib.Path, tmp_path: pathlib
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--processes.join always", "cannot be joined: "),
+        ("--processes.join always", "cannot join the processes of this job: "),
         ("--processes.count 2", "count=2 and processes.index=None go together"),
         ("--processes.coordinator here", "here is not HOST:PORT"),
         ("--processes.count 2 --processes.index 2", "must be from 0 to 1"),

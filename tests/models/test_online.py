@@ -396,7 +396,7 @@ def test_updates_are_for_evaluation_unless_training_asks_for_them(
         ({"online_learning_rate": -1.0}, "must not be negative"),
         ({"online_learning_rate": float("nan")}, "must be a finite number"),
         ({"online_learning_rate": float("inf")}, "must be a finite number"),
-        ({"online_learning_rate": 0.1}, "turn chaotic from about 0.1 on; use 0.01 or less"),
+        ({"online_learning_rate": 0.1}, "become chaotic from about 0.1 on; use 0.01 or less"),
         ({"period_rate": "often"}, "period_rate is 'often'; it must be one of 'schedule'"),
         ({"online_chunks": ()}, "online_in_training needs mlp.online_chunks"),
     ],

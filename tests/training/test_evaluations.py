@@ -47,7 +47,7 @@ def test_a_hung_evaluation_is_ended_after_the_save_and_a_slow_one_is_not(
     slow = ("--pause-from-scored-batch", 1, "--pause", 2, "--record", batches)
     result = run(DRIVER, *slow, *train)
     assert result.returncode == 0, result.stderr
-    assert f"Step {NUM_STEPS} lacks its evaluation (eval); it comes first." in result.stdout
+    assert f"Step {NUM_STEPS} has not been evaluated (eval); that comes first." in result.stdout
     assert not batches.exists()  # no step was trained
     assert _records(half, "eval") == _records(finished_run, "eval")
     assert _records(half, "eval")[NUM_STEPS]["sequences"] > 2 * 8  # three batches
@@ -71,7 +71,7 @@ def test_a_stop_in_the_last_evaluation_is_not_the_end(
 
     monkeypatch.setattr(perplexity, "to_devices", stop)
     assert cli.main(train) == 75
-    said = f"Stopped by SIGTERM at step {NUM_STEPS}, and saved; the same command continues."
+    said = f"Stopped by SIGTERM at step {NUM_STEPS}, and saved; the same command resumes."
     assert said in capsys.readouterr().out.splitlines()
     assert steps(half) == [SAVED, NUM_STEPS]
     assert list(_records(half, "eval")) == [0, SAVED]
@@ -111,7 +111,7 @@ def test_a_failing_suite_costs_no_step(
         patch.setattr(suites, "run", lambda *_, **__: 1 / 0)
         assert cli.main(train) == 0
     out = capsys.readouterr().out
-    assert f"step {last}  the suites failed, and training goes on: ZeroDivisionError: div" in out
+    assert f"step {last}  the suites failed, and training continues: ZeroDivisionError: div" in out
 
     def stop(model: Any, *_: Any, **__: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -141,7 +141,7 @@ def test_killed_in_the_middle_of_a_save(config_file: pathlib.Path, tmp_path: pat
     assert result.returncode == 0, result.stderr
     assert (
         f"The save of step {interrupted} was interrupted; "
-        f"using the last whole checkpoint, step {newest}." in result.stdout.splitlines()
+        f"using the last complete checkpoint, step {newest}." in result.stdout.splitlines()
     )
     assert f"Continuing from step {newest}" in result.stdout
     assert unfinished(folder) == []
@@ -164,7 +164,7 @@ def test_stop_signal_saves_and_the_same_command_continues(
     train = ("train", "--config", config_file, "--workdir", folder, "--data.num_workers", workers)
     result = run(DRIVER, "--at-batch", 7, name, *train)
     assert result.returncode == 75, result.stderr
-    stopped = f"Stopped by {name} at step 7, and saved; the same command continues."
+    stopped = f"Stopped by {name} at step 7, and saved; the same command resumes."
     assert stopped in result.stdout.splitlines()
     assert result.stderr == ""
     assert steps(folder) == [7]

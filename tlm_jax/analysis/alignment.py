@@ -45,7 +45,7 @@ class Alignment:
     """Mean cosines of a model on a text."""
 
     mlp_widths: tuple[int, ...]
-    """One a layer."""
+    """One per layer."""
     rho: dict[str, tuple[float, ...]]
     """By reference: the mean cosine of each layer, first to last."""
     pearson: dict[str, float]
@@ -127,7 +127,7 @@ def text_batches(
 
 
 def align(model: Skeleton, params: Any, batches: Iterable[Batch]) -> Alignment:
-    """The alignment of parameters on batches that lie on the device."""
+    """The alignment of parameters on batches that are on the device."""
     sums_RN, counts_2 = np.zeros((len(REFERENCES), model.config.num_layers)), np.zeros(2, int)
     step = jax.jit(lambda params, batch: _sums(model, params, batch))
     for batch in batches:
@@ -201,7 +201,7 @@ def _cosine(a_BLD: jax.Array, b_BLD: jax.Array) -> jax.Array:
 
 
 def table(title: str, alignment: Alignment) -> Table:
-    """One row a layer, and the correlations below."""
+    """One row per layer, and the correlations below."""
     result = Table(
         title=f"{title}: mean cosine of what is added with the residual stream, "
         f"{alignment.tokens:,} tokens, {alignment.first_tokens:,} of them at position 0",
@@ -219,7 +219,7 @@ def table(title: str, alignment: Alignment) -> Table:
 
 
 def side_by_side(records: Sequence[Mapping[str, Any]], reference: str = "h") -> str:
-    """Measurements of several checkpoints as a Markdown table, a column each.
+    """Measurements of several checkpoints as a Markdown table, one column each.
 
     Args:
       records: what `record` wrote, parsed; models of equal depth.

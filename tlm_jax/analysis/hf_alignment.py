@@ -40,7 +40,7 @@ def measure(name: str, *, text: pathlib.Path, tokens: int, length: int) -> Align
       length: of a row.
 
     Raises:
-      UserError: the model or the text cannot be read, or its layers are of another kind.
+      UserError: the model or the text cannot be read, or its layers have an unsupported structure.
     """
     transformers.utils.logging.disable_progress_bar()
     with _named(name):
@@ -82,7 +82,7 @@ def align(model: Any, batches: Iterable[np.ndarray]) -> Alignment:
     """The alignment of a model on batches of tokens (B, L), without padding.
 
     Raises:
-      UserError: its layers are of another kind.
+      UserError: its layers have an unsupported structure.
     """
     layers = _layers(model)
     mlps = [_mlp(layer) for layer in layers]

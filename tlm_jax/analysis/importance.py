@@ -1,6 +1,6 @@
 """How much the units of each MLP matter to the loss, by its gradient; widths in proportion.
 
-With a mask m on the hidden units of an MLP, taking unit u away changes a row's loss, to first
+With a mask m on the hidden units of an MLP, removing unit u changes a row's loss, to first
 order, by -dL/dm_u = -sum_d W_ud dL/dW_ud, W being the last matrix (arXiv 1906.10771, eq. 8).
 The importance of a unit is the mean of |dL/dm_u| over rows, in nats per token.
 
@@ -30,7 +30,7 @@ from tlm_jax.models.skeleton import path_of, place
 from tlm_jax.training import restore
 
 LEAST, MOST = 0.25, 2.0
-"""Between which a proposed width lies, relative to the mean (our choice)."""
+"""Bounds of a proposed width, relative to the mean (our choice)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def measure(folder: pathlib.Path, step: int, config: RunConfig, *, rows: int) ->
 def importance(
     model: Skeleton, params: Any, batches: Iterable[dict[str, jax.Array]]
 ) -> list[Importance]:
-    """Importance of the units of each layer, first to last, on batches that lie on the device."""
+    """Importance of the units of each layer, first to last, on batches that are on the device."""
     step = jax.jit(lambda params, batch: _sums(model, params, batch))
     sums: dict[str, np.ndarray] = {}
     rows = 0
@@ -137,7 +137,7 @@ def proposed_widths(values: Sequence[float], base_width: int, multiple_of: int) 
 
 
 def _within(values: np.ndarray, total: int, low: int, high: int) -> list[float]:
-    """Numbers in proportion to values, but for those that a limit holds, with a given sum."""
+    """Numbers in proportion to values, except those at a limit, with a given sum."""
     values = np.maximum(values / max(values.max(), np.finfo(float).tiny), 1e-9)
     least, most = 0.0, total / values.min()
     for _ in range(200):  # the factor, by bisection
@@ -150,7 +150,7 @@ def _within(values: np.ndarray, total: int, low: int, high: int) -> list[float]:
 
 
 def table(title: str, found: Sequence[Importance]) -> Table:
-    """A row per layer: width, importance of all its units, and of how few half of that is."""
+    """One row per layer: width, total importance, and the fewest units that hold half of it."""
     result = Table(title=title)
     for name in ("layer", "MLP width", "importance", "share", "units with half of it"):
         result.add_column(name, justify="right")

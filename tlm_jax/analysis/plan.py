@@ -39,8 +39,8 @@ def plan(
     Args:
       config: the run.
       console: where to; None is a terminal's standard output.
-      devices: that share a step; None is the fewest that the config's mesh takes.
-      target: cpu or tpu: for which of them memory is estimated.
+      devices: that share a step; None is the smallest number that the config's mesh allows.
+      target: cpu or tpu, for which memory is estimated.
       limit: bytes that a program may use on a device, shown beside the total.
       max_rows: segments shown; the middle of a longer list is left out.
 
@@ -94,7 +94,7 @@ def summary_lines(config: RunConfig) -> list[str]:
         f"         {twin}",
         f"compute  {engineering(costs.training_flops)}FLOPs per token in training "
         f"(forward {engineering(costs.forward_flops)}FLOPs, causal)",
-        f"tokens   {tokens:,} a step x {config.training.num_steps:,} steps = "
+        f"tokens   {tokens:,} per step x {config.training.num_steps:,} steps = "
         f"{short_count(tokens * config.training.num_steps)} tokens",
     ]
 
@@ -187,7 +187,7 @@ def _kept(memory: "StepMemory", start: int, stop: int) -> str:
 
 
 def _abridge(stairs: Sequence[Segment[LayerSpec]], max_rows: int) -> list[Segment[LayerSpec] | int]:
-    """All segments, or the first and last of them around the number left out."""
+    """All segments, or the first and last of them and the number left out between them."""
     if len(stairs) <= max_rows:
         return list(stairs)
     top = max(max_rows // 2, 1)
@@ -230,7 +230,7 @@ def _memory_rows(
         ("gradients", memory.gradients, "float32" + ", and their sum over parts" * (parts > 1)),
         ("weights", memory.weights, "copies in the compute dtype (estimate)"),
         ("kept by layers", memory.kept, f"{memory.tokens:,} tokens, remat={remat} (estimate)"),
-        ("at work", memory.work, f"the most is needed in {memory.moment} (estimate)"),
+        ("working set", memory.work, f"peak during {memory.moment} (estimate)"),
         ("gaps", memory.gaps, "between arrays (estimate)"),
         ("program", memory.code, "its code (estimate)"),
         ("total", memory.total, total),
@@ -258,10 +258,10 @@ def _training_rows(config: RunConfig, costs: costs_lib.ModelCosts) -> list[tuple
         (
             "hardware FLOPs",
             f"{costs.hardware_flops * total:.3e}",
-            f"all pairs of tokens, and what remat={config.model.remat} computes again",
+            f"all pairs of tokens, and what remat={config.model.remat} recomputes",
         ),
         ("KV cache", byte_size(costs.kv_cache_bytes), "per token, when decoding"),
-        ("decoder state", byte_size(costs.state_bytes), "per sequence, however long"),
+        ("decoder state", byte_size(costs.state_bytes), "per sequence of any length"),
     ]
 
 

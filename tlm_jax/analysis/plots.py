@@ -168,7 +168,7 @@ def plot_curves(metrics: Path, path: Path) -> None:
     Args:
       metrics: JSON lines with `step`, `kind` ("train" or "eval"), `loss` in nats and, for
         train, `tokens` and `learning_rate`. Of lines with the same kind and step the last
-        counts (a resumed run repeats steps); a torn last line is passed over.
+        counts (a resumed run repeats steps); an incomplete last line is skipped.
       path: the PNG to write.
 
     Raises:
@@ -232,7 +232,7 @@ def plot_curves(metrics: Path, path: Path) -> None:
 
 
 def plot_arms(panels: dict[str, dict[str, list[tuple[int, float]]]], path: Path) -> None:
-    """Draws validation losses of paired runs, a panel each pair, all on one scale.
+    """Draws validation losses of paired runs, one panel per pair, all on one scale.
 
     Args:
       panels: for each title the arms, at most two; for each arm its (step, loss) points.

@@ -1,6 +1,6 @@
-"""How many seeds tell a difference from zero, from the spread of a sweep that has been run.
+"""How many seeds it takes to tell a difference from zero, from the spread of a finished sweep.
 
-Differences are paired (`sweep_report`): an arm less its baseline with the same seed.
+Differences are paired (`sweep_report`): an arm minus its baseline with the same seed.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class Spread:
     high: float
     """Its 95% interval (chi-squared)."""
     degrees: int
-    """Of freedom: pairs less one, added up over arms."""
+    """Degrees of freedom: pairs minus one, summed over arms."""
 
 
 def spread(records: Sequence[Record]) -> Spread | None:
@@ -56,7 +56,7 @@ def seeds_needed(deviation: float, difference: float, *, comparisons: int = 1) -
       comparisons: primary ones that share `LEVEL` (Bonferroni).
 
     Raises:
-      ValueError: 1,000 pairs would not do.
+      ValueError: 1,000 pairs are not enough.
     """
     from scipy import stats
 
@@ -79,9 +79,9 @@ def table(
     if found is None:
         return None
     title = (
-        f"Seeds that tell a difference from zero ({POWER:.0%} power, {LEVEL:.0%} level): paired "
-        f"differences spread by {found.deviation:.4f} nats ({found.low:.4f} to {found.high:.4f}, "
-        f"{found.degrees} degrees of freedom)"
+        f"Seeds needed to tell a difference from zero ({POWER:.0%} power, {LEVEL:.0%} level): "
+        f"paired differences spread by {found.deviation:.4f} nats ({found.low:.4f} to "
+        f"{found.high:.4f}, {found.degrees} degrees of freedom)"
     )
     result = Table(title=title)
     result.add_column("nats per token")

@@ -34,7 +34,7 @@ _STYLE: Any = {
 
 @contextlib.contextmanager
 def house_figure(path: Path, figsize: tuple[float, float]) -> Iterator["Figure"]:
-    """A figure in the house style, saved to `path` on leaving.
+    """A figure in the package's style, saved to `path` on leaving.
 
     It is made without pyplot, so nothing asks for a window system or keeps state.
 

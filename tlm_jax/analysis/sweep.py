@@ -41,7 +41,7 @@ class Arm:
     seeds: tuple[int, ...] = ()
     """Empty means those of the sweep."""
     baseline: str = ""
-    """The arm that it is compared with and must match in budget; empty is that of the sweep."""
+    """The arm that it is compared with and must match in budget; empty means the sweep's."""
     tokens_before: int = 0
     """Tokens of a run that the arm's widths were read from, which its budget includes."""
 
@@ -55,7 +55,7 @@ class Cell:
 
     @property
     def folder(self) -> str:
-        """Its folder in that of the sweep."""
+        """Its folder inside the sweep's."""
         return f"{re.sub(r'[^A-Za-z0-9.]+', '-', self.arm.name).strip('-')}-{self.seed}"
 
 
@@ -64,7 +64,7 @@ class Sweep:
     """Arms of one base config.
 
     Raises:
-      UserError: names that clash, or a baseline or a primary comparison that is not of its arms.
+      UserError: names that clash, or a baseline or a primary comparison that is not an arm.
     """
 
     name: str
@@ -85,11 +85,11 @@ class Sweep:
             if (arm.baseline or self.baseline) not in names:
                 raise UserError(
                     f"sweep {self.name}: the baseline {arm.baseline or self.baseline!r} of arm "
-                    f"{arm.name!r} is none of its arms"
+                    f"{arm.name!r} is not one of its arms"
                 )
 
         if strangers := {name for pair in self.primary for name in pair} - set(names):
-            raise UserError(f"sweep {self.name}: {min(strangers)!r} in primary is none of its arms")
+            raise UserError(f"sweep {self.name}: {min(strangers)!r} in primary is not one of its arms")
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -130,8 +130,9 @@ class Sweep:
             baseline = arm.baseline or self.baseline
             for what, value in budgets[arm.name].items():
                 if value != budgets[baseline][what]:
+                    shown = what.replace("FLOPs a token", "FLOPs per token")
                     raise UserError(
-                        f"sweep {self.name}: arm {arm.name!r} has {value:,} {what}, its baseline "
+                        f"sweep {self.name}: arm {arm.name!r} has {value:,} {shown}, its baseline "
                         f"{baseline!r} {budgets[baseline][what]:,}; cells must have equal budgets"
                     )
 
@@ -184,11 +185,11 @@ class Outcome:
     """How a call of `run` ended."""
 
     finished: int
-    """Cells with a result, of those that this call was to run."""
+    """Cells with a result, among those that this call had to run."""
     broken: dict[str, str]
     """What ended the others, by folder."""
     stopped: bool
-    """Told to stop; the same call goes on."""
+    """Told to stop; the same call resumes."""
 
 
 def run(
@@ -204,9 +205,9 @@ def run(
 
     Args:
       sweep: what to run.
-      folder: of the sweep; made if need be. A cell that was interrupted goes on from its last
+      folder: of the sweep; created if needed. An interrupted cell resumes from its last
         checkpoint.
-      console: a line for each cell.
+      console: shows one line per cell.
       index: of this machine ...
       count: ... of so many that share the folder (or keep folders to be gathered later); each
         takes every `count`-th cell.
@@ -270,7 +271,7 @@ def _run(
                 result = _result(sweep, cell, where)
             except UserError as error:
                 broken[cell.folder] = str(error)
-                console.print(f"{label}: broken: {error}", style="red")
+                console.print(f"{label}: failed: {error}", style="red")
                 continue
             files.write_json(where / RESULT, result, indent=None)
             gather(folder, console)
@@ -315,13 +316,13 @@ def _is_finished(sweep: Sweep, cell: Cell, folder: pathlib.Path, console: Consol
     try:
         result = _read_result(path)
     except UserError as error:
-        _warn(console, f"{error}; it is made again from the cell's run folder")
+        _warn(console, f"{error}; it is rebuilt from the cell's run folder")
         return False
     before = config_io.from_dict(result["config"])
     if changes := config_io.differences(before, sweep.config(cell)):
         raise UserError(
-            f"{path} is of another config ({'; '.join(changes)}); use another folder, or delete "
-            f"{path.parent} to run it anew"
+            f"{path} has another config ({'; '.join(changes)}); use another folder, or delete "
+            f"{path.parent} to rerun it"
         )
     return True
 
@@ -336,7 +337,7 @@ def _result(sweep: Sweep, cell: Cell, folder: pathlib.Path) -> dict[str, Any]:
     last = evaluation[-1] if evaluation else {"step": 0}
     if last["step"] != config.training.num_steps:
         raise UserError(
-            f"{folder} has no finite loss of an evaluation at its end; delete it to run it anew"
+            f"{folder} has no finite loss at its final evaluation; delete it to rerun it"
         )
     return {
         "sweep": sweep.name,
@@ -367,7 +368,7 @@ def _devices(folder: pathlib.Path) -> str:
 
 
 def _thinned(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[float]]:
-    """[step, mean loss] of about a hundred stretches of a run."""
+    """[step, mean loss] of about a hundred intervals of a run."""
     size = -(-len(rows) // _CURVE_POINTS)
     for begin in range(0, len(rows), size):
         part = rows[begin : begin + size]

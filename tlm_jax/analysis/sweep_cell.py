@@ -29,7 +29,7 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # not to be load
 
 
 class Stop:
-    """Takes note of a signal to stop, and hands it on to the processes of cells."""
+    """Records a signal to stop, and forwards it to the processes of cells."""
 
     def __init__(self) -> None:
         self.told = False
@@ -43,7 +43,7 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """While this lasts, SIGINT and SIGTERM are noted and handed on."""
+    """In this context, SIGINT and SIGTERM are recorded and forwarded."""
     stop = Stop()
     handlers = {number: signal.signal(number, stop) for number in _SIGNALS}
     try:
@@ -64,7 +64,7 @@ class Place:
 
 
 def places(number: int) -> queue.SimpleQueue[Place]:
-    """So many places, which divide this process's cores among them."""
+    """This many slots, which divide this process's cores among them."""
     found: queue.SimpleQueue[Place] = queue.SimpleQueue()
     here = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     for index in range(number):
@@ -79,7 +79,7 @@ def train(
     """Trains a cell in its folder, from its last checkpoint.
 
     Returns:
-      The exit status of `tlm train`; None if it was interrupted, perhaps before it had begun
+      The exit status of `tlm train`; None if it was interrupted, perhaps before it had started
       or could save.
     """
     if not stop.told:
@@ -130,7 +130,7 @@ def _wait_until_free(folder: pathlib.Path, console: Console, stop: Stop) -> None
                 return
         except UserError as who:
             if not waiting:
-                console.print(f"Waiting for {who}, which is still in {folder}.")
+                console.print(f"Waiting for {who}, which is still using {folder}.")
             waiting = True
         time.sleep(0.2)
 
@@ -148,7 +148,7 @@ def _settle(parent: int, cores: tuple[int, ...]) -> None:
 
 
 def complaint(folder: pathlib.Path, status: int) -> str:
-    """The last line that speaks of an error, or the last line."""
+    """The last line that mentions an error, or the last line."""
     lines = [line for line in (folder / LOG).read_text(errors="replace").splitlines() if line]
     errors = [line for line in lines if "error" in line.lower()]
-    return f"status {status}: {(errors or lines or ['it said nothing'])[-1].strip()[:300]}"
+    return f"status {status}: {(errors or lines or ['no output'])[-1].strip()[:300]}"

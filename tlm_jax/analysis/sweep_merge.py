@@ -13,9 +13,9 @@ _BY_SEED = {"name", "seed", "data.seed"}
 
 
 def merge(target: pathlib.Path, sources: Sequence[pathlib.Path]) -> tuple[int, int]:
-    """Adds the records of other files to a file, which is made if it is not there.
+    """Adds the records of other files to a file, which is created if missing.
 
-    An arm has one record per seed: two machines that share a sweep run other seeds.
+    An arm has one record per seed: machines that share a sweep run different seeds.
 
     Args:
       target: JSON lines.
@@ -38,20 +38,20 @@ def merge(target: pathlib.Path, sources: Sequence[pathlib.Path]) -> tuple[int, i
     for record, source in origins:
         if record["sweep"] != first["sweep"]:
             raise UserError(
-                f"{source} is of sweep {record['sweep']!r}, {where} of {first['sweep']!r}; "
-                "merge each sweep into a file of its own"
+                f"{source} is of sweep {record['sweep']!r}, but {where} is of "
+                f"{first['sweep']!r}; merge each sweep into its own file"
             )
         arm, seed = record["arm"], record["seed"]
         known, origin = arms.setdefault(arm, (record, source))
         if lines := _differences(known, record):
             raise UserError(
-                f"arm {arm!r} is not the same in {origin} and {source}: {'; '.join(lines)}"
+                f"arm {arm!r} differs between {origin} and {source}: {'; '.join(lines)}"
             )
         before, origin = merged.setdefault((arm, seed), (record, source))
         if before != record:
             raise UserError(
                 f"arm {arm!r} has two results with seed {seed}, in {origin} and {source}; "
-                "run other seeds (tlm sweep --seeds)"
+                "run different seeds (tlm sweep --seeds)"
             )
     found = [record for record, _ in merged.values()]
     found.sort(key=lambda r: (r["seed"], r["order"]))
@@ -60,7 +60,7 @@ def merge(target: pathlib.Path, sources: Sequence[pathlib.Path]) -> tuple[int, i
 
 
 def _differences(one: Record, other: Record) -> list[str]:
-    """What keeps two records from being seeds of one arm, a line each."""
+    """What keeps two records from being seeds of one arm, one line each."""
     lines = [
         f"{what}: {one[what]!r} -> {other[what]!r}"
         for what in ("baseline", "budget")

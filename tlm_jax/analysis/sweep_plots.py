@@ -41,7 +41,7 @@ def plot_widths(found: Sequence[Finding], path: Path) -> None:
 
 
 def plot_differences(found: Sequence[Finding], path: Path) -> None:
-    """Each arm's loss less its baseline's: a dot a seed, the mean, and its 95% interval."""
+    """Each arm's loss minus its baseline's: one dot per seed, the mean, and its 95% interval."""
     shown = [f for f in found if f.difference]
     with house_figure(path, figsize=(7.5, 0.9 + 0.45 * len(shown))) as figure:
         axes = figure.subplots()
@@ -63,7 +63,7 @@ def plot_differences(found: Sequence[Finding], path: Path) -> None:
             axes.plot([f.difference.mean] * 2, [place - 0.3, place + 0.3], color=color)
         axes.axvline(0, color=MUTED, linewidth=1)
         axes.set_yticks(range(len(shown)), [f.arm for f in reversed(shown)])
-        axes.set_xlabel("validation loss less that of the baseline (nats per token)")
+        axes.set_xlabel("validation loss minus the baseline's (nats per token)")
         axes.grid(axis="x", color=GRID)
         axes.set_axisbelow(True)
 
@@ -108,7 +108,7 @@ def _band(axes: "Axes", curves: Sequence[dict[int, float]], color: str, label: s
 
 
 def plot_ratios(found: Sequence[Finding], path: Path) -> bool:
-    """Loss against the first layer's width over the mean, a line a schedule (the U of the paper).
+    """Loss against the first layer's width over the mean (the paper's U), one line per schedule.
 
     Returns:
       False, and nothing is drawn, where there are fewer than three ratios of one schedule.
@@ -148,10 +148,10 @@ def plot_ratios(found: Sequence[Finding], path: Path) -> bool:
 
 
 def plot_speed(found: Sequence[Finding], path: Path) -> bool:
-    """Share of the tokens after which an arm has the loss of its baseline's end.
+    """Share of the tokens after which an arm reaches its baseline's final loss.
 
     Returns:
-      False, and nothing is drawn, where no arm gets there.
+      False, and nothing is drawn, where no arm reaches it.
     """
     shown = [f for f in found if f.speed]
     if not shown:
@@ -164,7 +164,7 @@ def plot_speed(found: Sequence[Finding], path: Path) -> bool:
         axes.errorbar(means, range(len(shown)), xerr=reach, fmt="none", ecolor=INK, capsize=3)
         axes.axvline(1, color=MUTED, linewidth=1)
         axes.set_yticks(range(len(shown)), [f.arm for f in reversed(shown)])
-        axes.set_xlabel("tokens to the baseline's last loss, as a share (95% interval)")
+        axes.set_xlabel("share of tokens to match the baseline's final loss (95% interval)")
         axes.set_xlim(0.0, 1.05)
         axes.grid(axis="x", color=GRID)
         axes.set_axisbelow(True)
@@ -192,7 +192,7 @@ def draw(records: Sequence[Record], folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def page(records: Sequence[Record], pictures: Sequence[pathlib.Path]) -> str:
-    """Table and pictures as one HTML page that needs nothing else."""
+    """Table and pictures as one self-contained HTML page."""
     found = sweep_report.findings(records)
     title = html.escape(records[0]["sweep"])
     cells = [sweep_report.HEADER, *sweep_report.rows(found)]

@@ -56,18 +56,18 @@ class Finding:
     arm: str
     baseline: str
     records: tuple[Record, ...]
-    """One a seed."""
+    """One per seed."""
     losses: Estimate
-    """Nats a token on held-out text at the end."""
+    """Nats per token on held-out text at the end."""
     difference: Estimate | None
-    """Less the baseline's, of equal seeds; None for the baseline itself."""
+    """Minus the baseline's with the same seeds; None for the baseline itself."""
     perplexity_ratio: float | None
     """exp of the mean difference."""
     pairs: int
     """Seeds that both have."""
     speed: Estimate | None
-    """Share of the tokens after which the loss is below that of the baseline's end; an arm that
-    does not get there has none."""
+    """Share of the tokens after which the loss is below the baseline's final loss; an arm that
+    does not reach it has none."""
 
     @property
     def seeds(self) -> list[int]:
@@ -79,7 +79,7 @@ def read(path: pathlib.Path) -> list[Record]:
     """The results of a sweep: a file of JSON lines, or the folder of the sweep.
 
     Raises:
-      UserError: there are none, or a value is not the one that was written.
+      UserError: there are none, or a value does not match its checksum.
     """
     file = path / "results.jsonl" if path.is_dir() else path
     try:
@@ -152,7 +152,7 @@ HEADER = (
 
 
 def rows(found: Sequence[Finding]) -> list[list[str]]:
-    """A row an arm, under `HEADER`; the difference is negative where the arm is better."""
+    """One row per arm, under `HEADER`; the difference is negative where the arm is better."""
     return [
         [
             f.arm,

@@ -1,4 +1,4 @@
-"""The command line: a module a verb, with its options as `Command` and `run(argv, prog)`.
+"""The command line: one module per verb, with its options as `Command` and `run(argv, prog)`.
 
 Heavy libraries are imported inside the verbs, so that `tlm plan` and every
 help text answer without JAX.
@@ -51,7 +51,7 @@ VERBS: dict[str, ModuleType] = {
     "verify": verify,
 }
 _LOGGING = frozenset({"train", "sweep", "prepare", "import", "export"})
-"""Verbs whose results are files: what they print is a log, and its loss no reason to stop."""
+"""Verbs whose results are files: what they print is a log, and losing it is no reason to stop."""
 
 
 def program(*first: str, prog: str | None = None) -> int:
@@ -59,7 +59,7 @@ def program(*first: str, prog: str | None = None) -> int:
     words = [*first, *sys.argv[1:]]
     output.protect(vital=not _LOGGING.intersection(words[:1]))
     if large_pages.wanted(words):
-        large_pages.begin_anew()
+        large_pages.restart()
     try:
         return main(words, prog)
     finally:
@@ -77,7 +77,7 @@ def main(argv: Sequence[str], prog: str | None = None) -> int:
         print("usage: tlm VERB ...\n")
         for name, module in VERBS.items():
             print(f"  tlm {name:10} {module.Command.__doc__.splitlines()[0]}")
-        print("\ntlm VERB --help says more.")
+        print("\ntlm VERB --help lists the options of a verb.")
         return 0
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, 1)
@@ -106,7 +106,7 @@ def _run(verb: ModuleType, argv: Sequence[str], prog: str) -> int:
         where = "" if error.filename is None else f"{error.filename}: "
         return _fail(f"{where}{error.strerror}", RUN_AGAIN if lacks_resources(error) else 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; nothing after the last checkpoint is kept", 130)
+        return _fail("interrupted; work since the last checkpoint is lost", 130)
     except Exception as error:
         if not lacks_resources(error):
             raise
@@ -119,9 +119,7 @@ def _find_modules_here() -> None:
     try:
         here = os.getcwd()
     except FileNotFoundError:
-        raise UserError(
-            "the working directory does not exist any more; cd to one that does"
-        ) from None
+        raise UserError("the working directory no longer exists; cd to one that does") from None
     if here not in sys.path:
         sys.path.append(here)
 

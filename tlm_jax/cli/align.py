@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
-    """How far what each layer and its MLP add points along the residual stream."""
+    """Measure how far the outputs of each layer and its MLP point along the residual stream."""
 
     checkpoint: pathlib.Path | None = None
-    """Run folder; an imported model is one too."""
+    """Run folder, of a run or an imported model."""
     step: int | None = None
     """Step of the checkpoint; None is the newest."""
     hf: str | None = None
@@ -80,7 +80,7 @@ def _of_run(command: Command, checkpoint: pathlib.Path, out: pathlib.Path) -> No
 
 
 def propose(what: str, values: Sequence[float], model: ModelConfig) -> None:
-    """Prints the options of a training run whose widths follow values of this model's layers."""
+    """Prints the options of a training run with widths in proportion to values of the layers."""
     from tlm_jax.analysis import importance
 
     widths = importance.proposed_widths(values, model.base_mlp_width, model.taper.multiple_of)

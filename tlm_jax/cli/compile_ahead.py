@@ -18,7 +18,7 @@ from tlm_jax.validation import require
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
-    """Compile a run's steps for a TPU slice that is not here: memory, collectives, time.
+    """Compile a run's steps for a TPU slice, without having one: memory, collectives, time.
 
     Needs no TPU, only its compiler (pip install 'tlm-jax[tpu]'). The exit status is 1 when the
     train or the evaluation step does not fit into the chips' memory.
@@ -30,7 +30,7 @@ class Command:
     """TPU slice: chip and sides, such as v5e:16x16, v5p:4x4x4, v4:2x2x4 or v6e:16x16."""
     run: Run
     slices: int = 1
-    """Slices of that shape; the data axis goes across them."""
+    """Slices of that shape; the data axis spans them."""
     memory_gib: float | None = None
     """Memory that a program may use on a chip; None is all that the chip has for programs."""
     find_batch: bool = False
@@ -85,7 +85,7 @@ def _find_batch(
 
     found = aot.largest_batch(config, devices, limit, tried=tried)
     if found is None:
-        raise UserError("not even one row a device fits; use a larger mesh.fsdp or mesh.tensor")
+        raise UserError("not even one row per device fits; use a larger mesh.fsdp or mesh.tensor")
     console.print(f"largest batch: --data.batch_size {found}", highlight=False)
     return 0
 
@@ -94,17 +94,17 @@ def _used(result: Any) -> str:
     return result.refusal or f"{result.memory.needed / 2**30:.2f} GiB"
 
 
-_EXPLAINED = """Needed: the most at one moment, and code; temporaries take each other's place.
-TFLOPs per step: by formula, causal, with nothing computed again.
-In the program: matrix products that were compiled, loops as often as they run.
-Over its share: those over 1/chips of all chips' before dividing; more than 1 is repeated work.
-Compiler: its own count of all operations; it takes a loop over layers once.
+_EXPLAINED = """Needed: peak memory plus code; temporaries reuse each other's memory.
+TFLOPs per step: by formula, causal, without recomputation.
+In the program: matrix products of the compiled program, loops multiplied out.
+Over its share: those over 1/chips of the undivided program's; above 1, work is repeated.
+Compiler: its own count of all operations; a loop over layers counts once.
 Pallas kernels (splash attention) are in the first only."""
 
 
 def _table(results: Sequence[Any]) -> Table:
-    """One column a step: memory by kind, FLOPs by who counts, collectives by kind, time."""
-    table = Table("of each chip", *(f"{r.name} step" for r in results))
+    """One column per step: memory by kind, FLOPs by who counts, collectives by kind, time."""
+    table = Table("per chip", *(f"{r.name} step" for r in results))
 
     def row(label: str, cells: Sequence[str]) -> None:
         table.add_row(label, *cells)

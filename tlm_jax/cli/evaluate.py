@@ -34,7 +34,7 @@ class Command:
     """Evaluate a checkpoint: held-out loss, or suites of tasks.
 
     Without --tasks: loss, perplexity and bits per byte of the validation split. Suites: lambada,
-    commonsense, wikitext, niah, paper (all columns of the paper); any task of lm-eval besides.
+    commonsense, wikitext, niah, paper (all columns of the paper); or any task of lm-eval.
     """
 
     checkpoint: pathlib.Path

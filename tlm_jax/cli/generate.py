@@ -20,13 +20,13 @@ class Command:
     step: int | None = None
     """Step of the checkpoint; None is the newest."""
     prompt: str = "The "
-    """Text to continue. Names of special tokens in it, such as <|im_start|>, are those tokens."""
+    """Text to continue. Names of special tokens in it, such as <|im_start|>, are read as tokens."""
     chat: bool = False
     """The prompt is a user's message: apply the model's chat template, and print the answer."""
     num_tokens: int = 200
     """Tokens to write."""
     num_samples: int = 1
-    """Continuations, drawn side by side."""
+    """Number of continuations."""
     temperature: float = 0.8
     """0 is greedy."""
     top_k: int = 0

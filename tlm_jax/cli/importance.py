@@ -14,10 +14,10 @@ from tlm_jax.config import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
-    """How much the units of each MLP matter to the loss, and widths in proportion to that."""
+    """Measure how much each MLP's units matter to the loss, and propose widths in proportion."""
 
     checkpoint: pathlib.Path
-    """Run folder; an imported model is one too."""
+    """Run folder, of a run or an imported model."""
     step: int | None = None
     """Step of the checkpoint; None is the newest."""
     rows: int = 64

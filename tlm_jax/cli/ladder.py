@@ -14,12 +14,12 @@ from tlm_jax.config import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
-    """Whether a taper's gain fades with compute: a line through a sweep over sizes and lengths."""
+    """Fit how a taper's gain changes with compute, over a sweep of sizes and training lengths."""
 
     sweep: Annotated[pathlib.Path | None, tyro.conf.Positional] = None
     """Folder of the sweep (configs/sweeps/ladder.py), or its JSON lines."""
     page: pathlib.Path | None = None
-    """A Markdown page, whose part between <!-- NAME --> and <!-- end NAME --> it rewrites."""
+    """A Markdown page; the part between <!-- NAME --> and <!-- end NAME --> is rewritten."""
     part: str = "ladder"
     """NAME of that part."""
 

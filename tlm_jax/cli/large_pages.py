@@ -1,8 +1,9 @@
 """Memory in large pages for programs that compute on a CPU.
 
-Fresh arrays cost a page fault for every 4 KiB. Where Linux gives pages of 2 MiB to those who ask
-(`madvise`, the default of most distributions), glibc asks if a variable of the environment says so
-when the process begins; it saves a tenth of a train step and more (docs/speed.md).
+Fresh arrays cost a page fault for every 4 KiB. Where Linux gives pages of 2 MiB on request
+(`madvise`, the default of most distributions), glibc requests them if an environment variable says
+so when the process starts. It saves at least a tenth of a train step
+(docs/notes/speed-train-step.md).
 """
 
 import os
@@ -19,7 +20,7 @@ SETTING = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 def wanted(words: Sequence[str]) -> bool:
     """Whether a process with these words (a verb and its options) should restart itself.
 
-    Not when the variable is set already, to whatever: an empty one turns this off.
+    Not when the variable is already set, to any value: an empty one turns this off.
     """
     if (
         VARIABLE in os.environ
@@ -34,8 +35,8 @@ def wanted(words: Sequence[str]) -> bool:
         return False
 
 
-def begin_anew() -> None:
-    """The same process from its beginning, with the variable set; does not return."""
+def restart() -> None:
+    """Restarts this process with the variable set; does not return."""
     os.environ[VARIABLE] = VALUE
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

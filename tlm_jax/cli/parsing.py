@@ -1,4 +1,4 @@
-"""What the verbs share: options into dataclasses, complaints into one line, quiet libraries."""
+"""What the verbs share: options as dataclasses, errors in one line, quiet libraries."""
 
 import contextlib
 import dataclasses
@@ -22,8 +22,8 @@ from tlm_jax.distributed.start import ProcessesConfig
 
 TRUST = "--trust_module"
 _TRUST_HELP = f"""
-{TRUST} NAME (may be given again) trusts a module, or its file, that has the mixer of a
-run or a model: reading them runs its code, and no other (docs/extending.md)."""
+{TRUST} NAME (repeatable) trusts a module, or its file, that defines the mixer of a run or
+a model: loading them runs its code and no other code (docs/extending.md)."""
 
 Run = Annotated[RunConfig, tyro.conf.arg(name="")]
 """A field of a command whose options stand at the top level (--model.num_layers)."""
@@ -113,8 +113,10 @@ def _one_line(box: str) -> str:
     body = itertools.dropwhile(is_rule, lines[1:])
     text = " ".join(itertools.takewhile(lambda line: not is_rule(line), body))
     text = re.sub(r"Error parsing ((run|suites)\.?)?", "", text)
-    text = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is no whole number", text)
-    text = re.sub(r"could not convert string to float: (.*)", r"\1 is no number", text)
+    text = re.sub(
+        r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", text
+    )
+    text = re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", text)
     if choice := re.search(r"invalid choice '(.*?)' (for .*)\. Expected one of \((.*)\)", text):
         wanted, where, known = choice[1], choice[2], re.findall(r"'(.*?)'", choice[3])
         near = difflib.get_close_matches(wanted, known, 1)

@@ -24,9 +24,9 @@ class Command:
     """Python file with get_config(), such as configs/tlm_440m.py or configs/tlm_440m.py:titans."""
     run: Run
     devices: int | None = None
-    """Devices that share a step; None is the topology's, or the fewest that the mesh takes."""
+    """Devices sharing a step; None is the topology's, or the fewest that the mesh allows."""
     target: Literal["tpu", "cpu"] = "tpu"
-    """What memory is estimated for."""
+    """Hardware that memory is estimated for."""
     topology: str | None = None
     """TPU slice, such as v5e:4x4: memory on each of its chips, and whether that fits."""
     png: pathlib.Path | None = None

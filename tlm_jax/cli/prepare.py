@@ -23,11 +23,11 @@ class Command:
     """File or folder (.txt .md .jsonl .parquet; the first three also .gz .xz .zst),
     tfds:NAME[:SPLIT[:COLUMN]], or hf:NAME[:CONFIG[:SPLIT[:COLUMN]]]."""
     out: pathlib.Path | None = None
-    """Folder for the shards; the same command goes on with what was interrupted there."""
+    """Folder for the shards; the same command resumes an interrupted preparation there."""
     tokenizer: str | None = None
     """tokenizer.json, SentencePiece .model, or bytes; None is the package's own 4,096-token BPE."""
     processes: int = os.cpu_count() or 1
-    """How many work at a time; the result does not depend on it."""
+    """Number of processes; the result does not depend on it."""
     column: str = "text"
     """Field of a record that holds the text."""
     validation_fraction: float = 0.005
@@ -66,7 +66,7 @@ def run(argv: Sequence[str], prog: str) -> int:
         try:
             _prepare(command, command.source, command.out, console)
         except KeyboardInterrupt:
-            message = "error: interrupted; the same command goes on from the shards that are whole"
+            message = "error: interrupted; the same command resumes after the complete shards"
             print(message, file=sys.stderr)
             return 130
     return 0
@@ -77,7 +77,7 @@ def _verify(folder: pathlib.Path, console: Console) -> None:
 
     shards = list(store.verify(folder))
     size = sum(shard.size for shard in shards)
-    console.print(f"{folder}: {len(shards)} shards, {size:,} bytes, all checksums are right")
+    console.print(f"{folder}: {len(shards)} shards, {size:,} bytes, all checksums match")
 
 
 def _prepare(command: Command, name: str, folder: pathlib.Path, console: Console) -> None:
@@ -120,5 +120,5 @@ def _prepare(command: Command, name: str, folder: pathlib.Path, console: Console
         console.print(f"skipped: {count:,} records, each of which {reason}")
     for place in manifest.skipped_places:
         console.print(f"  {place}")
-    seconds = "before" if done else f"in {time.monotonic() - start:.1f} s"
-    console.print(f"Prepared {seconds}; use it with --data.path {folder}")
+    what = "Already prepared" if done else f"Prepared in {time.monotonic() - start:.1f} s"
+    console.print(f"{what}; use it with --data.path {folder}")

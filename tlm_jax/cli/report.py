@@ -24,13 +24,13 @@ class Command:
     markdown: bool = False
     """Print Markdown."""
     power: bool = False
-    """Of a sweep: also say how many seeds would tell smaller differences from zero."""
+    """For a sweep: also say how many seeds it takes to tell smaller differences from zero."""
     merge: pathlib.Path | None = None
-    """Of one sweep on several machines: JSON lines to which the records of all RUNS are added."""
+    """For one sweep on several machines: JSON lines to which the records of all RUNS are added."""
     out: pathlib.Path | None = None
-    """Of a sweep: folder for the table as Markdown, pictures, and an HTML page of both."""
+    """For a sweep: folder for the table as Markdown, pictures, and an HTML page of both."""
     page: pathlib.Path | None = None
-    """A Markdown page, whose part between <!-- NAME --> and <!-- end NAME --> it rewrites."""
+    """A Markdown page; the part between <!-- NAME --> and <!-- end NAME --> is rewritten."""
     part: str | None = None
     """NAME of that part; None is the sweep's."""
 

@@ -21,9 +21,9 @@ class Command:
     out: pathlib.Path | None = None
     """Folder of the sweep. None is runs/sweeps/NAME."""
     index: int = 0
-    """Of this machine, from 0, ..."""
+    """Index of this machine, from 0."""
     count: int = 1
-    """... of so many; each trains every COUNT-th cell."""
+    """Number of machines; each trains every COUNT-th cell."""
     parallel: int = 1
     """Cells trained at once on this machine: small models leave most of a GPU idle."""
     seeds: tuple[int, ...] = ()
@@ -31,7 +31,7 @@ class Command:
 
 
 def run(argv: Sequence[str], prog: str) -> int:
-    """Runs `tlm sweep`; returns the exit status: 1 if a cell broke, 75 if it was stopped."""
+    """Runs `tlm sweep`; returns the exit status: 1 if a cell failed, 75 if it was stopped."""
     command = parse(Command, argv, prog)
     if command.file is None:
         raise UserError(f"{prog} needs a file: {prog} configs/sweeps/shapes.py")
@@ -59,7 +59,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     console.print(f"Results: {folder / sweep.RESULTS}   tlm report {folder}", highlight=False)
     if outcome.broken:
         raise UserError(
-            f"{len(outcome.broken)} cells broke, see {sweep_cell.LOG} in their folders: "
+            f"{len(outcome.broken)} cells failed, see {sweep_cell.LOG} in their folders: "
             f"{', '.join(outcome.broken)}; the same command tries them again"
         )
     return 0

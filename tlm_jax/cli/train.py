@@ -17,7 +17,7 @@ from tlm_jax.distributed.start import ProcessesConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
-    """Train a model, or continue the run that lies in the run folder."""
+    """Train a model, or resume the run in the run folder."""
 
     config: pathlib.Path
     """Python file with get_config(), such as configs/tiny.py or configs/tiny.py:titans."""
@@ -37,7 +37,9 @@ def run(argv: Sequence[str], prog: str) -> int:
     command = parse(Command, argv, prog, config=tyro.MISSING, run=defaults)
     workdir = command.workdir or pathlib.Path("runs") / command.run.name
     if re.match(r"\w+:/", str(workdir)):
-        raise UserError(f"--workdir {workdir} is no path; mount the bucket (gcsfuse) and name that")
+        raise UserError(
+            f"--workdir {workdir} is not a path; mount the bucket (gcsfuse) and use the mount point"
+        )
     if not (workdir / "checkpoints").exists():  # a new run
         files.refuse_foreign(workdir / "config.json", '"tlm_jax": "')
     quiet_libraries()
@@ -66,7 +68,7 @@ def run(argv: Sequence[str], prog: str) -> int:
             plots.plot_curves(workdir / metrics.METRICS_FILE, curves)
         except (OSError, UserError, ValueError) as error:  # it cannot be written, or no metrics
             reason = getattr(error, "strerror", None) or error
-            console.print(f"{curves} is not drawn: {reason}", style="yellow", soft_wrap=True)
+            console.print(f"could not draw {curves}: {reason}", style="yellow", soft_wrap=True)
     stepping, wall = outcome.goodput
     if wall:
         console.print(
@@ -76,7 +78,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     if outcome.stopped_by:
         what = f"at step {outcome.step}, and saved" if outcome.step else "before the first step"
         console.print(
-            f"Stopped by {outcome.stopped_by} {what}; the same command continues.",
+            f"Stopped by {outcome.stopped_by} {what}; the same command resumes.",
             soft_wrap=True,
         )
         return RUN_AGAIN
@@ -93,7 +95,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     console.print(
         f"  curves {curves}{f'   samples {samples}' if samples.is_file() else ''}\n"
         f"  evaluate: {shlex.join(words)}\n"
-        f"  go on:    add --training.num_steps {2 * outcome.step} to the command",
+        f"  continue: add --training.num_steps {2 * outcome.step} to the command",
         highlight=False,
         soft_wrap=True,
     )

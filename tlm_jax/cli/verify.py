@@ -13,8 +13,8 @@ from tlm_jax.cli.parsing import parse, quiet_libraries
 class Command:
     """Check the files of a run folder against their checksums.
 
-    Each checkpoint (arrays, metadata, position in the data), and the records beside them. A line
-    for each; the exit status is 1 if any is damaged.
+    Each checkpoint (arrays, metadata, position in the data), and the records beside them. Prints
+    one line for each; the exit status is 1 if any is damaged.
     """
 
     run: tyro.conf.Positional[pathlib.Path]

@@ -26,8 +26,8 @@ def cache_root(cache_dir: str | None) -> pathlib.Path:
 def prepare_cached(config: DataConfig, tokenizer: Tokenizer) -> pathlib.Path:
     """The store of the text that `config.path` names (None: the package's own prose).
 
-    A process that is killed leaves nothing that could be taken for the whole, and
-    of several that start at once one works while the others wait.
+    A killed process leaves nothing that could be mistaken for a complete store. If several
+    start at once, one works and the others wait.
 
     Raises:
       UserError: the cache folder cannot be written, or the source has a fault.
@@ -44,7 +44,7 @@ def prepare_cached(config: DataConfig, tokenizer: Tokenizer) -> pathlib.Path:
     if not store.is_complete(folder):
         try:
             root.mkdir(parents=True, exist_ok=True)
-            waiting = "waiting for another process that prepares the same text"
+            waiting = "waiting for another process that is preparing the same text"
             with processes.lock(root / f"{folder.name}.lock", waiting) as locked:
                 if not store.is_complete(folder):
                     if locked:

@@ -66,7 +66,7 @@ class PackedRows(grain.IterDataset):
 
     Yields int32 arrays of shape (L,): `inputs`, `targets`, `document_ids` (1, 2, ...
     for the documents of the row, 0 for padding) and `positions` (from 0 in each
-    document; one that goes on in another row starts from 0 there).
+    document; one that continues in another row starts from 0 there).
 
     `concat` lays documents end to end and cuts them where a row ends; only the very
     last row has padding. `best_fit` fills BINS rows at a time, puts each document
@@ -136,7 +136,7 @@ class _PackedRowsIterator(grain.DatasetIterator):
 
 
 class MixedRows(grain.IterDataset):
-    """Rows of several parents by weight, as evenly as may be, from a place in the mixture.
+    """Rows of several parents by weight, as evenly as possible, from a place in the mixture.
 
     Readers that begin at different places make batches whose rows are mixed by weight too; all
     of them beginning at 0, a batch would have rows of one parent (Grain's `mix` has no such place).

@@ -79,16 +79,14 @@ def _is_prepared(folder: pathlib.Path) -> bool:
 def _open_part(folder: pathlib.Path, weight: float, tokenizer: tokenizers_lib.Tokenizer) -> Part:
     if not store.is_complete(folder):
         if _is_prepared(folder):
-            raise UserError(
-                f"{folder} is not finished; the same tlm prepare command goes on with it"
-            )
+            raise UserError(f"{folder} is not finished; the same tlm prepare command resumes it")
         raise UserError(
             f"{folder} has no {store.MANIFEST}; make it with tlm prepare TEXT --out {folder}"
         )
     manifest = store.open_manifest(folder)
     if manifest.tokenizer_fingerprint != tokenizer.fingerprint:
         raise UserError(
-            f"{folder / store.MANIFEST} is of tokenizer {manifest.tokenizer} "
+            f"{folder / store.MANIFEST} was made with tokenizer {manifest.tokenizer} "
             f"({manifest.tokenizer_fingerprint}), but data.tokenizer is {tokenizer.name} "
             f"({tokenizer.fingerprint}); give the same --data.tokenizer, or prepare the text again"
         )
@@ -134,8 +132,8 @@ class Dataset:
         """All that the content of the n-th batch depends on, as JSON values.
 
         Store it with a checkpoint and compare it before an iterator's state is
-        restored: Grain takes the state of another layout without complaint and
-        goes on with other data. Not in it are how many shards hold the documents and how
+        restored: Grain takes the state of another layout without complaint and continues with
+        other data. Not in it are how many shards hold the documents and how
         many processes train, as other numbers give the same batches, and `skip_corrupt`, as
         without it no iterator has passed a damaged record.
         """

@@ -1,9 +1,9 @@
-"""Tokenises a source into a store: units shared out to processes, resumable, reproducible.
+"""Tokenises a source into a store: units divided over processes, resumable, reproducible.
 
 plan.json, written first, divides the source into units. A process takes a unit
-and writes it in parts: at most one shard a split, then `parts/UNIT-PART.json`,
-which says that they are whole. Another run with the same plan takes up after the
-last part of each unit. Shards depend on the plan only, so the result is the same,
+and writes it in parts: at most one shard per split, then `parts/UNIT-PART.json`,
+which marks them as complete. Another run with the same plan resumes after the last part of
+each unit. Shards depend on the plan only, so the result is the same,
 to the byte, however often it was interrupted and however many processes work.
 """
 
@@ -57,12 +57,12 @@ class Job:
 
 
 def prepare(job: Job, folder: pathlib.Path, *, processes: int = 1) -> Manifest:
-    """Writes the store, or what an earlier run with the same job has left of it to do.
+    """Writes the store, or what an earlier run of the same job left to do.
 
     Args:
       job: what to do.
       folder: where; only this function's files may lie there.
-      processes: how many work; 1 is this one. More import the main module, whose
+      processes: how many to use; 1 is this one. More import the main module, whose
         code must stand under `if __name__ == "__main__"`.
 
     Raises:
@@ -75,7 +75,7 @@ def prepare(job: Job, folder: pathlib.Path, *, processes: int = 1) -> Manifest:
         units = [Unit(**unit) for unit in plan["units"]]
     except (TypeError, KeyError) as error:
         raise UserError(
-            f"{folder / PLAN} is damaged: its units are none; choose another folder"
+            f"{folder / PLAN} is damaged: it has no units; choose another folder"
         ) from error
     if not store.is_complete(folder):
         (folder / PARTS).mkdir(exist_ok=True)
@@ -115,9 +115,9 @@ def _settle_plan(job: Job, tokenizer: Tokenizer, folder: pathlib.Path) -> dict[s
         for name in dict.fromkeys([*old, *key]):
             if old.get(name, "absent") != key.get(name, "absent"):
                 raise UserError(
-                    f"{folder} holds the work of another plan: {name}: "
-                    f"{old.get(name, 'absent')!r} -> {key.get(name, 'absent')!r}; give it the same "
-                    "again, or choose another folder"
+                    f"{folder} belongs to another plan: {name}: "
+                    f"{old.get(name, 'absent')!r} -> {key.get(name, 'absent')!r}; use the same "
+                    "options again, or choose another folder"
                 )
         return plan
     if any(not entry.name.startswith(".") for entry in folder.iterdir()):
@@ -130,7 +130,7 @@ def _settle_plan(job: Job, tokenizer: Tokenizer, folder: pathlib.Path) -> dict[s
 
 
 def _parts(folder: pathlib.Path, index: int) -> list[dict[str, Any]]:
-    """What the parts of a unit that are whole say, in order."""
+    """What the complete parts of a unit say, in order."""
     parts: list[dict[str, Any]] = []
     while (path := _part_file(folder, index, len(parts))).is_file():
         parts.append(files.read_json(path))
@@ -147,7 +147,7 @@ def _is_done(folder: pathlib.Path, index: int) -> bool:
 
 
 def _bytes_done(folder: pathlib.Path, unit: Unit, index: int) -> int:
-    """Bytes of text in the parts that are whole, no more than the unit is said to have."""
+    """Bytes of text in the complete parts, no more than the unit is said to have."""
     shards = [shard for part in _parts(folder, index) for shard in part["shards"].values()]
     return min(unit.size, sum(shard["num_bytes"] for shard in shards))
 
@@ -194,7 +194,7 @@ def _write_unit(
 
 
 class _Part:
-    """At most one shard a split, being written."""
+    """At most one shard per split, being written."""
 
     def __init__(self, job: Job, tokenizer: Tokenizer, folder: pathlib.Path, name: str) -> None:
         self._job, self._tokenizer, self._folder, self._name = job, tokenizer, folder, name
@@ -251,7 +251,7 @@ class _Part:
         return self._writers[split]
 
     def close(self) -> dict[Split, Shard]:
-        """Finishes the shards."""
+        """Completes the shards."""
         return {split: writer.close() for split, writer in self._writers.items()}
 
     def discard(self) -> None:
@@ -261,7 +261,7 @@ class _Part:
 
 
 def _finish(job: Job, tokenizer: Tokenizer, folder: pathlib.Path, num_units: int) -> None:
-    """Writes the manifest, with which the store is whole."""
+    """Writes the manifest, which completes the store."""
     shards: dict[Split, list[Shard]] = {split: [] for split in SPLITS}
     skipped: dict[str, int] = {}
     places: list[str] = []
@@ -308,7 +308,7 @@ def _work(unit: Unit, index: int) -> None:
 
 
 class _StopWork(Exception):
-    """Another process has met an error."""
+    """Another process has failed."""
 
 
 def _share_out(
@@ -340,8 +340,8 @@ def _share_out(
             told = now
     except concurrent.futures.process.BrokenProcessPool as error:
         raise UserError(
-            "a process that prepared text was killed, perhaps for want of memory; the same command "
-            "goes on from the shards that are whole (fewer --processes need less)"
+            "a process preparing text was killed, perhaps out of memory; the same command resumes "
+            "after the complete shards (fewer --processes need less memory)"
         ) from error
     finally:
         if pending:
@@ -381,8 +381,8 @@ def _progress(name: str, total: int, done: int) -> Iterator[Callable[[int], None
             task = bar.add_task(what, total=total, completed=done)
             yield lambda size: bar.advance(task, size)
         return
-    before = f", {done / 1e6:.1f} MB of it before" if done else ""
-    console.print(f"{what}: {total / 1e6:.1f} MB of text, once{before}")
+    before = f", {done / 1e6:.1f} MB of it already done" if done else ""
+    console.print(f"{what}: {total / 1e6:.1f} MB of text (only once){before}")
     said = start
 
     def advance(size: int) -> None:

@@ -16,7 +16,7 @@ from tlm_jax.validation import UserError
 
 
 def stderr_console() -> Console:
-    """Where progress is told."""
+    """Where progress is shown."""
     return output.console(stderr=True, soft_wrap=True)
 
 
@@ -59,8 +59,8 @@ def require_semaphores(instead: str) -> None:
     except (OSError, ImportError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise UserError(
-            f"worker processes need semaphores in shared memory, which this machine does not give "
-            f"them ({reason}; is /dev/shm mounted?); {instead}"
+            f"worker processes need semaphores in shared memory, which this machine does not "
+            f"provide ({reason}; is /dev/shm mounted?); {instead}"
         ) from error
 
 

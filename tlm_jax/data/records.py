@@ -1,4 +1,4 @@
-"""Sources with a document a record: JSON lines, Parquet, TFDS, Hugging Face data sets."""
+"""Sources with one document per record: JSON lines, Parquet, TFDS, Hugging Face data sets."""
 
 import abc
 import dataclasses
@@ -27,7 +27,7 @@ LINES_SUFFIXES = (".jsonl", ".ndjson")
 PARQUET_SUFFIXES = (".parquet",)
 _SOURCE = "source"
 _PACKED_RATIO = 3
-"""Bytes of text in a byte of a packed file, about; only progress depends on it."""
+"""Approximate bytes of text per byte of a compressed file; only progress depends on it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,15 +63,15 @@ def open_source(name: str, rules: Rules) -> Source:
     chosen = [suffixes for suffixes in readers if found & set(suffixes)]
     if len(chosen) > 1:
         raise UserError(
-            f"{name} has files of several kinds ({', '.join(sorted(found))}); prepare each kind by "
-            "itself, and mix the results with data.mixture"
+            f"{name} has files of several kinds ({', '.join(sorted(found))}); prepare each kind "
+            "separately, and mix the results with data.mixture"
         )
     reader = readers[chosen[0]]
     return reader(name, rules) if reader else FilesSource(name, rules.validation_fraction, _SOURCE)
 
 
 class RecordSource(Source):
-    """A document a record; a hash of seed and text says which ones are held out.
+    """One document per record; a hash of seed and text says which ones are held out.
 
     So equal texts are in one split, wherever they are.
     """
@@ -122,7 +122,7 @@ class FileRecordSource(RecordSource):
 
 
 class LinesSource(FileRecordSource):
-    """JSON lines, packed or not; units are byte ranges, or whole files if they are packed."""
+    """JSON lines, compressed or not; units are byte ranges, or whole files if compressed."""
 
     suffixes = LINES_SUFFIXES
 

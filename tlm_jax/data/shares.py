@@ -86,7 +86,7 @@ class SharedBatches(Iterator[dict[str, np.ndarray]]):
         return {str(reader): _of_reader(state, str(reader)) for reader in self.share.readers}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on from the positions of the readers that are run here; others may be there too."""
+        """Resumes from the positions of the readers that are run here; others may be there too."""
         self._iterator.set_state(_joined([state[str(reader)] for reader in self.share.readers]))
 
     def close(self) -> None:

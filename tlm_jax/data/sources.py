@@ -165,7 +165,7 @@ class _File:
 
 
 class FilesSource(Source):
-    """A UTF-8 text file, or all text files below a folder, packed (.gz, .xz, .zst) or not.
+    """A UTF-8 text file, or all text files below a folder, compressed (.gz, .xz, .zst) or not.
 
     Hidden files and folders are left out. A file is a document; one of more than
     64 KiB becomes documents of at most 64 KiB, cut at blank lines, else at line
@@ -176,7 +176,7 @@ class FilesSource(Source):
 
     Args:
       path: the file or folder.
-      validation_fraction: share of the bytes to hold out, as nearly as can be.
+      validation_fraction: share of the bytes to hold out, as closely as possible.
       option: what to call the path in messages.
     """
 

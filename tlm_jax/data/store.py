@@ -1,7 +1,7 @@
 """The store of tokenised documents: a folder of ArrayRecord shards and a manifest.
 
-A record is one document: a header (CRC-32 of all that follows, number of tokens,
-bytes a token) and its token ids, little endian. Order counts: document n is the
+A record is one document: a header (CRC-32 of all that follows, number of tokens, bytes per
+token) and its token ids, little endian. Order counts: document n is the
 n-th record of a split's shards, taken in the order of the manifest, and neither
 the number nor the size of the shards matters to what is read.
 """
@@ -74,7 +74,7 @@ class SplitStatistics:
 
     @property
     def num_targets(self) -> int:
-        """Tokens to predict in one pass: those of the text and an end-of-text a document."""
+        """Tokens to predict in one pass: those of the text and one end-of-text per document."""
         return self.num_tokens + self.num_documents
 
     @property
@@ -85,7 +85,7 @@ class SplitStatistics:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What lies in the folder of a store."""
+    """The contents of a store's folder."""
 
     source: str
     """What was prepared, for messages."""
@@ -127,7 +127,7 @@ class Manifest:
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
     def save(self, folder: pathlib.Path) -> None:
-        """Writes manifest.json, whole or not at all."""
+        """Writes manifest.json atomically."""
         write_json(folder / MANIFEST, dataclasses.asdict(self))
 
 
@@ -161,7 +161,7 @@ def open_manifest(folder: pathlib.Path) -> Manifest:
         try:
             size = file.stat().st_size
         except OSError as error:
-            raise UserError(f"{file} is missing, and {MANIFEST} lists it") from error
+            raise UserError(f"{file} is missing, but {MANIFEST} lists it") from error
         if size != shard.size:
             what = "truncated" if size < shard.size else "not the file that was written"
             raise UserError(f"{file} has {size:,} bytes instead of {shard.size:,}: it is {what}")
@@ -169,7 +169,7 @@ def open_manifest(folder: pathlib.Path) -> Manifest:
 
 
 def verify(folder: pathlib.Path) -> Iterator[Shard]:
-    """Reads every shard and yields it when its checksum is right.
+    """Reads every shard and yields it if its checksum matches.
 
     Raises:
       UserError: a checksum is wrong; the first damaged record is named.
@@ -183,15 +183,15 @@ def verify(folder: pathlib.Path) -> Iterator[Shard]:
                 for record in range(shard.num_documents):
                     reader[first + record]  # raises where the damage is
                 raise UserError(
-                    f"{folder / shard.file} has another checksum than {MANIFEST} says, though all "
-                    f"of its {shard.num_documents:,} records can be read"
+                    f"{folder / shard.file} does not match its checksum in {MANIFEST}, although "
+                    f"all of its {shard.num_documents:,} records can be read"
                 )
             first += shard.num_documents
             yield shard
 
 
 class ShardWriter:
-    """Writes one shard under a temporary name, and gives it its own when it is whole."""
+    """Writes one shard under a temporary name, and renames it when it is complete."""
 
     def __init__(self, folder: pathlib.Path, file: str, vocab_size: int) -> None:
         from array_record.python import array_record_module
@@ -234,7 +234,7 @@ class ShardWriter:
         self._counts["num_bytes"] += num_bytes
 
     def close(self) -> Shard:
-        """Finishes the shard: on the disk, then under its name."""
+        """Completes the shard: synced to disk, then renamed."""
         with _write_errors(self._path):
             self._writer.close()
             with self._temporary.open("rb") as file:
@@ -258,7 +258,7 @@ class ShardWriter:
 
 @contextlib.contextmanager
 def _write_errors(path: pathlib.Path) -> Iterator[None]:
-    """ArrayRecord's writer has errors of its own; here they are the system's."""
+    """Turns errors of ArrayRecord's writer into the system's."""
     try:
         yield
     except RuntimeError as error:
@@ -270,8 +270,8 @@ def _write_errors(path: pathlib.Path) -> Iterator[None]:
 class DocumentReader:
     """Random access to the token ids of a split's documents, checked as they are read.
 
-    Memory does not grow with the store: shards are opened when they are needed, and
-    the one not used for longest is closed when there are too many.
+    Memory does not grow with the store: shards are opened when they are needed, and the least
+    recently used one is closed when there are too many.
 
     Args:
       folder: that of the store.
@@ -362,7 +362,7 @@ def sha256(path: pathlib.Path) -> str:
 
 
 def write_json(path: pathlib.Path, values: Any) -> None:
-    """Writes a file that is on the disk before it has its name."""
+    """Writes a file and syncs it to disk before renaming it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w") as file:
         json.dump(values, file, indent=1)

@@ -1,4 +1,4 @@
-"""Bytes of files, packed or not: from an offset, by lines, and cut into documents."""
+"""Bytes of files, compressed or not: from an offset, by lines, and cut into documents."""
 
 import contextlib
 import gzip
@@ -79,7 +79,7 @@ def kind(path: pathlib.Path) -> str:
 
 @contextlib.contextmanager
 def open_bytes(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """Opens a file for reading, unpacked.
+    """Opens a file for reading, decompressed.
 
     Raises:
       UserError: it cannot be read, or is damaged; also while it is read.
@@ -91,13 +91,13 @@ def open_bytes(path: pathlib.Path) -> Iterator[BinaryIO]:
         with opener(path) if opener else path.open("rb") as file:
             yield file
     except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise UserError(f"{path} cannot be unpacked: {error}".rstrip(".")) from error
+        raise UserError(f"{path} cannot be decompressed: {error}".rstrip(".")) from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 def measure(path: pathlib.Path) -> tuple[int, bool]:
-    """Bytes of a file when unpacked, and whether there is anything but white space in it."""
+    """Bytes of a file when decompressed, and whether there is anything but white space in it."""
     size, text = 0, False
     with open_bytes(path) as file:
         while chunk := file.read(_READ_BYTES):
@@ -162,7 +162,7 @@ def windows(size: int, tail: tuple[int, int] | None) -> list[tuple[int, int]]:
 
 
 def cut_in(path: pathlib.Path, window: tuple[int, int]) -> int:
-    """The offset at which a text file that is not packed is cut in a window."""
+    """The offset at which an uncompressed text file is cut in a window."""
     low, high = window
     with open_bytes(path) as file:
         file.seek(low)

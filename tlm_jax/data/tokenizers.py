@@ -19,7 +19,7 @@ _SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<s>", "<bos
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpecialTokens:
-    """Ids that a model was taught a meaning of, beside the one between documents."""
+    """Special ids that a model was trained with, besides the document separator."""
 
     bos: int | None = None
     """Begins a text; None where the model has no such token."""
@@ -73,8 +73,8 @@ def load_tokenizer(name: str | None) -> Tokenizer:
     """Opens a tokenizer.
 
     Args:
-      name: None for the package's own 4,096-token byte-level BPE; `bytes` for one
-        token a byte; else the path of a Hugging Face tokenizer.json or of a
+      name: None for the package's own 4,096-token byte-level BPE; `bytes` for one token per
+        byte; else the path of a Hugging Face tokenizer.json or of a
         SentencePiece .model.
 
     Raises:

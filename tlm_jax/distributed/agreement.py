@@ -1,7 +1,7 @@
 """The processes of a job compare what they were started with, before they work together.
 
-Processes that differ would train a model that none of them was asked for, without a word, or
-wait for each other for ever. They compare through JAX's coordination service and not on their
+Processes that differ would silently train a model that nobody asked for, or wait for each other
+forever. They compare through JAX's coordination service and not on their
 devices, so that no difference can make the comparison itself hang.
 """
 
@@ -15,7 +15,7 @@ import tlm_jax
 from tlm_jax.config import UserError
 
 _SECONDS = 24 * 3600
-"""Another process may be tokenising its text; that one has died JAX notices by itself."""
+"""Another process may still be tokenising its text; JAX itself notices a dead one."""
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _SHOWN = 4
 

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read from its HLO text."""
+"""The communication of a compiled program between devices, read from its HLO text."""
 
 import collections
 import dataclasses

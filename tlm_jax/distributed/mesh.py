@@ -104,7 +104,7 @@ def _check_sequence(config: RunConfig, shards: int) -> None:
 
 
 def device_mesh(config: MeshConfig) -> Mesh:
-    """A mesh over all devices, or as many as its sizes ask for; no batch need fit it.
+    """A mesh over all devices, or as many as its sizes ask for; it need not fit a batch.
 
     Raises:
       UserError: the mesh does not fit the devices.
@@ -115,7 +115,7 @@ def device_mesh(config: MeshConfig) -> Mesh:
 
 
 def one_device_a_core() -> None:
-    """On a CPU, makes a device of each core (of the first 4), before anything asks for devices.
+    """On a CPU, makes one device per core (of the first 4), before anything asks for devices.
 
     Rows that are shared out over them run side by side from beginning to end: a quarter faster
     than one device that shares out each operation. JAX_NUM_CPU_DEVICES says otherwise.
@@ -149,7 +149,8 @@ def _over_slices(shape: tuple[int, ...], devices: list[jax.Device], slices: int)
     if data % slices:
         raise UserError(
             f"mesh data={data} does not divide over {slices} slices, and no other axis may cross "
-            f"them; use data={slices} or a multiple, with {len(devices) // slices} devices a slice"
+            f"them; use data={slices} or a multiple, with {len(devices) // slices} "
+            "devices per slice"
         )
     return mesh_utils.create_hybrid_device_mesh(
         (data // slices, *inner), (slices, *(1 for _ in inner)), devices

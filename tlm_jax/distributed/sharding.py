@@ -81,7 +81,7 @@ def param_shardings(
 
 
 def optimizer_shardings(tx: optax.GradientTransformation, shapes: Any, params: Any) -> Any:
-    """Shardings of the optimizer's state: moments lie where their parameters lie.
+    """Shardings of the optimizer's state: moments are placed like their parameters.
 
     What has another shape than its parameter (Adafactor's rows and columns) is on every device.
     """
@@ -141,7 +141,7 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """Says how an activation lies on the mesh that is set; a dim that does not divide is not split.
+    """Constrains an activation on the current mesh; a dim that does not divide is not split.
 
     Without it GSPMD may choose to split the model's width, or to add up partial products where
     weights should be gathered.
@@ -153,7 +153,7 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
 
 
 def fitting_spec(shape: tuple[int, ...], logical_axes: tuple[str | None, ...]) -> PartitionSpec:
-    """The partition on the mesh that is set; a dim that does not divide is not split."""
+    """The partition on the current mesh; a dim that does not divide is not split."""
     mesh = jax.sharding.get_abstract_mesh()
     axes = [
         axis if size % mesh_size(mesh, axis) == 0 else None
@@ -163,12 +163,12 @@ def fitting_spec(shape: tuple[int, ...], logical_axes: tuple[str | None, ...]) -
 
 
 def sequence_shards() -> int:
-    """Parts that the mesh that is set makes of a row."""
+    """Parts that the current mesh divides a row into."""
     return mesh_size(jax.sharding.get_abstract_mesh(), RULES.sequence)
 
 
 def layer_shards() -> int:
-    """Parts that the mesh that is set makes of a layer: of its tokens times of its units.
+    """Parts that the current mesh divides a layer into: those of its tokens times of its units.
 
     Rows and the `embed` dim do not count: over the latter, weights are gathered before their use.
     """

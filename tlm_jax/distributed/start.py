@@ -1,4 +1,4 @@
-"""What comes before anything else asks for devices: compiled programs kept, processes joined.
+"""What must happen before anything asks for devices: compiled programs cached, processes joined.
 
 A job has a process on each host of a TPU slice, or on each GPU or node.
 """
@@ -18,21 +18,21 @@ from tlm_jax.validation import Checked, Count, NaturalNumber, require
 
 _SHUTDOWN_SECONDS = 60
 HEARTBEAT_SECONDS = 60
-"""A process that is not heard of for so long is taken for dead, and ends the others."""
+"""Silence after which a process counts as dead and the others end."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProcessesConfig(Checked):
-    """The processes of a job; mostly the environment knows."""
+    """The processes of a job; usually read from the environment."""
 
     join: Literal["auto", "always", "never"] = "auto"
-    """auto joins others if Slurm, Open MPI, GKE or JAX_COORDINATOR_ADDRESS speaks of them."""
+    """auto joins others if Slurm, Open MPI, GKE or JAX_COORDINATOR_ADDRESS says there are any."""
     coordinator: str | None = None
-    """HOST:PORT of process 0; None asks the environment."""
+    """HOST:PORT of process 0; None reads it from the environment."""
     count: Count | None = None
-    """Processes in all; None asks the environment."""
+    """Number of processes; None reads it from the environment."""
     index: NaturalNumber | None = None
-    """Which of them this is, from 0; None asks the environment."""
+    """Index of this process, from 0; None reads it from the environment."""
     timeout: Count = 300
     """Seconds that the processes wait for each other at the start."""
 
@@ -79,7 +79,7 @@ def _number(environment: dict[str, str], name: str, default: int) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
         raise UserError(
             f"the environment variable {name}={text[:40]!r} is not a number of processes; unset "
-            "it, or use --processes.join never for a run of its own"
+            "it, or use --processes.join never for a single process"
         )
     return int(text)
 
@@ -131,19 +131,19 @@ def join(config: ProcessesConfig) -> None:
         )
     except ValueError as error:
         raise UserError(
-            f"the processes of this job cannot be joined: {str(error).rstrip('.')}; give "
+            f"cannot join the processes of this job: {str(error).rstrip('.')}; give "
             "--processes.coordinator HOST:PORT --processes.count N --processes.index I, or "
-            "--processes.join never for a run of its own"
+            "--processes.join never for a single process"
         ) from error
     except RuntimeError as error:
         raise UserError(
-            f"the processes of this job did not come together within {config.timeout} s: "
+            f"the processes of this job failed to connect within {config.timeout} s: "
             f"{' '.join(str(error).split())[:200]}"
         ) from error
 
 
 def _wait_for(address: str, seconds: float) -> None:
-    """Waits until something answers at HOST:PORT: JAX itself would abort without a clear word.
+    """Waits until something answers at HOST:PORT: JAX itself would abort without a clear message.
 
     Raises:
       UserError: nothing does.

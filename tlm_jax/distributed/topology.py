@@ -1,4 +1,4 @@
-"""TPU slices that are not at hand: their devices, as the compiler knows them."""
+"""TPU slices that this machine does not have: their devices, as the compiler knows them."""
 
 import dataclasses
 import importlib.util

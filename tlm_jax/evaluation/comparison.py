@@ -1,4 +1,4 @@
-"""Results of several checkpoints side by side; unlike ones apart.
+"""Results of several checkpoints side by side; like is compared with like only.
 
 Figures are averaged, and compared for the best, only where they were measured alike: the same
 limit, shots, length, precision, tokenizer and documents. What an older record does not say is
@@ -136,7 +136,7 @@ def _groups(
 
 
 def note(results: Sequence[Result]) -> str | None:
-    """One line that says what was left apart, and why; None if nothing was."""
+    """One line that says what was not compared, and why; None if everything was."""
     columns = _columns(results)
     apart: dict[str, list[str]] = {}
 

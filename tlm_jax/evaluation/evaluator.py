@@ -23,7 +23,7 @@ from tlm_jax.evaluation.suites import Metric, Outcome
 from tlm_jax.models import Skeleton
 
 Advance = Callable[[str, int, int], None]
-"""Told (what, done, of how many)."""
+"""Called with (what, done, total)."""
 
 
 class Evaluator:
@@ -155,7 +155,7 @@ def _needle_metrics(answers: Sequence[dict[str, Any]]) -> Iterator[Metric]:
 
 @contextlib.contextmanager
 def progress(shown: bool = True) -> Iterator[Advance]:
-    """A bar on a terminal, a line for every tenth elsewhere; both on stderr."""
+    """A bar on a terminal, one line per tenth elsewhere; both on stderr."""
     # Its file is that of now: lm-eval's own output is caught later.
     console = output.console(file=sys.stderr, soft_wrap=True, quiet=not shown)
     if console.is_terminal:

@@ -19,7 +19,7 @@ from tlm_jax.evaluation.requests import Likelihood, Request
 from tlm_jax.evaluation.scoring import Scorer
 
 Advance = Callable[[str, int, int], None]
-"""Told (what, done, of how many) as requests are answered."""
+"""Called with (what, done, total) as requests are answered."""
 
 
 class HarnessModel(TemplateLM):
@@ -49,10 +49,10 @@ class HarnessModel(TemplateLM):
         self._prefix, self._journal, self._advance = tuple(prefix), journal, advance
         self._questions: list[int] = []
         self.notices: list[str] = []
-        """What a user should know of the answers, a line each."""
+        """What a user should know about the answers, one line each."""
 
     def forget(self) -> None:
-        """Lets go of the answers so far, so that they are computed anew."""
+        """Drops the answers so far, so that they are recomputed."""
         self._journal = Journal(None, {})
 
     @property

@@ -1,4 +1,4 @@
-"""Answers on disk, so that an evaluation that was killed goes on where it was."""
+"""Answers on disk, so that a killed evaluation resumes where it stopped."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from tlm_jax.config import UserError
 
 
 class Journal:
-    """A file of JSON lines, an answer and a checksum in each; keys are hashed.
+    """A file of JSON lines, each with an answer and a checksum; keys are hashed.
 
     A line that a kill cut off, and one whose checksum does not match, are removed: their
     requests have no answer.
@@ -19,7 +19,7 @@ class Journal:
     Args:
       path: the file; None keeps answers in memory only.
       about: what the answers depend on besides the requests (the parameters, the tokenizer), as
-        JSON values; a file that is about something else is begun anew.
+        JSON values; a file that is about something else is started over.
       writes: whether this process writes (one of several does).
     """
 

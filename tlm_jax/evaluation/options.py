@@ -54,7 +54,7 @@ class SuiteConfig:
     max_length: int | None = None
     """Most tokens that the model reads; None is data.seq_len."""
     batch_tokens: int | None = None
-    """Tokens of a batch; None is found from the memory."""
+    """Tokens of a batch; None derives it from the free memory."""
     log_samples: bool = False
     """Write what was asked and answered, with log-likelihoods, to eval/*.samples.jsonl."""
     needle: NeedleConfig = dataclasses.field(default_factory=NeedleConfig)

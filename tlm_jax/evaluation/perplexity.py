@@ -25,7 +25,7 @@ class Score:
     """How well a model predicts held-out text."""
 
     loss: float
-    """Nats a token: the mean negative log-likelihood over all scored tokens."""
+    """Nats per token: the mean negative log-likelihood over all scored tokens."""
     standard_error: float
     """Of `loss`, taking the rows of the batches as independent."""
     perplexity: float

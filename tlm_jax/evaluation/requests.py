@@ -1,11 +1,11 @@
 """What is asked of a model: log-likelihoods of continuations, packed into rows.
 
-The requests of one question mostly begin alike (choices after one context). Laid out
-in one row, their common beginning is a trunk that is read once, and each goes on as a
-branch that sees the trunk and itself (`branches.BRANCH`). Rows are filled with
-as many questions as fit. Nothing here needs jax.
+The requests of one question mostly begin alike (choices after one context). Laid out in one row,
+their common beginning is a trunk that is read once, and each continues as a branch that sees the
+trunk and itself (`branches.BRANCH`). Rows are filled with as many questions as fit. Nothing here
+needs jax.
 
-Legend: B rows, L row length, P parts of equally many rows (one a device), N scored tokens of
+Legend: B rows, L row length, P parts of equally many rows (one per device), N scored tokens of
 a part.
 """
 
@@ -101,7 +101,7 @@ def make_batches(
       requests: by any key; no longer than the model allows.
       pack: share trunks and fill rows; False gives each request a row from its start, for
         models to which it matters where in a row a token stands.
-      batch_tokens: most tokens of a batch, as nearly as can be.
+      batch_tokens: most tokens of a batch, approximately.
       parts: of a batch, for as many devices that share it.
     """
     rows = _pack(_groups(requests)) if pack else _one_by_one(requests)

@@ -189,5 +189,5 @@ def _metric(**values: Any) -> Metric:
     metric = Metric(**values)
     numbers = (metric.value, metric.rows, metric.standard_error or 0.0)
     if not all(isinstance(n, int | float) for n in numbers):
-        raise ValueError(f"{metric.task} {metric.name} is no number")
+        raise ValueError(f"{metric.task} {metric.name} is not a number")
     return metric

@@ -1,6 +1,6 @@
 """Log-likelihoods of continuations: common beginnings once, in a handful of compiled shapes.
 
-Shapes: B rows, L row length, P parts of the rows (one a device), N scored tokens of a part,
+Shapes: B rows, L row length, P parts of the rows (one per device), N scored tokens of a part,
 D model.
 """
 
@@ -152,7 +152,7 @@ def _agreed(number: int) -> int:
 
 
 def _free_memory(device: jax.Device) -> int:
-    """Bytes that are free on a device, or on this machine where devices do not tell."""
+    """Bytes that are free on a device, or on this machine where devices do not report it."""
     statistics = device.memory_stats()
     if statistics and "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics["bytes_in_use"]

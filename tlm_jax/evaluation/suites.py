@@ -71,7 +71,7 @@ class Outcome:
     versions: dict[str, Any]
     """Of each task."""
     notices: tuple[str, ...] = ()
-    """What a user should know of the figures, a line each."""
+    """What a user should know about the figures, one line each."""
 
 
 def expand(names: Sequence[str]) -> tuple[str, ...]:
@@ -127,7 +127,7 @@ def load_tasks(names: Sequence[str], data_dir: pathlib.Path | None) -> list[Any]
                 tasks += _from_hub(manager, name)
                 continue
             if entry.yaml_path is None or "task_list" in entry.kind.name.lower():
-                raise UserError(f"{name} is not a single task, so --data_dir cannot serve it")
+                raise UserError(f"{name} is not a single task, so --data_dir cannot provide it")
             config = dict(load_yaml(entry.yaml_path))
             splits = _read_folder(data_dir, name)
             for key in ("training_split", "validation_split", "test_split", "fewshot_split"):
@@ -166,7 +166,7 @@ def _keep_templates() -> None:
 
 
 def _documents(task: Any) -> Any:
-    """What is evaluated of a task; `eval_docs` would process it anew."""
+    """What is evaluated of a task; `eval_docs` would process it again."""
     return task.task_docs if hasattr(task, "task_docs") else task.eval_docs
 
 

@@ -127,15 +127,15 @@ class Held:
     """Bytes that a program holds besides its arguments."""
 
     peak: int
-    """The most at a time, results included."""
+    """The peak, results included."""
     results: tuple[int, ...]
     """Each of the results, if a loop stacks them."""
     kept: int = 0
     """Where its second part begins (`held`)."""
     before: int = 0
-    """The most in the first part."""
+    """The peak of the first part."""
     after: int = 0
-    """The most in the second."""
+    """The peak of the second."""
 
 
 def held(
@@ -228,7 +228,7 @@ class _Walk:
 
 
 def _body(jaxpr: Jaxpr, tiled: bool) -> int:
-    """What one turn of a loop holds besides operands and results of the loop."""
+    """What one iteration of a loop holds besides operands and results of the loop."""
     walk = _Walk(tiled=tiled, whole_calls=True)
     env = {v: walk.value(v.aval) for v in jaxpr.invars}
     outs = walk.inline(jaxpr, env, late=set(), depends=False)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 Weights = tuple[jax.Array, ...]
-"""One array a layer: (H, I, O) at the start, (B, H, I, O) for each sequence."""
+"""One array per layer: (H, I, O) at the start, (B, H, I, O) for each sequence."""
 
 
 @jax.tree_util.register_dataclass

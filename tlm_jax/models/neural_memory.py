@@ -245,20 +245,20 @@ def neural_memory(
       gates: of each token and head.
       chunk: tokens whose gradients are taken at the same weights. Chunks are counted from
         the first token of a row; the last one may be shorter.
-      document_ids_BL: int32 document of each token, 0 for padding; None is one document a
+      document_ids_BL: int32 document of each token, 0 for padding; None is one document per
         row. A document is a run of equal ids (padding inside it is skipped); it starts
         from `initial` and sees nothing of others. Padding writes nothing, and its reads
         mean nothing.
-      state: continue from here (for decoding); None starts anew and returns None.
+      state: continue from here (for decoding); None starts from `initial` and returns None.
       aligned: promises that the state stands at the start of a chunk and that `chunk`
         divides L, which saves work.
       reads: at the weights after the token's own write, or at those that its chunk began with.
       project: reads at p / sqrt(1 + |p|^2), p = sum of k k^T q over the keys of the document up to
         the token's own.
       clip: soft bound c on the norm n of a token's gradient over all layers, which is
-        multiplied by 1/sqrt(1 + (n/c)^2); None leaves it alone.
-      checkpoint_every: chunks between the weights kept for the backward pass, which computes
-        all else again. About sqrt(L / chunk) takes the least memory and costs one more
+        multiplied by 1/sqrt(1 + (n/c)^2); None is no bound.
+      checkpoint_every: chunks between the weights kept for the backward pass, which recomputes
+        everything else. About sqrt(L / chunk) takes the least memory and costs one more
         forward pass than 1.
       precision: of float32 products: "highest", or "high" or "default" to let an
         accelerator use fewer passes.

@@ -192,7 +192,7 @@ def online_losses(
         of the chunks.
       chunk: see `cross_entropy.token_losses`; cut to a divisor of the piece.
       losses: gives the negative log-likelihoods, which the updates descend on, and one more
-        value a token, which is returned in place of log_z_BL.
+        value per token, which is returned in place of log_z_BL.
 
     Returns:
       nll_BL and log_z_BL, float32, zero at padding, and scored_BL, bool.
@@ -242,7 +242,7 @@ def online_losses(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnlineState:
-    """Decoding with updates: one document a row, all rows equally long."""
+    """Decoding with updates: one document per row, all rows equally long."""
 
     fast: FastWeights
     cache: Any

@@ -51,7 +51,7 @@ class LayerContext:
 
 
 def register(config: type[Part], module: Callable[..., Any]) -> None:
-    """Has `module` run the parts of layers whose config is a `config`.
+    """Registers `module` to run the layer parts whose config is a `config`.
 
     Costs that nobody registered for the config (`mixer_costs.register`, `mlp_costs.register`)
     are counted in the module's program.
@@ -64,7 +64,7 @@ def register(config: type[Part], module: Callable[..., Any]) -> None:
 
 
 def register_norm(name: str, make: Callable[..., Any], *, parameters_per_dim: int = 1) -> None:
-    """Has `model.norm=name` mean the norms that `make(dim, eps, rngs=rngs)` returns."""
+    """Registers `make(dim, eps, rngs=rngs)` to make the norms of `model.norm=name`."""
     _NORMS[name] = make
     costs.NORM_PARAMETERS[name] = parameters_per_dim
     costs.NORM_MODULES[name] = make.__module__

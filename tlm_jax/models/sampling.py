@@ -134,9 +134,9 @@ def stream(
     Args:
       skeleton: the model's structure.
       params: its parameters.
-      prompt_BP: token ids, at least one a row.
+      prompt_BP: token ids, at least one per row.
       config: how tokens are drawn.
-      num_tokens: tokens to draw a row.
+      num_tokens: tokens to draw per row.
       vocab_size: ids the tokenizer knows; higher ones are never drawn.
       seed: of the draws.
     """

@@ -64,7 +64,7 @@ class Skeleton:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes))
 
     def init(self, key: jax.Array) -> Params:
-        """Fresh float32 parameters; jit it with out_shardings to have them born sharded."""
+        """Fresh float32 parameters; jit it with out_shardings to create them sharded."""
         return _init(self.config, key)
 
     def merge(self, params: Params) -> LanguageModel:

@@ -1,4 +1,4 @@
-"""A neural memory as a layer: what it is told, how fast it learns, and how it is heard.
+"""A neural memory as a layer: its inputs, learning rates and readout.
 
 Shapes: B batch, L length, D model, H heads, K head dim, G gates, W convolution width.
 """
@@ -73,7 +73,7 @@ def short_conv(
 class Learner(nnx.Module):
     """What the heads' memories begin with, and the gates of their learning.
 
-    Gates, float32, one a head from the token: alpha = sigmoid(a), eta = sigmoid(e) and
+    Gates, float32, one per head from the token: alpha = sigmoid(a), eta = sigmoid(e) and
     theta = max_rate (1 - eta) sigmoid(r), so that what a token's steps add up to is bounded
     whatever the momentum (bounds and biases are our choice). M_0 is learned.
 

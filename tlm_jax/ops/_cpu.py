@@ -73,7 +73,7 @@ def _stored(x: jax.Array) -> jax.Array:
     """`x` row by row in memory, a transpose too, which XLA then folds into no product.
 
     Pad and slice takes five times as long; a barrier, a detour over uint16 or float32, a gather, an
-    update of zeros and a loop of one round are folded (docs/speed.md).
+    update of zeros and a loop of one round are folded (docs/notes/speed-bfloat16.md).
     """
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 

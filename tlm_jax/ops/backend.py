@@ -27,7 +27,7 @@ def target() -> str:
 
 @contextlib.contextmanager
 def tracing_for(platform: str) -> Iterator[None]:
-    """Has ops choose for another platform than the default backend, inside the block."""
+    """Makes ops choose for another platform than the default backend, inside the block."""
     token = _TARGET.set(platform)
     try:
         yield
@@ -37,7 +37,7 @@ def tracing_for(platform: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def references() -> Iterator[None]:
-    """Has every op left to `auto` be its plain reference, inside the block."""
+    """Makes every op set to `auto` use its plain reference, inside the block."""
     token = _REFERENCES.set(True)
     try:
         yield

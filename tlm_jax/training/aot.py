@@ -1,4 +1,5 @@
-"""Ahead-of-time compilation: the real train and evaluation steps for devices that are not here."""
+"""Ahead-of-time compilation: the real train and evaluation steps for devices that this machine does
+not have."""
 
 import dataclasses
 import re
@@ -52,7 +53,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What the compiler says of a step."""
+    """What the compiler reports about a step."""
 
     name: str
     batch_size: int
@@ -63,18 +64,18 @@ class Compiled:
     limit: int
     """Bytes that a program may use on a device."""
     refusal: str
-    """What the compiler said of a program that does not fit, or nothing."""
+    """The compiler's message about a program that does not fit, or nothing."""
     flops: float
     """Of matrix products on a device, in one step, as `costs` counts them."""
     products: float
-    """The same in the compiled program, loops as often as they run: with what is computed again,
+    """The same in the compiled program, loops as often as they run: with what is recomputed,
     and what several devices compute alike; without kernels that it calls (Pallas)."""
     share: float
     """The products of the program before it was divided over the devices, by their number."""
     counted: float
-    """FLOPs of all operations on a device, as the compiler counts them: loops once."""
+    """FLOPs of all operations on a device by the compiler's count: loops once."""
     accessed: float
-    """Bytes that operations on a device read and write, as the compiler counts them: loops once."""
+    """Bytes that operations on a device read and write, by the compiler's count: loops once."""
     collectives: tuple[Collectives, ...]
 
     @property
@@ -150,7 +151,7 @@ def compile_step(name: str, config: RunConfig, devices: list[Any], limit: int) -
 def largest_batch(
     config: RunConfig, devices: list[Any], limit: int, *, tried: Callable[[Compiled], None]
 ) -> int | None:
-    """The largest batch whose train step fits, in whole rows a device; None if none does.
+    """The largest batch whose train step fits, in whole rows per device; None if none does.
 
     Doubles from one row for each part of the batch until a batch does not fit, then bisects.
 

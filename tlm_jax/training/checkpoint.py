@@ -5,7 +5,7 @@ position of the data iterator and, as metadata, what is needed to tell whether
 this program may continue it: the resolved config, widths, shapes, the data
 layout; and whether it is still what was saved: a checksum for each array, over
 the position and over the metadata themselves. Orbax writes into a temporary
-folder and renames it when it is whole.
+folder and renames it when it is complete.
 """
 
 import functools
@@ -62,7 +62,7 @@ def param_shapes(params: Any) -> dict[str, list[int]]:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What keeps `new` metadata from continuing a checkpoint with `old`, a line each.
+    """What keeps `new` metadata from continuing a checkpoint with `old`, one line each.
 
     Raises:
       UserError: the checkpoint holds no training state.
@@ -82,7 +82,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def shape_differences(saved: dict[str, Any], params: Any) -> list[str]:
-    """Parameters that are missing, extra or of another shape than in a checkpoint, a line each.
+    """Parameters that are missing, extra or of another shape than in a checkpoint, one line each.
 
     Args:
       saved: the checkpoint's metadata.
@@ -146,14 +146,14 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Steps of whole checkpoints, oldest first."""
+        """Steps of complete checkpoints, oldest first."""
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
 
     def save(self, step: int, state: TrainState, iterator: Any, metadata: dict[str, Any]) -> None:
         """Starts to save; returns when the arrays are copied, before they are written.
 
         Raises:
-          UserError: this save, or the one before, failed; older checkpoints are whole.
+          UserError: this save, or the one before, failed; older checkpoints are intact.
         """
         self.wait()
         self._saving = step
@@ -190,7 +190,7 @@ class Checkpoints:
                 self._pending = None
 
     def wait(self) -> None:
-        """Waits until the last save is whole.
+        """Waits until the last save is complete.
 
         Raises:
           UserError: it failed, for example because the disk is full.
@@ -218,7 +218,7 @@ class Checkpoints:
         return found | {CHECKSUMS: checksums.saved(folder / CHECKSUMS)}
 
     def restore(self, step: int, state: TrainState, iterator: Any) -> TrainState:
-        """Loads a step; `state` has shapes and shardings, `iterator` is moved to its place.
+        """Loads a step; `state` has shapes and shardings, `iterator` is moved to its position.
 
         Raises:
           UserError: the step has another state, or cannot be read.
@@ -317,8 +317,8 @@ class Checkpoints:
         except Exception as error:
             names = (entry.name for entry in self.folder.iterdir())
             newest = max((int(name) for name in names if name.isdigit()), default=None)
-            kept = "no earlier checkpoint" if newest is None else f"step {newest} is whole"
-            start = "starts anew" if newest is None else "continues from there"
+            kept = "no earlier checkpoint" if newest is None else f"step {newest} is complete"
+            start = "starts over" if newest is None else "resumes from there"
             raise UserError(
                 f"cannot save step {self._saving} in {self.folder}: {damage.reason(error)}; "
                 f"{kept}, and the same command {start}"
@@ -346,7 +346,7 @@ def _sealed(metadata: dict[str, Any], tree: Any) -> dict[str, Any]:
 
 
 def _different(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """A line for each name whose value differs."""
+    """One line for each name whose value differs."""
     return [
         f"{name}: {before.get(name, 'absent')} -> {after.get(name, 'absent')}"
         for name in sorted(before.keys() | after.keys())

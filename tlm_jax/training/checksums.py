@@ -92,7 +92,7 @@ def _computed(tree: Any) -> _Sums:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         sums = _sums(leaf)
         if _simulated(sums[0]):
-            # Programs whose collectives overlap can wait for each other for ever there.
+            # Programs whose collectives overlap can wait for each other forever there.
             jax.block_until_ready(sums)
         found[name(path)] = sums
     return found

@@ -27,7 +27,7 @@ class DamagedCheckpointError(UserError):
 
 
 class _ElsewhereError(Exception):
-    """What another process of the job met with."""
+    """An error that another process of the job met."""
 
     def __init__(self, process: int, *, damage: bool) -> None:
         super().__init__(f"process {process} cannot read it, and says why")

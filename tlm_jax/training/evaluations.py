@@ -70,7 +70,7 @@ class Evaluations:
         return kinds
 
     def owed(self, start: int) -> set[str]:
-        """Kinds that a run which starts at a step makes before it goes on.
+        """Kinds that a run which starts at a step makes before its next step.
 
         They are those that were interrupted, or failed. Before the first step it is validation.
         """
@@ -89,7 +89,9 @@ class Evaluations:
             missing = multihost_utils.broadcast_one_to_all(np.asarray(missing)).tolist()
         kinds = {kind for kind, gone in zip(due, missing, strict=True) if gone}
         if kinds:
-            self._say(f"Step {start} lacks its evaluation ({', '.join(kinds)}); it comes first.")
+            self._say(
+                f"Step {start} has not been evaluated ({', '.join(kinds)}); that comes first."
+            )
         return kinds
 
     def prepare(self, start: int, params: Any) -> None:
@@ -101,7 +103,7 @@ class Evaluations:
 
         Raises:
           UserError: at the start of training, that a suite cannot be evaluated. (A run that
-            continues reports it when it is due, and goes on.)
+            continues reports it when it is due, and keeps training.)
         """
         training, tokenizer = self._config.training, self._dataset.tokenizer
         if training.suites and start == 0:
@@ -209,7 +211,7 @@ class Evaluations:
         writer: metrics.MetricsWriter,
         between: Callable[..., None],
     ) -> None:
-        """Evaluates the suites; what goes wrong in them is reported, and no reason to stop."""
+        """Evaluates the suites; errors in them are reported and do not stop the run."""
         try:
             if self._suites is None:
                 self._suites = self._open_suites()
@@ -222,7 +224,7 @@ class Evaluations:
                 raise  # another process is gone
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             reason = " ".join(f"{kind}{error}".split())[:300]
-            self._say(f"step {done}  the suites failed, and training goes on: {reason}", "yellow")
+            self._say(f"step {done}  the suites failed, and training continues: {reason}", "yellow")
             return
         finally:
             if self._suites is not None:

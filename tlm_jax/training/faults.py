@@ -1,4 +1,4 @@
-"""What may happen to a run: signals, hung and dead processes, two runs on one folder."""
+"""What may happen to a run: signals, hung and dead processes, two runs in one folder."""
 
 import contextlib
 import faulthandler
@@ -21,12 +21,12 @@ from tlm_jax.config import RUN_AGAIN, UserError
 from tlm_jax.validation import causes
 
 _LOCK = ".lock"
-# Orbax's threads raise anew what JAX said, as errors of other types.
+# Orbax's threads raise JAX's errors again, as errors of other types.
 _LOST = re.compile("Gloo|NCCL|[Bb]arrier|Connection (reset|refused)|UNAVAILABLE|DEADLINE_EXCEEDED")
 
 
 class Stopped(Exception):
-    """What was going on was given up, because the job was asked to stop."""
+    """The work in progress was given up, because the job was asked to stop."""
 
 
 class Stop:
@@ -42,7 +42,7 @@ class Stop:
         With several processes the answer becomes yes in all of them after the same step, once one
         of them was sent SIGTERM, as preempted machines are. Steps only, and not batches of an
         evaluation: Orbax asks JAX the same at each save, with the step's number, and JAX would
-        wait for ever for the number that comes after that.
+        wait forever for the number that comes after that.
         """
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(done):
             self.signal = "SIGTERM"
@@ -51,7 +51,7 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals(console: Console) -> Iterator[Stop]:
-    """Takes note of SIGINT and SIGTERM; a second one acts at once.
+    """Records SIGINT and SIGTERM; a second one acts at once.
 
     With several processes JAX itself takes note of SIGTERM and tells the others (see
     `Stop.after`); SIGINT becomes SIGTERM there.
@@ -67,7 +67,9 @@ def stop_signals(console: Console) -> Iterator[Stop]:
             return
         stop.signal = name
         with contextlib.suppress(RuntimeError):  # it came in the middle of another print
-            console.print(f"{name}: saving after this step; again to stop at once.", style="yellow")
+            console.print(
+                f"{name}: saving after this step; send it again to stop at once.", style="yellow"
+            )
 
     numbers = [signal.SIGINT, signal.SIGTERM]
     for number in numbers[: 1 if jax.process_count() > 1 else 2]:
@@ -80,9 +82,9 @@ def stop_signals(console: Console) -> Iterator[Stop]:
 
 
 class Watchdog:
-    """Ends a process that makes no progress, with a message and the places where it hangs.
+    """Ends a process that makes no progress, with a message and where it hangs.
 
-    A process that waits for ever for a hung one keeps a whole job, and nobody restarts it.
+    A process that waits forever for a hung one blocks the whole job, and nobody restarts it.
 
     Args:
       seconds: without a sign of life until the process is ended; 0 is never.
@@ -119,7 +121,7 @@ def end_at_once(reason: str) -> NoReturn:
     where = f"process {jax.process_index()} of {jax.process_count()}: "
     sys.stdout.flush()
     print(
-        f"error: {where if jax.process_count() > 1 else ''}{reason}; the same command continues "
+        f"error: {where if jax.process_count() > 1 else ''}{reason}; the same command resumes "
         "from the last checkpoint",
         file=sys.stderr,
         flush=True,

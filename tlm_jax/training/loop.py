@@ -3,8 +3,8 @@
 Order within a step, not to be changed: take a batch, dispatch the update, read
 the metrics of the step before (so the device never waits), save, evaluate. The
 data iterator moves only after the save, so a checkpoint continues with exactly
-the next batch; and no evaluation, however it ends, costs a step. One that was
-interrupted is made up when the run continues: `metrics.jsonl` tells.
+the next batch; and no evaluation, however it ends, costs a step. An interrupted one is repeated
+when the run resumes: `metrics.jsonl` tells.
 """
 
 import dataclasses
@@ -240,7 +240,7 @@ class Trainer:
             use = "the start" if before is None else f"step {before}"
             self._say(
                 f"The save of step {unfinished} was interrupted; "
-                f"using the last whole checkpoint, {use}.",
+                f"using the last complete checkpoint, {use}.",
                 "yellow",
             )
         damaged: dict[int, checkpoint.DamagedCheckpointError] = {}
@@ -263,8 +263,8 @@ class Trainer:
         if damaged:
             reason = str(damaged[max(damaged)]).rpartition("; ")[0]
             raise UserError(
-                f"no whole checkpoint is left in {self.workdir} ({reason}); nothing was moved. "
-                "Start anew with another --workdir"
+                f"no usable checkpoint is left in {self.workdir} ({reason}); nothing was moved. "
+                "Start over with another --workdir"
             )
         init = functools.partial(step.init_state, self.skeleton, self.tx)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
@@ -276,7 +276,7 @@ class Trainer:
         if lines and not self.allow_config_change:
             raise UserError(
                 f"{self.workdir} was trained with another config: {'; '.join(lines)}. "
-                "Use another --workdir, or --allow_config_change to continue it all the same"
+                "Use another --workdir, or --allow_config_change to continue anyway"
             )
         if shapes:
             raise UserError(
@@ -288,9 +288,9 @@ class Trainer:
         old = config_io.from_dict(saved["config"])
         if old.data.readers != self.config.data.readers:  # there is no position of the new ones
             raise UserError(
-                f"the position in the text that {self.workdir} holds is that of data.readers="
-                f"{old.data.readers}, with which alone it goes on; use --data.readers "
-                f"{old.data.readers}, or another --workdir"
+                f"the data position saved in {self.workdir} is for data.readers="
+                f"{old.data.readers} and no other number; use --data.readers {old.data.readers}, "
+                "or another --workdir"
             )
         before = old.training.num_steps
         if before != self.config.training.num_steps:
@@ -322,7 +322,7 @@ class Trainer:
             try:
                 files.write_json(self.workdir / "config.json", self.metadata)
             except OSError as error:  # training goes on without it
-                self._say(f"config.json is not being written: {error.strerror}", "yellow")
+                self._say(f"cannot write config.json: {error.strerror}", "yellow")
 
     def _write(self, name: str, text: str, mode: Literal["a", "w"]) -> None:
         if not self.is_main:
@@ -331,7 +331,7 @@ class Trainer:
             with (self.workdir / name).open(mode, encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:  # training goes on without it
-            self._say(f"{name} is not being written: {error.strerror}", "yellow")
+            self._say(f"cannot write {name}: {error.strerror}", "yellow")
 
     def _say(self, text: str, style: str | None = None) -> None:
         if self.is_main:

@@ -56,13 +56,13 @@ class StepMemory:
     kept: int
     """What layers keep for the backward pass, at that moment."""
     work: int
-    """What is at work at that moment: one layer's forward or backward pass, or the loss."""
+    """The working set at that moment: one layer's forward or backward pass, or the loss."""
     gaps: int
     """Between arrays (CPU)."""
     code: int
     """The program itself (TPU)."""
     moment: str
-    """What is at work when the most is needed."""
+    """What runs at the peak."""
     kept_by_layer: tuple[int, ...]
     """What each layer keeps from its forward to its backward pass."""
     tokens: int
@@ -87,7 +87,7 @@ class _Layer:
     kept: float
     """From its forward pass to its backward pass, without its parameters."""
     forward: float
-    """The most while it runs."""
+    """Its peak while it runs."""
     backward: float
     """The most while its backward pass runs, with its gradients, without what was kept."""
     matrices: float
@@ -131,7 +131,7 @@ class _Estimate:
         self.costs = costs.model_costs(self.model, config.data.seq_len)
 
     def step(self) -> StepMemory:
-        """The moment at which the most is needed, among those that can be it."""
+        """The moment of the peak, among the candidates."""
         parts = self.config.training.grad_accumulation
         layers = self.layers()
         in_layers = [4 * layer.parameters / self.split for layer in self.costs.layers]
@@ -308,7 +308,7 @@ class _Estimate:
         return LayerSpec(mixer=mixer, mlp_widths=widths)
 
     def loss(self) -> float:
-        """The most that the loss holds, besides the gradient of the head."""
+        """The peak of the loss, besides the gradient of the head."""
         D, V = self.model.d_model, -(-self.model.vocab_size // self.axes["tensor"])
         shape, training = (self.rows, self.length), self.config.training
         arrays = (

@@ -30,7 +30,7 @@ class MetricsWriter:
     """Appends records to `metrics.jsonl` and to TensorBoard.
 
     A record has `kind` (train, eval or suites), `step`, numbers, and a checksum over all these
-    (`files.sealed`). A run that was killed and resumed can repeat steps: the later line holds.
+    (`files.sealed`). A run that was killed and resumed can repeat steps: the later line counts.
     """
 
     def __init__(self, workdir: pathlib.Path, console: Console, *, enabled: bool = True) -> None:
@@ -91,7 +91,7 @@ class MetricsWriter:
 
     def _warn(self, error: Exception) -> None:
         if not self._warned:
-            text = f"metrics are not being written: {error}"
+            text = f"cannot write metrics: {error}"
             self._console.print(text, style="yellow", soft_wrap=True)
             self._warned = True
 
@@ -153,7 +153,7 @@ class TrainProgress:
 
 
 class SpeedMeter:
-    """Tokens a second and MFU over the steps since the last log line, and goodput.
+    """Tokens per second and MFU over the steps since the last log line, and goodput.
 
     Args:
       flops_per_token: of training.
@@ -253,7 +253,7 @@ class TrainLog:
       began: see `SpeedMeter`.
       enabled: show progress.
       hooks: called with each step and its metrics, as numbers, one step late; one that fails is
-        reported and left out from then on.
+        reported and disabled from then on.
     """
 
     def __init__(
@@ -323,7 +323,7 @@ class TrainLog:
                 hook(done, dict(values))
             except Exception as error:  # what watches training must not end it
                 self._hooks.remove(hook)
-                text = f"hook {hook} failed at step {done} and is left out: {error!r}"
+                text = f"hook {hook} failed at step {done} and is disabled: {error!r}"
                 self._console.print(text, style="yellow", soft_wrap=True)
 
     def close(self) -> None:

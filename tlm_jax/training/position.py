@@ -1,4 +1,4 @@
-"""Where the data iterator stands, in a checkpoint."""
+"""The data iterator's position, in a checkpoint."""
 
 import asyncio
 import json
@@ -14,7 +14,7 @@ FILE = "position.json"
 
 
 class Position:
-    """Where the data iterator stands, as Orbax saves and loads it.
+    """The data iterator's position, as Orbax saves and loads it.
 
     One file for each reader, whatever the number of processes: each is written by one process,
     and read by those that run this reader then. (Grain's own way is a file for each process, which

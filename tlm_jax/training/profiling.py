@@ -31,20 +31,20 @@ def parse(text: str) -> ProfileSpan:
 
 
 class Profiler:
-    """Starts and ends the trace as the loop goes by; without a span it does nothing."""
+    """Starts and ends the trace during the loop; without a span it does nothing."""
 
     def __init__(self, span: ProfileSpan | None, folder: pathlib.Path) -> None:
         self._span, self._folder = span, folder
         self._tracing = False
 
     def before_step(self, done: int) -> None:
-        """Starts the trace when `done` steps are behind us."""
+        """Starts the trace after `done` steps."""
         if self._span is not None and done == self._span.start:
             jax.profiler.start_trace(str(self._folder))
             self._tracing = True
 
     def after_step(self, done: int, metrics: Any) -> pathlib.Path | None:
-        """Ends the trace after its last step, once that is through; returns where it lies."""
+        """Ends the trace once its last step is done; returns its folder."""
         if self._span is None or not self._tracing or done < self._span.start + self._span.steps:
             return None
         jax.block_until_ready(metrics)
@@ -52,7 +52,7 @@ class Profiler:
         return self._folder
 
     def close(self) -> None:
-        """Ends a trace that is still being made."""
+        """Ends an unfinished trace."""
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False

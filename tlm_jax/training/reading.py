@@ -1,4 +1,4 @@
-"""The batches of a job: each process reads those rows that its devices need."""
+"""The batches of a job: each process reads the rows that its devices need."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ def train_iterator(
     Args:
       dataset: the text.
       config: says how many readers make the batches.
-      mesh: where they will lie.
+      mesh: where they will be placed.
       say: shows a line in a style, if processes must read rows that they do not need.
     """
     readers, size = config.readers, config.batch_size
@@ -35,8 +35,8 @@ def train_iterator(
         )
         say(
             f"data.readers={readers} does not divide over {len(rows)} processes: up to {spare} of "
-            f"the {size} rows of a batch are read where no device needs them. A new run with "
-            f"data.readers={fits} would read none in vain.",
+            f"the {size} rows of a batch are read by processes that do not need them. A new run "
+            f"with data.readers={fits} would avoid this.",
             "yellow",
         )
     if readers == 1:

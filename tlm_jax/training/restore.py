@@ -42,7 +42,7 @@ def saved_metadata(folder: pathlib.Path, step: int | None) -> tuple[int, dict[st
         raise UserError(f"{folder} is not a run folder: it has no {CHECKPOINTS}/")
     with checkpoint.Checkpoints(checkpoints, read_only=True) as found:
         if not found.steps:
-            raise UserError(f"{folder} has no whole checkpoint")
+            raise UserError(f"{folder} has no complete checkpoint")
         step = max(found.steps) if step is None else step
         if step not in found.steps:
             raise UserError(f"{folder} has no checkpoint of step {step}, only of {found.steps}")
@@ -104,7 +104,7 @@ def evaluate_suites(
 ) -> tuple[suites.Outcome, result_files.Conditions]:
     """Runs suites of tasks on the checkpoint of a step; also says under which conditions.
 
-    Answers are kept in the run folder as they come, so that the same command goes on after a
+    Answers are kept in the run folder as they come, so that the same command resumes after a
     kill; the file is removed at the end.
 
     Raises:
@@ -170,8 +170,8 @@ def _evaluate_suites(
         journal = Journal(path, about, writes=is_main)
         if journal.damaged and is_main:
             print(
-                f"{path}: {journal.damaged} damaged lines are left out; what they held is asked "
-                "again",
+                f"{path}: {journal.damaged} damaged lines are ignored; their requests are "
+                "evaluated again",
                 file=sys.stderr,
             )
         with contextlib.closing(journal), progress(is_main) as advance:

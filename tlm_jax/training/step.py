@@ -20,7 +20,7 @@ from tlm_jax.models.loss import training_loss
 from tlm_jax.training.updates import global_norm, learning_rate, updates_made
 
 _NORM_STEPS = 100
-"""Updates that the typical gradient norm is made of, and before which none is a spike."""
+"""Updates in the running mean of the gradient norm, and before which none is a spike."""
 
 _COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
     "cpu": {

@@ -44,7 +44,7 @@ _DIRECTIONS: dict[type[OptimizerConfig], Direction] = {}
 
 
 def register_optimizer(config: type[OptimizerConfig], direction: Direction) -> None:
-    """Has `direction(config, about)` make the optimizers of a config.
+    """Registers `direction(config, about)` to make the optimizers of a config.
 
     It returns what the learning rate is multiplied with, weight decay included and clipping
     excluded: gradients in, updates to be subtracted out.
@@ -179,7 +179,7 @@ def _muon(config: MuonConfig, about: About) -> optax.GradientTransformation:
 
 
 def _matrix(path: Any, leaf: Any, axes: tuple[str | None, ...]) -> Any:
-    """Inputs and outputs of a layer's matrix, for optax; None for what is no matrix of a layer.
+    """Inputs and outputs of a layer's matrix, for optax; None for what is not a matrix of a layer.
 
     By the names of its dims: what is not `embed` lies on the other side of it, dims without a
     name and layers are matrices of their own. Without names, a matrix has two dims.

@@ -1,4 +1,4 @@
-"""Whether the files of a run folder are still what was written: by their checksums."""
+"""Whether the files of a run folder are unchanged, by their checksums."""
 
 import dataclasses
 import json
@@ -55,7 +55,7 @@ def verify(folder: pathlib.Path, step: int | None) -> Iterator[Finding]:
                 yield _found(name, *_lines(file))
             elif name in ("tokenizer.json", "tokenizer.model"):
                 known = not tokenizers or file_fingerprint(file) in tokenizers
-                yield _found(name, [] if known else ["no checkpoint knows this tokenizer"], "")
+                yield _found(name, [] if known else ["no checkpoint names this tokenizer"], "")
             elif file.suffix == ".json":
                 yield _found(name, *_record(file))
 
