@@ -89,7 +89,9 @@ class Sweep:
                 )
 
         if strangers := {name for pair in self.primary for name in pair} - set(names):
-            raise UserError(f"sweep {self.name}: {min(strangers)!r} in primary is not one of its arms")
+            raise UserError(
+                f"sweep {self.name}: {min(strangers)!r} in primary is not one of its arms"
+            )
 
     @property
     def cells(self) -> tuple[Cell, ...]:
