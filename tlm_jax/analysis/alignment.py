@@ -11,6 +11,7 @@ Shapes: B batch, L length, D model, N layers, R references.
 """
 
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -81,16 +82,15 @@ def measure(
         tokenizer = load_tokenizer(config.data.tokenizer)
         batches = text_batches(text, tokenizer, config.data.batch_size, config.data.seq_len)
     wanted = math.ceil(tokens / (config.data.batch_size * config.data.seq_len))
-    stride = max(1, len(batches) // wanted)
     with jax.set_mesh(mesh):
         params = restore.load_params(folder, step, model, tokenizer, mesh)
-        return align(model, params, (to_devices(b, mesh) for b in _every(batches, stride, wanted)))
+        return align(model, params, (to_devices(b, mesh) for b in spread(batches, wanted)))
 
 
-def _every(batches: Iterable[Batch], stride: int, count: int) -> Iterator[Batch]:
-    for index, batch in enumerate(batches):
-        if index % stride == 0 and index < stride * count:
-            yield batch
+def spread(batches: Any, count: int) -> Iterator[Batch]:
+    """So many batches, or all if there are fewer, evenly over a sequence of them."""
+    stride = max(1, len(batches) // count)
+    return itertools.islice(batches, 0, stride * count, stride)
 
 
 def text_batches(

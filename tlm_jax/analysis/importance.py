@@ -8,7 +8,6 @@ Shapes: B batch, L length, W MLP width, D model, N layers of a segment.
 """
 
 import dataclasses
-import itertools
 import math
 import pathlib
 from collections.abc import Iterable, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 from rich.table import Table
 
 from tlm_jax._fit import nearest
+from tlm_jax.analysis.alignment import spread
 from tlm_jax.config import RunConfig
 from tlm_jax.data import open_dataset
 from tlm_jax.distributed import mesh as mesh_lib
@@ -57,13 +57,11 @@ def measure(folder: pathlib.Path, step: int, config: RunConfig, *, rows: int) ->
     mesh = mesh_lib.make_mesh(config)
     model = skeleton(dataclasses.replace(config.model, compute_dtype="float32"))
     dataset = open_dataset(config.data, config.model.vocab_size)
-    batches: Any = dataset.validation_batches()
-    wanted = math.ceil(rows / config.data.batch_size)
-    chosen = itertools.islice(batches, 0, None, max(1, len(batches) // wanted))
+    count = math.ceil(rows / config.data.batch_size)
+    batches = spread(dataset.validation_batches(), count)
     with jax.set_mesh(mesh):
         params = restore.load_params(folder, step, model, dataset.tokenizer, mesh)
-        some = itertools.islice(chosen, wanted)
-        return importance(model, params, (to_devices(batch, mesh) for batch in some))
+        return importance(model, params, (to_devices(batch, mesh) for batch in batches))
 
 
 def importance(
