@@ -193,6 +193,7 @@ def train(
     loss: TokenLoss | None = None,
     data: Dataset | None = None,
     hooks: Sequence[metrics.Hook] = (),
+    init_from: str | pathlib.Path | None = None,
     allow_config_change: bool = False,
     quiet: bool = False,
 ) -> loop.Outcome:
@@ -209,6 +210,7 @@ def train(
         `document_ids`, where 0 is padding.
       data: in place of the text that `config.data` names; with the interface of `data.Dataset`.
       hooks: called as `hook(step, metrics)` for each step, one step late.
+      init_from: a run folder whose parameters a new run starts with, optimizer and data fresh.
       allow_config_change: resume a run although its config has changed.
       quiet: show no log.
 
@@ -227,4 +229,5 @@ def train(
         loss=loss,
         data=data,
         hooks=hooks,
+        init_from=None if init_from is None else pathlib.Path(init_from),
     ).run()

@@ -24,6 +24,9 @@ class Command:
     run: Run
     workdir: pathlib.Path | None = None
     """Run folder: checkpoints, metrics, samples, curves. None is runs/NAME."""
+    init_from: pathlib.Path | None = None
+    """Run folder (an imported model is one) whose parameters a new run starts with: continued
+    pre-training and fine-tuning, with a fresh optimizer, on any data and schedule."""
     allow_config_change: bool = False
     """Continue a run although its config has changed."""
     profile: str | None = None
@@ -54,6 +57,7 @@ def run(argv: Sequence[str], prog: str) -> int:
         workdir,
         console,
         allow_config_change=command.allow_config_change,
+        init_from=command.init_from,
         profile=None if command.profile is None else profiling.parse(command.profile),
     )
     if trainer.is_main:

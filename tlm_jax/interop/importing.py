@@ -17,7 +17,7 @@ from tlm_jax.interop.gguf_file import GgufFile
 from tlm_jax.interop.tensors import SafetensorsFolder, TensorSource
 from tlm_jax.models import Skeleton, skeleton
 from tlm_jax.training import checkpoint
-from tlm_jax.training.loop import CHECKPOINTS
+from tlm_jax.training.checkpoint import CHECKPOINTS
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _BATCH_TOKENS = 8192

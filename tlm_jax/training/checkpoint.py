@@ -29,6 +29,8 @@ from tlm_jax.training.position import Position
 from tlm_jax.training.step import TrainState
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
+CHECKPOINTS = "checkpoints"
+"""Folder of the checkpoints in a run folder."""
 _METADATA = "_CHECKPOINT_METADATA"
 CHECKSUMS = "checksums"
 

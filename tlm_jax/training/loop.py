@@ -27,14 +27,12 @@ from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed.sharding import to_devices
 from tlm_jax.models import skeleton
 from tlm_jax.models.settings import attention_kernel, compute_dtype
-from tlm_jax.training import checkpoint, faults, metrics, step
+from tlm_jax.training import checkpoint, faults, metrics, step, warm_start
 from tlm_jax.training.allocator import release_freed_memory
 from tlm_jax.training.evaluations import Evaluations
 from tlm_jax.training.profiling import Profiler, ProfileSpan
 from tlm_jax.training.reading import train_iterator
 from tlm_jax.training.updates import About, make_optimizer
-
-CHECKPOINTS = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,6 +63,8 @@ class Trainer:
       loss: of each token, in place of the negative log-likelihood.
       data: in place of the text that the config names; with the interface of `data.Dataset`.
       hooks: see `metrics.TrainLog`.
+      init_from: a run folder whose parameters a new run starts with; a run that has a checkpoint
+        of its own resumes from that.
     """
 
     def __init__(
@@ -79,7 +79,9 @@ class Trainer:
         loss: step.TokenLoss | None = None,
         data: Dataset | None = None,
         hooks: Sequence[metrics.Hook] = (),
+        init_from: pathlib.Path | None = None,
     ) -> None:
+        self.init_from = init_from
         self.config, self.workdir, self.console = config, workdir, console
         self.loss, self.hooks = loss, hooks
         self.allow_config_change, self.profile = allow_config_change, profile
@@ -120,7 +122,7 @@ class Trainer:
             faults.locked(self.workdir),
             faults.stop_signals(self.console) as stop,
             checkpoint.Checkpoints(
-                self.workdir / CHECKPOINTS,
+                self.workdir / checkpoint.CHECKPOINTS,
                 keep_last=training.keep_last,
                 keep_every=training.keep_every,
             ) as checkpoints,
@@ -139,6 +141,7 @@ class Trainer:
         return {
             **{name: repr(value) for name, value in values.items()},
             "--workdir": str(self.workdir),
+            "--init_from": str(self.init_from),
             "--allow_config_change": str(self.allow_config_change),
             **agreement.code_version(),
         }
@@ -246,7 +249,8 @@ class Trainer:
         damaged: dict[int, checkpoint.DamagedCheckpointError] = {}
         for newest in reversed(checkpoints.steps):
             try:
-                self._compare(checkpoints.metadata(newest))
+                saved = checkpoints.metadata(newest)
+                self._compare(saved)
                 state = checkpoints.restore(newest, self.shapes, self.iterator)
             except checkpoint.DamagedCheckpointError as error:
                 damaged[newest] = error
@@ -257,6 +261,7 @@ class Trainer:
                 where = [checkpoints.set_aside(number), checkpoints.folder / str(number)]
                 back = shlex.join(["mv", *map(str, where)])
                 self._say(f"{reason}; set aside (to bring it back: {back}).", "yellow")
+            self.metadata |= warm_start.kept(saved)
             if newest < self.config.training.num_steps:
                 self._say(f"Continuing from step {newest} in {self.workdir}.")
             return state, newest
@@ -266,9 +271,19 @@ class Trainer:
                 f"no usable checkpoint is left in {self.workdir} ({reason}); nothing was moved. "
                 "Start over with another --workdir"
             )
-        init = functools.partial(step.init_state, self.skeleton, self.tx)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.shapes)
-        return jax.jit(init, out_shardings=shardings)(jax.random.key(self.config.seed)), 0
+        if self.init_from is None:
+            init = functools.partial(step.init_state, self.skeleton, self.tx)
+            return jax.jit(init, out_shardings=shardings)(jax.random.key(self.config.seed)), 0
+        params, more = warm_start.load(
+            self.init_from, self.config, self.skeleton, self.dataset.tokenizer, self.mesh
+        )
+        self.metadata |= more
+        self._say(
+            f"Starting from the parameters of step {more['init_from']['step']} in {self.init_from}."
+        )
+        begin = jax.jit(functools.partial(step.first_state, self.tx), out_shardings=shardings)
+        return begin(params), 0
 
     def _compare(self, saved: dict[str, Any]) -> None:
         shapes = checkpoint.shape_differences(saved, self.skeleton.shapes)

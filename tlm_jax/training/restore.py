@@ -24,8 +24,8 @@ from tlm_jax.evaluation.options import SuiteConfig
 from tlm_jax.models import Skeleton, sampling, skeleton
 from tlm_jax.models.settings import compute_dtype
 from tlm_jax.training import checkpoint
+from tlm_jax.training.checkpoint import CHECKPOINTS
 from tlm_jax.training.faults import make_writable
-from tlm_jax.training.loop import CHECKPOINTS
 
 
 def saved_metadata(folder: pathlib.Path, step: int | None) -> tuple[int, dict[str, Any]]:

@@ -63,7 +63,11 @@ class TrainState:
 
 def init_state(skeleton: Skeleton, tx: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """Fresh parameters and moments at step 0."""
-    params = skeleton.init(key)
+    return first_state(tx, skeleton.init(key))
+
+
+def first_state(tx: optax.GradientTransformation, params: Any) -> TrainState:
+    """These parameters at step 0, with fresh moments."""
     return TrainState(  # each counter a buffer of its own, as the train step donates them
         step=jnp.zeros((), jnp.int32),
         params=params,

@@ -14,7 +14,7 @@ from tlm_jax import files
 from tlm_jax.config import UserError
 from tlm_jax.data.tokenizers import file_fingerprint
 from tlm_jax.training import checkpoint, checksums, damage, position
-from tlm_jax.training.loop import CHECKPOINTS
+from tlm_jax.training.checkpoint import CHECKPOINTS
 
 _ELSEWHERE = (CHECKPOINTS, "damaged", "tensorboard", "profile")
 _SHOWN = 4
