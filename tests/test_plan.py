@@ -118,7 +118,13 @@ def test_summary_is_short_and_complete() -> None:
     text = "\n".join(lines)
     assert len(lines) <= 6
     assert max(map(len, lines)) <= 100
-    for part in ("435,471,360", "6,144 -> 2,048", "24 segments", "524,288 a step", "30.0B tokens"):
+    for part in (
+        "435,471,360",
+        "6,144 -> 2,048",
+        "24 segments",
+        "524,288 per step",
+        "30.0B tokens",
+    ):
         assert part in text
     assert "equal to its uniform twin" in text
     assert "uniform" in plan_lib.summary_lines(_run(schedule="uniform"))[2]

@@ -244,11 +244,14 @@ def test_long_units_are_written_in_parts(lines: pathlib.Path, tmp_path: pathlib.
 
 
 def start(source: pathlib.Path, out: pathlib.Path, *words: str) -> subprocess.Popen[str]:
-    script = "import sys; from tlm_jax import cli; sys.exit(cli.main(sys.argv[1:]))"
+    # A shell's background jobs, such as these tests may be, ignore SIGINT, and so their children.
+    script = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from tlm_jax import cli; sys.exit(cli.main(sys.argv[1:]))"
+    )
     words = ("prepare", str(source), "--out", str(out), "--shard_mb", "1", *words)
     return subprocess.Popen(
-        # It yields to the test that watches it, which else kills too late on a busy machine.
-        ["nice", "-n", "10", *command("train.py")[:1], "-c", script, *words],
+        [*command("train.py")[:1], "-c", script, *words],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
