@@ -395,7 +395,7 @@ def test_primary_comparisons_share_a_level():
     text = sweep_report.primary([r | {"primary": pairs} for r in RECORDS])
     # -0.5 and -0.1 as above; t(1) at 1 - 0.05 / 2 / 2 is 25.4517.
     assert "- taper minus uniform: -0.3000 ± 5.0903 (2 pairs)\n" in text
-    assert "- late minus taper: +0.9000 (1 pairs)\n" in text
+    assert "- late minus taper: +0.9000 (1 pair)\n" in text
     assert "97.5% intervals" in text
     assert sweep_report.primary(RECORDS) == ""
     with pytest.raises(UserError, match="'cosine' in primary is not one of its arms"):

@@ -195,7 +195,8 @@ def primary(records: Sequence[Record]) -> str:
         if seeds:
             apart = [cells[one, seed] - cells[other, seed] for seed in seeds]
             text = Estimate.of(apart, LEVEL / len(pairs)).text(4)
-            lines.append(f"- {one} minus {other}: {text} ({len(seeds)} pairs)")
+            noun = "pair" if len(seeds) == 1 else "pairs"
+            lines.append(f"- {one} minus {other}: {text} ({len(seeds)} {noun})")
     if not lines:
         return ""
     share = f"{1 - LEVEL / len(pairs):.1%} intervals, so that together they err in 5% of studies"
