@@ -1,7 +1,7 @@
 """Uniform and cosine on code, and on the study's text byte by byte.
 
 Command:   DATA_CODE=FOLDER DATA_BYTES=FOLDER tlm sweep configs/sweeps/data.py
-Sizes:     FILE.py:micro and :medium take those of configs/study.py
+Sizes:     FILE.py:micro and :medium use the sizes of configs/study.py
 Cost:      12 runs of configs/study.py (three seeds)
 Data:      two folders of `tlm prepare`; the second with --tokenizer bytes (docs/results.md)
 Plan:      docs/studies.md, study f

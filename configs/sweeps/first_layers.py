@@ -1,7 +1,7 @@
 """Where does width count: in the first layers only, or along a taper?
 
 Command:   DATA=FOLDER tlm sweep configs/sweeps/first_layers.py
-Sizes:     FILE.py:micro and :medium take those of configs/study.py
+Sizes:     FILE.py:micro and :medium use the sizes of configs/study.py
 Cost:      25 runs of configs/study.py (five seeds)
 Plan:      docs/studies.md, study g
 

@@ -1,7 +1,7 @@
 """Does what a taper gains come from the scale of its weights at the start, or from their rate?
 
 Command:   DATA=FOLDER tlm sweep configs/sweeps/initialisation.py
-Sizes:     FILE.py:micro and :medium take those of configs/study.py
+Sizes:     FILE.py:micro and :medium use the sizes of configs/study.py
 Cost:      30 runs of configs/study.py (five seeds)
 Plan:      docs/studies.md, study d
 

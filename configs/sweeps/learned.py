@@ -5,7 +5,7 @@ Commands:  DATA=FOLDER tlm train --config configs/study.py --model.taper.schedul
            tlm importance --checkpoint runs/short     # the widths for IMPORTANCE
            tlm align --checkpoint runs/short          # the widths for ALIGNMENT
            DATA=FOLDER IMPORTANCE="..." ALIGNMENT="..." tlm sweep configs/sweeps/learned.py
-Sizes:     FILE.py:micro and :medium take those of configs/study.py
+Sizes:     FILE.py:micro and :medium use the sizes of configs/study.py
 Cost:      20 runs of configs/study.py (five seeds)
 Plan:      docs/studies.md, study i
 

@@ -1,7 +1,7 @@
 """Does each shape need its own learning rate? Uniform and tapered at three of them.
 
 Command:   DATA=FOLDER tlm sweep configs/sweeps/learning_rates.py
-Sizes:     FILE.py:micro and :medium take those of configs/study.py
+Sizes:     FILE.py:micro and :medium use the sizes of configs/study.py
 Cost:      30 runs of configs/study.py (five seeds)
 Plan:      docs/studies.md, study d
 

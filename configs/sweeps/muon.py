@@ -1,7 +1,7 @@
 """Does the gain of a taper survive another optimizer? AdamW and Muon, uniform and cosine.
 
 Command:   DATA=FOLDER tlm sweep configs/sweeps/muon.py
-Sizes:     FILE.py:micro and :medium take those of configs/study.py
+Sizes:     FILE.py:micro and :medium use the sizes of configs/study.py
 Cost:      20 runs of configs/study.py (five seeds)
 Plan:      docs/studies.md, study e
 

@@ -1,7 +1,7 @@
 """The paper's five ratios of a cosine taper: is there a U with its bottom at 1.5 to 0.5?
 
 Command:   DATA=FOLDER tlm sweep configs/sweeps/ratios.py
-Sizes:     FILE.py:micro and :medium take those of configs/study.py
+Sizes:     FILE.py:micro and :medium use the sizes of configs/study.py
 Cost:      30 runs of configs/study.py
 Plan:      docs/studies.md, study b
 """

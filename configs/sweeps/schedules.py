@@ -1,7 +1,7 @@
 """Schedules at one ratio, with eight seeds: is cosine better than linear, and either than uniform?
 
 Command:   DATA=FOLDER tlm sweep configs/sweeps/schedules.py
-Sizes:     FILE.py:micro and :medium take those of configs/study.py
+Sizes:     FILE.py:micro and :medium use the sizes of configs/study.py
 Cost:      32 runs of configs/study.py
 Plan:      docs/studies.md, study a
 

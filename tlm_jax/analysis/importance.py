@@ -39,7 +39,7 @@ class Importance:
 
     layer: int
     units: np.ndarray
-    """(W,), float64; in a chain of MLPs those of all levels, first to last."""
+    """(W,), float64; in a chain of MLPs the units of all levels, first to last."""
 
 
 def measure(folder: pathlib.Path, step: int, config: RunConfig, *, rows: int) -> list[Importance]:

@@ -1,7 +1,7 @@
 """Does the gain of a taper fade with scale? A line through paired differences over compute.
 
-Every pair (an arm less its baseline, equal seed, size and length) is a point: the difference of
-held-out losses in nats per token over log10 of the FLOPs that each of the two was trained with.
+Each pair (an arm and its baseline with equal seed, size and length) is a point: the difference of
+their held-out losses, in nats per token, over log10 of the training FLOPs of each.
 A least-squares line goes through the points of a taper; intervals are Student's t at 95%. Past the
 largest model that was trained, the line is an extrapolation, and what it says there is printed
 with how far that is.
@@ -32,7 +32,7 @@ class Point:
     flops: float
     """Of the training of each of the two."""
     difference: float
-    """Held-out loss less that of the baseline, in nats per token."""
+    """Held-out loss minus the baseline's, in nats per token."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Line:
     """Sum of squares of log10(flops) about its mean."""
 
     def at(self, flops: float) -> Estimate:
-        """The line's mean at so many FLOPs."""
+        """The line's mean at the given FLOPs."""
         from scipy import stats  # slow to import
 
         away = math.log10(flops / self.center)

@@ -258,7 +258,7 @@ def _run(
 
     broken: dict[str, str] = {}
     finished = 0
-    with concurrent.futures.ThreadPoolExecutor(parallel) as pool:
+    with concurrent.futures.ThreadPoolExecutor(parallel) as pool, stop.on_error():
         cells = {pool.submit(train, cell): cell for cell in todo}
         for future in concurrent.futures.as_completed(cells):
             cell, (status, seconds) = cells[future], future.result()

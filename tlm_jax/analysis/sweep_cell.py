@@ -40,6 +40,15 @@ class Stop:
         for process in list(self.processes):
             process.terminate()
 
+    @contextlib.contextmanager
+    def on_error(self) -> Iterator[None]:
+        """An error in this context (a full disk, say) stops the cells that are running."""
+        try:
+            yield
+        except BaseException:
+            self()
+            raise
+
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
@@ -136,8 +145,8 @@ def _wait_until_free(folder: pathlib.Path, console: Console, stop: Stop) -> None
 
 
 def _settle(parent: int, cores: tuple[int, ...]) -> None:
-    """In a new process, on Linux: it keeps to its cores, and is told to stop, so that it saves,
-    when the thread that waits for it ends."""
+    """In the new process, on Linux: pins it to its cores, and sends it SIGTERM, so that it saves,
+    when the thread that started it ends."""
     if cores:
         os.sched_setaffinity(0, cores)
     if _LIBC is not None:

@@ -1,0 +1,157 @@
+"""What the report makes of a sweep's results: differences, merged records, pages, pictures."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+
+import pytest
+from rich.console import Console
+
+from tlm_jax import cli, config_io, files
+from tlm_jax.analysis import sweep, sweep_merge, sweep_plots, sweep_report
+from tlm_jax.analysis.sweep import Arm, Cell, Sweep
+from tlm_jax.config import OptimizerConfig, RunConfig, TaperConfig, UserError
+
+UNIFORM = Arm(name="uniform", changes={"model.taper.schedule": "uniform"})
+
+
+def record(arm: str, seed: int, losses: list[float], order: int, **changes) -> dict:
+    config = dataclasses.replace(RunConfig(), **changes)
+    return {
+        "sweep": "made",
+        "arm": arm,
+        "baseline": "uniform",
+        "order": order,
+        "seed": seed,
+        "config": config_io.to_dict(config),
+        "budget": {"parameters": 10},
+        "widths": config.model.mlp_widths,
+        "validation": [[10 * i, loss] for i, loss in enumerate(losses)],
+        "train": [],
+        "final": {"loss": losses[-1]},
+        "versions": {"jax": "1"},
+    }
+
+
+RECORDS = [
+    record("uniform", 0, [9.0, 5.0, 4.0], 0),
+    record("uniform", 1, [9.0, 5.2, 4.2], 0),
+    record("late", 1, [9.0, 6.0, 5.0], 2),
+    record("taper", 0, [9.0, 4.5, 3.5], 1),
+    record("taper", 1, [9.0, 4.9, 4.1], 1),
+    record("taper", 2, [9.0, 4.9, 4.0], 1),
+]
+
+
+def test_differences_are_of_pairs_with_the_interval_of_students_t():
+    uniform, taper, late = sweep_report.findings(RECORDS)
+    assert (uniform.difference, taper.seeds, taper.pairs) == (None, [0, 1, 2], 2)
+    # Differences -0.5 and -0.1: mean -0.3, deviation 0.2828, over sqrt(2) 0.2, t(1) = 12.706.
+    assert taper.difference.mean == pytest.approx(-0.3)
+    assert taper.difference.half_width == pytest.approx(12.7062 * 0.2, rel=1e-4)
+    assert taper.perplexity_ratio == pytest.approx(math.exp(-0.3))
+    # 4.5 to 3.5 passes 4.0 half way between steps 10 and 20; 4.9 to 4.1 passes 4.2 at 18.75.
+    assert taper.speed.mean == pytest.approx((15 + 18.75) / 2 / 20)
+    assert late.difference == sweep_report.Estimate(mean=pytest.approx(0.8), half_width=None)
+    assert late.speed is None
+    assert sweep_report.rows([late])[0][-1] == "not reached"
+
+
+def _write(path: pathlib.Path, records: list[dict]) -> pathlib.Path:
+    path.write_text("".join(json.dumps(files.sealed(r)) + "\n" for r in records))
+    return path
+
+
+def test_records_of_two_machines_in_one_file(tmp_path: pathlib.Path) -> None:
+    """What both have is kept once; the merged file reports what one sweep of all would."""
+    one, other = _write(tmp_path / "a.jsonl", RECORDS[:4]), _write(tmp_path / "b", RECORDS[3:])
+    other.rename(tmp_path / "b.jsonl")
+    target = tmp_path / "all.jsonl"
+    words = ["report", str(one), str(tmp_path / "b.jsonl"), "--merge", str(target)]
+    assert cli.main(words) == 0
+    whole = sweep_report.read(_write(tmp_path / "whole.jsonl", RECORDS))
+    merged = sweep_report.read(target)
+    assert sweep_report.rows(sweep_report.findings(merged)) == sweep_report.rows(
+        sweep_report.findings(whole)
+    )
+    before = target.read_bytes()
+    assert cli.main(words) == 0
+    assert target.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"sweep": "another"}, "is of sweep 'another', but .* is of 'made'; merge each sweep"),
+        ({"final": {"loss": 3.0}}, "'taper' has two results with seed 0, in .*; run different"),
+        ({"seed": 7, "budget": {"parameters": 11}}, "'taper' differs between .*: budget"),
+        (
+            {"seed": 7, "config": config_io.to_dict(RunConfig(seed=7)) | {"steps_per_call": 2}},
+            "unknown field",
+        ),
+        (
+            {
+                "seed": 7,
+                "config": config_io.to_dict(RunConfig(optimizer=OptimizerConfig(clip_norm=2.0))),
+            },
+            "'taper' differs between .*: optimizer.clip_norm",
+        ),
+    ],
+)
+def test_records_that_do_not_belong_together_are_refused(changes, says, tmp_path: pathlib.Path):
+    target = _write(tmp_path / "all.jsonl", RECORDS)
+    before = target.read_bytes()
+    other = _write(tmp_path / "other.jsonl", [RECORDS[3] | changes])
+    with pytest.raises(UserError, match=says):
+        sweep_merge.merge(target, [other])
+    assert target.read_bytes() == before
+
+
+def test_primary_comparisons_share_a_level():
+    """Two arms that are no baselines too; 97.5% intervals for two of them."""
+    pairs = [["taper", "uniform"], ["late", "taper"]]
+    text = sweep_report.primary([r | {"primary": pairs} for r in RECORDS])
+    # -0.5 and -0.1 as above; t(1) at 1 - 0.05 / 2 / 2 is 25.4517.
+    assert "- taper minus uniform: -0.3000 ± 5.0903 (2 pairs)\n" in text
+    assert "- late minus taper: +0.9000 (1 pair)\n" in text
+    assert "97.5% intervals" in text
+    assert sweep_report.primary(RECORDS) == ""
+    with pytest.raises(UserError, match="'cosine' in primary is not one of its arms"):
+        Sweep(name="s", base=RunConfig(), arms=(UNIFORM,), primary=(("cosine", "uniform"),))
+
+
+def test_a_page_keeps_what_is_outside_the_marks():
+    page = "a\n<!-- made -->\nold\n<!-- end made -->\nb\n"
+    assert sweep_report.replace(page, "made", "new") == page.replace("old", "new")
+    with pytest.raises(UserError, match="no marks <!-- other -->"):
+        sweep_report.replace(page, "other", "new")
+
+
+def test_the_u_curve_needs_three_ratios(tmp_path: pathlib.Path) -> None:
+    def tapered(start: float, order: int) -> dict:
+        model = dataclasses.replace(
+            RunConfig().model, taper=TaperConfig(start=start, end=2 - start)
+        )
+        return record(f"cosine {start}", 0, [9.0, 4.0 + abs(start - 1.25)], order, model=model)
+
+    flat = dataclasses.replace(RunConfig().model, taper=TaperConfig(schedule="uniform"))
+    records = [record("uniform", 0, [9.0, 4.2], 0, model=flat), tapered(1.25, 1), tapered(1.5, 2)]
+    assert "ratios.png" not in {path.name for path in sweep_plots.draw(records, tmp_path / "a")}
+    records.append(tapered(1.75, 3))
+    assert "ratios.png" in {path.name for path in sweep_plots.draw(records, tmp_path / "b")}
+
+
+def test_cells_are_shared_out_and_gathered(tmp_path: pathlib.Path) -> None:
+    for order, (arm, seed) in enumerate([("b", 1), ("a", 0), ("b", 0)]):
+        folder = tmp_path / Cell(arm=Arm(name=arm), seed=seed).folder
+        folder.mkdir()
+        (folder / "result.json").write_text(json.dumps(record(arm, seed, [1.0], order)))
+    sweep.gather(tmp_path, Console())
+    assert [(r["arm"], r["seed"]) for r in sweep_report.read(tmp_path)] == [
+        ("a", 0),
+        ("b", 0),
+        ("b", 1),
+    ]
+    assert not [name for name in os.listdir(tmp_path) if name.endswith(".part")]
