@@ -15,14 +15,13 @@ import json
 import pathlib
 import re
 import statistics
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 
 import tlm_jax
-from tlm_jax import config_io, costs, files
+from tlm_jax import cluster, config_io, costs, files
 from tlm_jax.analysis import sweep_cell
 from tlm_jax.analysis.plots import series
 from tlm_jax.config import RunConfig, UserError
@@ -202,6 +201,8 @@ def run(
     index: int = 0,
     count: int = 1,
     parallel: int = 1,
+    engine: str = cluster.LOCAL,
+    gpus_per_cell: float = 0.0,
 ) -> Outcome:
     """Trains the cells that have no result yet.
 
@@ -215,20 +216,31 @@ def run(
         takes every `count`-th cell.
       parallel: cells that are trained at once, each in a process of its own. They share the
         accelerator's memory as they need it, and divide the processor's cores.
+      engine: "local", or "ray" or "ray://HOST:PORT" for the nodes of a Ray cluster, which take as
+        many cells as they have room for and must share `folder`; `parallel` is then unused.
+      gpus_per_cell: that Ray sets aside for a cell; a fraction lets cells share one.
 
     Raises:
-      UserError: budgets differ, a finished cell had another config, or another process runs
-        the same part of the sweep in this folder.
+      UserError: the cluster cannot be reached, budgets differ, a finished cell had another
+        config, or another process runs the same part of the sweep in this folder.
     """
     sweep.check()
     folder.mkdir(parents=True, exist_ok=True)
     files.refuse_foreign(folder / RESULTS, '{"sweep": "')
+    executor = None
+    if engine != cluster.LOCAL:
+        executor = cluster.RayExecutor(engine, gpus=gpus_per_cell)
     in_use = f"{folder} is in use: {{who}} runs this sweep there; wait for it, or use another --out"
     with (
         files.locked(folder / f".lock-{index}-of-{count}", in_use),
         sweep_cell.stop_signals() as stop,
     ):
-        return _run(sweep, folder, console, sweep.cells[index::count], stop, parallel)
+        trainer: sweep_cell.Here | sweep_cell.Nodes
+        if executor is None:
+            trainer = sweep_cell.Here(parallel, console, stop)
+        else:
+            trainer = sweep_cell.Nodes(executor, gpus_per_cell, stop)
+        return _run(sweep, folder, console, sweep.cells[index::count], stop, trainer)
 
 
 def _run(
@@ -237,7 +249,7 @@ def _run(
     console: Console,
     mine: Sequence[Cell],
     stop: sweep_cell.Stop,
-    parallel: int,
+    trainer: sweep_cell.Here | sweep_cell.Nodes,
 ) -> Outcome:
     todo = [cell for cell in mine if not _is_finished(sweep, cell, folder, console)]
     console.print(
@@ -245,23 +257,16 @@ def _run(
         f"in {folder}",
         highlight=False,
     )
-    places = sweep_cell.places(parallel)
-
-    def train(cell: Cell) -> tuple[int | None, float]:
-        begin, place = time.monotonic(), places.get()
-        where = folder / cell.folder
-        try:
-            status = sweep_cell.train(sweep.config(cell), where, console, stop, place)
-        finally:
-            places.put(place)
-        return status, time.monotonic() - begin
-
     broken: dict[str, str] = {}
     finished = 0
-    with concurrent.futures.ThreadPoolExecutor(parallel) as pool, stop.on_error():
-        cells = {pool.submit(train, cell): cell for cell in todo}
+    with trainer, stop.on_error():
+        cells = {trainer.start(sweep.config(cell), folder / cell.folder): cell for cell in todo}
         for future in concurrent.futures.as_completed(cells):
-            cell, (status, seconds) = cells[future], future.result()
+            cell = cells[future]
+            try:
+                status, seconds = future.result()
+            except concurrent.futures.CancelledError:
+                continue
             if status is None:
                 continue
             where = folder / cell.folder

@@ -1,9 +1,11 @@
 """The process of one cell of a sweep: how it is started, stopped and waited for."""
 
+import concurrent.futures
 import contextlib
 import ctypes
 import dataclasses
 import functools
+import io
 import json
 import os
 import pathlib
@@ -17,28 +19,35 @@ from typing import Any
 
 from rich.console import Console
 
-from tlm_jax import config_io, files
+from tlm_jax import cluster, config_io, files
 from tlm_jax.config import RUN_AGAIN, RunConfig, UserError
 
 LOG = "log.txt"
 _LOCK = ".lock"  # of a run folder, see `training.faults`
 _PATIENCE = 120.0
 """Seconds that the process of an earlier call may take to save and end."""
+_WAIT = 1.0
+"""Seconds between looks at whether a task was cancelled."""
+Ended = tuple[int | None, float]
+"""Exit status of `tlm train`, None if it was interrupted; and seconds."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # not to be loaded after a fork
 
 
 class Stop:
-    """Records a signal to stop, and forwards it to the processes of cells."""
+    """Records a signal to stop, and forwards it to the processes and tasks of cells."""
 
     def __init__(self) -> None:
         self.told = False
         self.processes: set[subprocess.Popen[bytes]] = set()
+        self.executor: cluster.RayExecutor | None = None
 
     def __call__(self, *_: Any) -> None:
         self.told = True
         for process in list(self.processes):
             process.terminate()
+        if self.executor is not None:
+            self.executor.cancel()
 
     @contextlib.contextmanager
     def on_error(self) -> Iterator[None]:
@@ -82,9 +91,24 @@ def places(number: int) -> queue.SimpleQueue[Place]:
     return found
 
 
-def train(
-    config: RunConfig, folder: pathlib.Path, console: Console, stop: Stop, place: Place
-) -> int | None:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a process needs to train a cell, of types that every node of a cluster knows."""
+
+    folder: pathlib.Path
+    config: str
+    """Of the run, as JSON."""
+    trust: tuple[str, ...]
+    """Words that allow the modules which define the run's mixers."""
+
+    @classmethod
+    def of(cls, config: RunConfig, folder: pathlib.Path) -> "Task":
+        """The task that trains a run in a folder."""
+        text = json.dumps(config_io.to_dict(config), indent=1) + "\n"
+        return cls(folder=folder, config=text, trust=tuple(config_io.trust_options(config)))
+
+
+def train(task: Task, console: Console, stop: Stop, place: Place) -> int | None:
     """Trains a cell in its folder, from its last checkpoint.
 
     Returns:
@@ -92,24 +116,78 @@ def train(
       or could save.
     """
     if not stop.told:
-        folder.mkdir(parents=True, exist_ok=True)
-        _wait_until_free(folder, console, stop)
+        task.folder.mkdir(parents=True, exist_ok=True)
+        _wait_until_free(task.folder, console, stop)
     if stop.told:
         return None
-    status = _run(config, folder, stop, place)
+    status = _run(task, stop, place)
     interrupted = stop.told or status == RUN_AGAIN or {-status, status - 128} & set(_SIGNALS)
     return None if status and interrupted else status
 
 
-def _run(config: RunConfig, folder: pathlib.Path, stop: Stop, place: Place) -> int:
-    written = folder / "cell.json"
-    files.write_text(written, json.dumps(config_io.to_dict(config), indent=1) + "\n")
-    command = [sys.executable, "-m", "tlm_jax", "train", "--config", str(written)]
-    command += config_io.trust_options(config)
+class Here:
+    """Trains cells on this machine, several at a time."""
+
+    def __init__(self, parallel: int, console: Console, stop: Stop) -> None:
+        self._pool = concurrent.futures.ThreadPoolExecutor(parallel)
+        self._places = places(parallel)
+        self._console, self._stop = console, stop
+
+    def start(self, config: RunConfig, folder: pathlib.Path) -> concurrent.futures.Future[Ended]:
+        """Trains a cell as soon as there is room for it."""
+        return self._pool.submit(self._train, Task.of(config, folder))
+
+    def _train(self, task: Task) -> Ended:
+        begin, place = time.monotonic(), self._places.get()
+        try:
+            status = train(task, self._console, self._stop, place)
+        finally:
+            self._places.put(place)
+        return status, time.monotonic() - begin
+
+    def __enter__(self) -> None:
+        self._pool.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+
+class Nodes:
+    """Trains cells on the nodes of a Ray cluster, each a task."""
+
+    def __init__(self, executor: cluster.RayExecutor, gpus: float, stop: Stop) -> None:
+        self._executor, self._gpus = executor, gpus
+        stop.executor = executor
+
+    def start(self, config: RunConfig, folder: pathlib.Path) -> concurrent.futures.Future[Ended]:
+        """Trains a cell as soon as a node has room for it."""
+        task = Task.of(config, folder.resolve())
+        return self._executor.submit(train_on_node, task, 0 < self._gpus < 1)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self._executor.shutdown()
+
+
+def train_on_node(task: Task, shares_device: bool) -> Ended:
+    """On a node: trains a cell; when it is cancelled, the run saves and ends first."""
+    begin, stop = time.monotonic(), Stop()
+    place = Place(shares_device=shares_device)
+    with stop.on_error():
+        status = train(task, Console(file=io.StringIO()), stop, place)
+    return status, time.monotonic() - begin
+
+
+def _run(task: Task, stop: Stop, place: Place) -> int:
+    written = task.folder / "cell.json"
+    files.write_text(written, task.config)
+    command = [sys.executable, "-m", "tlm_jax", "train", "--config", str(written), *task.trust]
     shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if place.shares_device else {}
-    with (folder / LOG).open("a") as log:
+    with (task.folder / LOG).open("a") as log:
         process = subprocess.Popen(
-            [*command, "--workdir", str(folder)],
+            [*command, "--workdir", str(task.folder)],
             env=shared | os.environ,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -121,7 +199,13 @@ def _run(config: RunConfig, folder: pathlib.Path, stop: Stop, place: Place) -> i
     if stop.told:  # the signal came while the process was being started
         process.terminate()
     try:
-        return process.wait()
+        while True:  # in short waits: a task that Ray cancels is told between them
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(_WAIT)
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
     finally:
         stop.processes.discard(process)
 

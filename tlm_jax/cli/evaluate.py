@@ -12,6 +12,7 @@ import tyro
 from rich.table import Table
 
 from tlm_jax import files, output
+from tlm_jax.cli import evaluate_many
 from tlm_jax.cli.parsing import (
     Run,
     option_value,
@@ -35,6 +36,8 @@ class Command:
 
     Without --tasks: loss, perplexity and bits per byte of the validation split. Suites: lambada,
     commonsense, wikitext, niah, paper (all columns of the paper); or any task of lm-eval.
+    Several run folders, as --checkpoints RUN RUN ..., are evaluated one after the other, or with
+    --engine ray (or ray://HOST:PORT) at once on a Ray cluster, with --gpus_per_checkpoint N each.
     """
 
     checkpoint: pathlib.Path
@@ -50,6 +53,8 @@ class Command:
 
 def run(argv: Sequence[str], prog: str) -> int:
     """Runs `tlm eval`; returns the exit status."""
+    if "--checkpoints" in argv:
+        return evaluate_many.run(argv, prog)
     folder = path_after("--checkpoint", argv, prog)
     quiet_libraries()
     start.keep_programs()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import tyro
 from rich.console import Console
 
-from tlm_jax import output
+from tlm_jax import cluster, output
 from tlm_jax.cli.parsing import parse, quiet_libraries
 from tlm_jax.config import UserError
 
@@ -28,6 +28,8 @@ class Command:
     """tokenizer.json, SentencePiece .model, or bytes; None is the package's own 4,096-token BPE."""
     processes: int = os.cpu_count() or 1
     """Number of processes; the result does not depend on it."""
+    engine: str = cluster.LOCAL
+    """local, or a Ray cluster: ray, or ray://HOST:PORT; the result does not depend on it."""
     column: str = "text"
     """Field of a record that holds the text."""
     validation_fraction: float = 0.005
@@ -57,6 +59,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     """Runs `tlm prepare`; returns the exit status."""
     command = parse(Command, argv, prog)
     quiet_libraries()
+    cluster.check(command.engine)
     console = output.console(soft_wrap=True)
     if command.verify is not None:
         _verify(command.verify, console)
@@ -104,7 +107,9 @@ def _prepare(command: Command, name: str, folder: pathlib.Path, console: Console
                 shard_bytes=command.shard_mb * 2**20,
                 skip_corrupt=command.skip_corrupt,
             )
-            manifest = prepare.prepare(job, folder, processes=command.processes)
+            manifest = prepare.prepare(
+                job, folder, processes=command.processes, engine=command.engine
+            )
     except BlockingIOError as error:
         raise UserError(f"another process is preparing text in {folder}") from error
     except OSError as error:

@@ -1,13 +1,14 @@
 """tlm sweep."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Annotated
 
 import tyro
 
-from tlm_jax import config_io, output
+from tlm_jax import cluster, config_io, output
 from tlm_jax.cli.parsing import parse
 from tlm_jax.config import RUN_AGAIN, UserError
 
@@ -26,6 +27,10 @@ class Command:
     """Number of machines; each trains every COUNT-th cell."""
     parallel: int = 1
     """Cells trained at once on this machine: small models leave most of a GPU idle."""
+    engine: str = cluster.LOCAL
+    """local, or a Ray cluster that takes a cell per task: ray, or ray://HOST:PORT."""
+    gpus_per_cell: float = 0.0
+    """GPUs that Ray sets aside for a cell; 0.25 lets four share one."""
     seeds: tuple[int, ...] = ()
     """Seeds to run instead of the file's."""
 
@@ -39,6 +44,11 @@ def run(argv: Sequence[str], prog: str) -> int:
         raise UserError(f"--index {command.index} must lie between 0 and --count - 1")
     if command.parallel < 1:
         raise UserError("--parallel must be at least 1")
+    cluster.check(command.engine)
+    if not 0 <= command.gpus_per_cell < math.inf:
+        raise UserError(f"--gpus_per_cell {command.gpus_per_cell:g} must not be negative")
+    if command.gpus_per_cell and command.engine == cluster.LOCAL:
+        raise UserError("--gpus_per_cell needs --engine ray; here, --parallel shares a GPU")
     from tlm_jax.analysis import sweep, sweep_cell
 
     wanted = config_io.load(command.file, "get_sweep", sweep.Sweep)
@@ -53,6 +63,8 @@ def run(argv: Sequence[str], prog: str) -> int:
         index=command.index,
         count=command.count,
         parallel=command.parallel,
+        engine=command.engine,
+        gpus_per_cell=command.gpus_per_cell,
     )
     if outcome.stopped:
         return RUN_AGAIN

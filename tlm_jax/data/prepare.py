@@ -21,7 +21,7 @@ from typing import Any
 
 import rich.progress
 
-from tlm_jax import files
+from tlm_jax import cluster, files
 from tlm_jax.config import UserError
 from tlm_jax.data import processes as processes_lib
 from tlm_jax.data import store
@@ -56,7 +56,9 @@ class Job:
     """Leave out and count records that cannot be used, instead of stopping."""
 
 
-def prepare(job: Job, folder: pathlib.Path, *, processes: int = 1) -> Manifest:
+def prepare(
+    job: Job, folder: pathlib.Path, *, processes: int = 1, engine: str = cluster.LOCAL
+) -> Manifest:
     """Writes the store, or what an earlier run of the same job left to do.
 
     Args:
@@ -64,9 +66,12 @@ def prepare(job: Job, folder: pathlib.Path, *, processes: int = 1) -> Manifest:
       folder: where; only this function's files may lie there.
       processes: how many to use; 1 is this one. More import the main module, whose
         code must stand under `if __name__ == "__main__"`.
+      engine: "local" uses processes of this machine; "ray" or "ray://HOST:PORT" the nodes of a
+        Ray cluster, each of which sees the source, the tokenizer and `folder`.
 
     Raises:
-      UserError: a record cannot be used, or the folder holds the work of another job.
+      UserError: a record cannot be used, the cluster cannot be reached, or the folder holds the
+        work of another job.
       OSError: the folder cannot be written.
     """
     tokenizer = load_tokenizer(job.tokenizer)
@@ -84,7 +89,9 @@ def prepare(job: Job, folder: pathlib.Path, *, processes: int = 1) -> Manifest:
         total = sum(unit.size for unit in units)
         done = total - sum(units[i].size - _bytes_done(folder, units[i], i) for i in left)
         with _progress(job.source.name, total, done) as advance:
-            if processes == 1 or len(left) < 2:
+            if engine != cluster.LOCAL:
+                _share_out_over_cluster(job, folder, units, left, engine, advance)
+            elif processes == 1 or len(left) < 2:
                 with _tokenizer_threads():
                     for index in left:
                         _write_unit(job, tokenizer, folder, units[index], index, advance)
@@ -348,6 +355,36 @@ def _share_out(
             with counter.get_lock():
                 counter.value = -(2**62)
         pool.shutdown(cancel_futures=True)
+
+
+def _share_out_over_cluster(
+    job: Job,
+    folder: pathlib.Path,
+    units: list[Unit],
+    left: list[int],
+    engine: str,
+    advance: Callable[[int], None],
+) -> None:
+    """Has the nodes of a Ray cluster write the units `left`, one task each."""
+    executor = cluster.RayExecutor(engine)
+    tasks: dict[concurrent.futures.Future[None], int] = {}
+    try:
+        for index in left:
+            size = units[index].size - _bytes_done(folder, units[index], index)
+            tasks[executor.submit(_work_on_node, job, folder, units[index], index)] = size
+        for future in concurrent.futures.as_completed(tasks):
+            future.result()
+            advance(tasks[future])
+    finally:
+        executor.shutdown(cancel_futures=True)
+    for stale in folder.glob(".*.tmp"):  # of nodes that died
+        stale.unlink()
+
+
+def _work_on_node(job: Job, folder: pathlib.Path, unit: Unit, index: int) -> None:
+    """A task of the cluster. Two that write one unit, as after a split network, write the same."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _write_unit(job, load_tokenizer(job.tokenizer), folder, unit, index, lambda size: None)
 
 
 @contextlib.contextmanager
