@@ -74,7 +74,8 @@ def load(
     if name.isidentifier():
         path, argument = shipped / f"{name}.py", word
     if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in shipped.glob("*.py")))
+        found = (f for f in shipped.glob("*.py") if f"def {function}(" in f.read_text("utf-8"))
+        names = ", ".join(sorted(file.stem for file in found))
         raise UserError(
             f"config {name if name.isidentifier() else path} does not exist; give a Python file, "
             f"or a name that ships with tlm-jax: {names}"
