@@ -18,7 +18,10 @@ from helpers import ROOT
 from tlm_jax import cli
 
 LAUNCH = ROOT / "launch"
-STUB = '#!/bin/sh\nfor word in "$@"; do printf "%s\\n" "$word"; done >> "$RECORD"\nexit "${STATUS:-0}"\n'
+STUB = """#!/bin/sh
+for word in "$@"; do printf '%s\\n' "$word"; done >> "$RECORD"
+exit "${STATUS:-0}"
+"""
 
 
 def read(name: str) -> dict[str, Any]:
@@ -70,7 +73,9 @@ def test_jobset_starts_tlm(monkeypatch: pytest.MonkeyPatch) -> None:
     accepts(container["args"], monkeypatch)
 
 
-def started(script: str, tool: str, folder: pathlib.Path, **variables: str) -> tuple[int, list[str]]:
+def started(
+    script: str, tool: str, folder: pathlib.Path, **variables: str
+) -> tuple[int, list[str]]:
     """The exit status of a launch script, and the words that it calls a stub of a tool with."""
     stub, record = folder / "bin" / tool, folder / f"{tool}.words"
     stub.parent.mkdir(exist_ok=True)
