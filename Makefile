@@ -9,9 +9,10 @@ CONFIG ?= configs/tiny.py
 WORKDIR ?= runs/tiny
 ARGS ?=
 EXTRAS ?= dev
+SCHEMA := $(BIN)/check-jsonschema --quiet --builtin-schema vendor.
 THEIRS := $(if $(TORCH_PYTHON),--torch_python $(TORCH_PYTHON))
 
-.PHONY: train test lint format bench clean setup help
+.PHONY: train test oldest lint format docs wheel bench clean setup help
 
 help:                     ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -22,15 +23,40 @@ train: $(READY)           ## train the tiny tapered model (WORKDIR=..., ARGS="--
 test: $(READY)            ## run all tests on 8 simulated devices (ARGS="-k name" to choose)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
-lint: $(READY)            ## ruff, types and import rules
+oldest:                   ## the tests with the oldest versions that pyproject.toml allows (needs uv)
+	uv venv --quiet --allow-existing --python $(PYTHON) .venv/oldest
+	uv pip install --quiet --python .venv/oldest --resolution lowest-direct --editable '.[dev]'
+	.venv/oldest/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+lint: $(READY)            ## ruff, types, import rules, workflows, launch files
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck launch/*.sh launch/*.sbatch .ci/run
+	$(BIN)/hadolint launch/Dockerfile
+	$(SCHEMA)github-workflows .github/workflows/*.yml
+	$(SCHEMA)github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(SCHEMA)github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(SCHEMA)citation-file-format --default-filetype yaml CITATION.cff
 
 format: $(READY)          ## fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY)            ## the site, in build/site; warnings and broken links are errors
+	$(BIN)/mkdocs build --strict
+
+wheel: $(READY)           ## build the wheel, check it, and train with it in a clean environment
+	rm -rf build/dist build/clean build/empty
+	$(BIN)/python -m build --outdir build/dist
+	$(BIN)/twine check --strict build/dist/*
+	$(PYTHON) -m venv build/clean
+	build/clean/bin/pip install --quiet --disable-pip-version-check build/dist/*.whl
+	mkdir build/empty
+	cd build/empty && ../clean/bin/tlm --version && ../clean/bin/tlm plan --config tlm_440m >/dev/null
+	cd build/empty && ../clean/bin/tlm train --config tiny --training.num_steps 10 --training.eval_batches 2
+	cd build/empty && ../clean/bin/tlm generate --checkpoint runs/tiny --prompt "It is" --num_tokens 8
 
 bench: $(READY)           ## the tables of docs/speed*.md (TORCH_PYTHON=..., RUN=..., DATA_DIR=... for comparisons)
 	$(BIN)/python -m benchmarks.compile_time
@@ -53,8 +79,8 @@ clean:                    ## remove the environment and caches; runs/ stays
 setup: $(READY)           ## only make the environment
 
 $(READY): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
-	  { echo "tlm-jax needs Python 3.11 or 3.12, and $(PYTHON) is $(VERSION): make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "tlm-jax needs Python 3.11 to 3.13, and $(PYTHON) is $(VERSION): make PYTHON=python3.12 ..."; exit 1; }
 	@echo "Setting up $(VENV) (a few minutes, once)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'

@@ -1,6 +1,7 @@
 """Help, entry points and `tlm plan` on the command line."""
 
 import importlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -10,8 +11,9 @@ import time
 import tomllib
 
 import pytest
-from helpers import ROOT, environment, only_error, run
+from helpers import ROOT, Fails, environment, only_error, run
 
+import tlm_jax
 from tlm_jax import cli, config_io
 from tlm_jax.cli import large_pages
 
@@ -22,7 +24,7 @@ def test_help_of_train_without_a_config() -> None:
     assert result.returncode == 0
     assert result.stderr == ""
     assert result.stdout.startswith("usage: train.py --config PATH [OPTIONS]")
-    assert "train.py --config configs/tiny.py --help" in result.stdout
+    assert "train.py --config tiny --help" in result.stdout
 
 
 def test_help_of_train_with_a_config_explains_every_field() -> None:
@@ -66,6 +68,30 @@ def test_help_of_tlm_lists_the_verbs(words: list[str], capsys: pytest.CaptureFix
     for verb, module in cli.VERBS.items():
         assert f"tlm {verb}" in out
         assert (module.Command.__doc__ or "").splitlines()[0] in out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """`tlm --version` names the package and what it stands on."""
+    assert cli.main(["--version"]) == 0
+    out = capsys.readouterr().out
+    jax = importlib.metadata.version("jax")
+    assert out.startswith(f"tlm-jax {tlm_jax.__version__} (Python 3.")
+    assert f"jax {jax}," in out
+
+
+def test_configs_that_ship_have_names(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, fails: Fails
+) -> None:
+    """Bare names work in any folder; one that nobody has gets the list in one line."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("tiny", "tiny:titans"):
+        file, _, word = name.partition(":")
+        path = f"{ROOT}/configs/{file}.py" + f":{word}" * bool(word)
+        assert config_io.load_config(name) == config_io.load_config(path)
+    assert fails("plan", "--config", "huge:titans").endswith("tiny, tlm_1_3b, tlm_440m, tlm_760m")
+    assert fails("sweep", "configs").startswith("config configs does not exist; give a Python file")
+    assert "schedules, shapes" in fails("sweep", "tiny.py")
+    assert fails("sweep", "ladder:tpu").endswith("unknown sizes 'tpu'; one of cpu, gpu")
 
 
 def test_tlm_is_installed_as_a_script() -> None:

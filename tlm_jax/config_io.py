@@ -31,6 +31,9 @@ _OWN_FILE = "tlm_config_"
 _BASES = (MixerConfig, MLPConfig, OptimizerConfig)
 """Configs of several kinds, which users may add to."""
 _T = typing.TypeVar("_T")
+_HERE = pathlib.Path(__file__).parent
+SHIPPED = (_HERE if (_HERE / "configs").is_dir() else _HERE.parent) / "configs"
+"""The configs that names without a suffix stand for: in the wheel, or else in the repository."""
 _trusted: dict[str, pathlib.Path | None] = {}
 
 
@@ -38,7 +41,8 @@ def load_config(path: str | pathlib.Path) -> RunConfig:
     """Returns what `get_config()` in the Python file at `path` returns.
 
     `FILE.py:WORD` calls `get_config("WORD")`, as in configs/tiny.py:titans. A JSON file holds the
-    values themselves, as the config.json of a run folder does.
+    values themselves, as the config.json of a run folder does. A name (tiny, tiny:titans) stands
+    for a config that ships with the package.
 
     Raises:
       UserError: the file is missing, fails, or has no `get_config`.
@@ -53,18 +57,29 @@ def load_config(path: str | pathlib.Path) -> RunConfig:
         raise UserError(f"config {path}: {error}") from None
 
 
-def load(path: str | pathlib.Path, function: str, kind: type[_T]) -> _T:
+def load(
+    path: str | pathlib.Path, function: str, kind: type[_T], shipped: pathlib.Path = SHIPPED
+) -> _T:
     """Returns what a function in the Python file at `path` (or FILE.py:WORD) returns.
 
-    Modules beside the file can be imported; others of the same name come first.
+    Modules beside the file can be imported; others of the same name come first. NAME and NAME:WORD
+    stand for NAME.py in the folder `shipped`.
 
     Raises:
       UserError: the file is missing, fails, or returns something else.
     """
     file, _, argument = str(path).partition(".py:")
     path = pathlib.Path(f"{file}.py" if argument else path)
+    name, _, word = str(path).partition(":")
+    if name.isidentifier():
+        path, argument = shipped / f"{name}.py", word
     if not path.is_file():
-        raise UserError(f"config {path} does not exist")
+        found = (f for f in shipped.glob("*.py") if f"def {function}(" in f.read_text("utf-8"))
+        names = ", ".join(sorted(file.stem for file in found))
+        raise UserError(
+            f"config {name if name.isidentifier() else path} does not exist; give a Python file, "
+            f"or a name that ships with tlm-jax: {names}"
+        )
     try:
         with _found_last(path.resolve().parent):
             found = getattr(_run_file(path), function)(*([argument] if argument else []))

@@ -71,6 +71,32 @@ ENTRY %main (p0: bf16[8,16]) -> f32[4] {
     )
 
 
+def test_loops_in_steps_of_two() -> None:
+    """A TPU's loop over the shards of a product's operand sends two of them each time."""
+    text = """
+HloModule m
+%below_eight (p: (bf16[8,16], u32[])) -> pred[] {
+  %constant.4 = u32[]{:T(128)} constant(8)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %lt = pred[]{:T(512)} compare(%i, %constant.4), direction=LT
+}
+%two (p: (bf16[8,16], u32[])) -> (bf16[8,16], u32[]) {
+  %constant.2.sunk = u32[]{:T(128)} constant(2)
+  %j = u32[]{:T(128)} get-tuple-element(%p), index=1
+  %a = bf16[8,16]{1,0} collective-permute(%x), channel_id=1
+  %b = bf16[8,16]{1,0} collective-permute(%a), channel_id=2
+  %next = u32[]{:T(128)} add(%j, %constant.2.sunk), metadata={op_name="a"}
+  ROOT %t = (bf16[8,16]{1,0}, u32[]{:T(128)}) tuple(%b, /*index=1*/%next)
+}
+ENTRY %main (p0: bf16[8,16]) -> bf16[8,16] {
+  %l = (bf16[8,16], u32[]) while(%t0), condition=%below_eight, body=%two
+}
+"""
+    assert collectives(text) == (
+        Collectives(kind="collective-permute", count=8, bytes=8 * 8 * 16 * 2),
+    )
+
+
 def test_the_train_step_compiles_for_given_devices() -> None:
     """The report for devices that are here: more rows need more memory, and a limit is kept."""
     config = run_config("transformer", MeshConfig(data=2))

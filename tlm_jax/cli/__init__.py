@@ -6,12 +6,14 @@ help text answer without JAX.
 
 import contextlib
 import difflib
+import importlib.metadata
 import os
+import platform
 import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from tlm_jax import config_io, output
+from tlm_jax import __version__, config_io, output
 from tlm_jax.cli import (
     align,
     compile_ahead,
@@ -74,10 +76,13 @@ def main(argv: Sequence[str], prog: str | None = None) -> int:
     """
     verb = argv[0] if argv else "--help"
     if verb in ("-h", "--help"):
-        print("usage: tlm VERB ...\n")
+        print("usage: tlm VERB ...   (tlm --version)\n")
         for name, module in VERBS.items():
             print(f"  tlm {name:10} {module.Command.__doc__.splitlines()[0]}")
         print("\ntlm VERB --help lists the options of a verb.")
+        return 0
+    if verb == "--version":
+        print(_versions())
         return 0
     if verb not in VERBS:
         near = difflib.get_close_matches(verb, VERBS, 1)
@@ -122,6 +127,12 @@ def _find_modules_here() -> None:
         raise UserError("the working directory no longer exists; cd to one that does") from None
     if here not in sys.path:
         sys.path.append(here)
+
+
+def _versions() -> str:
+    """What a bug report needs, without importing any of it."""
+    others = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib", "flax")]
+    return f"tlm-jax {__version__} (Python {platform.python_version()}, {', '.join(others)})"
 
 
 def _fail(message: str, status: int) -> int:

@@ -25,7 +25,8 @@ class Command:
     """
 
     config: pathlib.Path
-    """Python file with get_config(), such as configs/tlm_440m.py or configs/tlm_440m.py:titans."""
+    """Python file with get_config(), such as configs/tlm_440m.py or configs/tlm_440m.py:titans, or
+    the name of one that ships with the package, such as tlm_440m or tlm_440m:titans."""
     topology: str
     """TPU slice: chip and sides, such as v5e:16x16, v5p:4x4x4, v4:2x2x4 or v6e:16x16."""
     run: Run

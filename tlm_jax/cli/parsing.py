@@ -59,7 +59,7 @@ def path_after(option: str, argv: Sequence[str], prog: str) -> pathlib.Path:
     if value is not None:
         return pathlib.Path(value)
     if "-h" in argv or "--help" in argv:
-        example = "--config configs/tiny.py" if option == "--config" else "--checkpoint runs/tiny"
+        example = "--config tiny" if option == "--config" else "--checkpoint runs/tiny"
         print(
             f"usage: {prog} {option} PATH [OPTIONS]\n\n"
             f"The options and their defaults depend on it: {prog} {example} --help"

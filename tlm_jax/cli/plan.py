@@ -21,7 +21,8 @@ class Command:
     """Widths, segments, parameters, FLOPs and memory of a config, without a device."""
 
     config: pathlib.Path
-    """Python file with get_config(), such as configs/tlm_440m.py or configs/tlm_440m.py:titans."""
+    """Python file with get_config(), such as configs/tlm_440m.py or configs/tlm_440m.py:titans, or
+    the name of one that ships with the package, such as tlm_440m or tlm_440m:titans."""
     run: Run
     devices: int | None = None
     """Devices sharing a step; None is the topology's, or the fewest that the mesh allows."""

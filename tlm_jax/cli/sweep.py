@@ -18,7 +18,8 @@ class Command:
     """Train every cell of a sweep: arms and seeds, paired, at one budget."""
 
     file: Annotated[pathlib.Path | None, tyro.conf.Positional] = None
-    """Python file with get_sweep(), such as configs/sweeps/shapes.py."""
+    """Python file with get_sweep(), such as configs/sweeps/shapes.py, or the name of one that ships
+    with the package, such as shapes or schedules:micro."""
     out: pathlib.Path | None = None
     """Folder of the sweep. None is runs/sweeps/NAME."""
     index: int = 0
@@ -39,7 +40,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     """Runs `tlm sweep`; returns the exit status: 1 if a cell failed, 75 if it was stopped."""
     command = parse(Command, argv, prog)
     if command.file is None:
-        raise UserError(f"{prog} needs a file: {prog} configs/sweeps/shapes.py")
+        raise UserError(f"{prog} needs a sweep: {prog} shapes")
     if not 0 <= command.index < command.count:
         raise UserError(f"--index {command.index} must lie between 0 and --count - 1")
     if command.parallel < 1:
@@ -51,7 +52,7 @@ def run(argv: Sequence[str], prog: str) -> int:
         raise UserError("--gpus_per_cell needs --engine ray; here, --parallel shares a GPU")
     from tlm_jax.analysis import sweep, sweep_cell
 
-    wanted = config_io.load(command.file, "get_sweep", sweep.Sweep)
+    wanted = config_io.load(command.file, "get_sweep", sweep.Sweep, config_io.SHIPPED / "sweeps")
     if command.seeds:
         wanted = wanted.with_seeds(command.seeds)
     folder = command.out or pathlib.Path("runs") / "sweeps" / wanted.name

@@ -20,7 +20,8 @@ class Command:
     """Train a model, or resume the run in the run folder."""
 
     config: pathlib.Path
-    """Python file with get_config(), such as configs/tiny.py or configs/tiny.py:titans."""
+    """Python file with get_config(), such as configs/tiny.py or configs/tiny.py:titans, or the
+    name of one that ships with the package, such as tiny or tiny:titans."""
     run: Run
     workdir: pathlib.Path | None = None
     """Run folder: checkpoints, metrics, samples, curves. None is runs/NAME."""
