@@ -17,6 +17,7 @@ from typing import Any, Literal
 import jax
 import ml_dtypes
 import numpy as np
+import tokenizers
 
 import tlm_jax
 from tlm_jax import files
@@ -162,10 +163,9 @@ def _checked_format(config: RunConfig, form: Format | None) -> Format:
     if form is None:
         return next(f for f in ("llama", "compact", "native") if reasons[f] is None)
     if reason := reasons[form]:
-        works = [name for name, problem in reasons.items() if problem is None]
-        raise UserError(
-            f"--format {form} cannot express {reason}; use --format {' or '.join(works)}"
-        )
+        *works, last = (name for name, problem in reasons.items() if problem is None)
+        works = f"{', '.join(works)} or {last}" if works else last
+        raise UserError(f"--format {form} cannot express {reason}; use --format {works}")
     return form
 
 
@@ -295,17 +295,23 @@ def _write_tokenizer(
 ) -> None:
     """Copies the tokenizer's file, with what transformers needs to open it.
 
-    A SentencePiece model is written as tokenizer.json too, where that gives the same ids.
+    A SentencePiece model is written as tokenizer.json too, where that gives the same ids. Other
+    tools begin a text as a tokenizer.json says, so that of a model trained here says how it was
+    trained: with end-of-text first.
     """
     path = _tokenizer_path(name)
     if path is None:
         return
     shutil.copyfile(path, out / f"tokenizer{path.suffix}")
-    prefix = metadata["data_layout"].get("document_prefix", ())
+    prefix = restore.document_prefix(metadata, tokenizer)
+    reader = None
     if path.suffix == ".model":
         reader = sentencepiece_json.convert(path)
         if reader is None:
             return
+    elif "special_tokens" not in metadata and values["model_type"] != "tlm_jax":
+        reader = tokenizers.Tokenizer.from_file(str(path))
+    if reader is not None:
         if prefix:
             reader.post_processor = gguf_tokenizer.begin_with(
                 reader.id_to_token(prefix[0]), prefix[0]
@@ -318,8 +324,7 @@ def _write_tokenizer(
     ends = _special_tokens(metadata, tokenizer) | {"eos_token_id": tokenizer.end_ids[0]}
     for field, index in ends.items():
         settings[field.removesuffix("_id")] = tokenizer.token_of(index)
-    if "special_tokens" in metadata:
-        settings["add_bos_token"] = bool(prefix)
+    settings["add_bos_token"] = bool(prefix)
     if "chat_template" in metadata:
         settings["chat_template"] = metadata["chat_template"]
     if length := values.get("max_position_embeddings"):

@@ -6,6 +6,7 @@ It runs every mixer and every width of this library. A tensor has our name below
 inputs).
 """
 
+import dataclasses
 from typing import Any
 
 from tlm_jax.config import LayerSpec, ModelConfig
@@ -19,6 +20,7 @@ _CONFIGURATION, _MODELING = "configuration_tapered", "modeling_tapered"
 MODULES = (_CONFIGURATION, _MODELING, "tapered_layers", "tapered_memory", "tapered_titans")
 """Of the code that travels with an export."""
 _MIXERS = (AttentionConfig, GatedAttentionConfig, TitansConfig)
+_ATTENTION = ("num_heads", "num_kv_heads", "head_dim", "qk_norm", "rope_theta")
 _INPUTS = {
     **dict.fromkeys(("query", "key", "value", "qkv", "gate", "gates", "up", "down", "head"), 1),
     **dict.fromkeys(("out", "retrieved_out", "attention_out"), 2),
@@ -40,12 +42,23 @@ def why_not(model: ModelConfig) -> str | None:
     for mixer in model.mixers:
         if type(mixer) not in _MIXERS:
             return mixer.describe(model.d_model)
+        if isinstance(mixer, AttentionConfig) and (other := _unknown(mixer)):
+            return f"mixer.{other}={getattr(mixer, other)!r}"
     if model.mlp.online_chunks:
         return "MLPs that learn inside a sequence (mlp.online_chunks)"
     if model.norm != "rms":
         return f"norm={model.norm}"
     if type(model.mlp) is not MLPConfig:
         return f"{type(model.mlp).__name__}"
+    return None
+
+
+def _unknown(mixer: AttentionConfig) -> str | None:
+    """The name of a field that is set and that the code knows nothing of."""
+    known = (*_ATTENTION, "heads_taper", "gate", "gate_from_mlp")
+    for field in dataclasses.fields(mixer):
+        if field.name not in known and getattr(mixer, field.name) != field.default:
+            return field.name
     return None
 
 

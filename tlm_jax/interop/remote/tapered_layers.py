@@ -5,6 +5,7 @@ Written by tlm-jax (Apache-2.0); needs PyTorch alone.
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class Tokens:
         cuts = torch.nonzero(self.begins(size).any(0)).flatten().tolist()
         length = self.positions_BL.shape[1]
         bounds = sorted({0, *cuts, length})
-        return [slice(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+        return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
     def after(self, state: State) -> "Tokens":
         """The tokens of a state, which has their positions, and these."""
