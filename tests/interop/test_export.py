@@ -239,12 +239,12 @@ def test_what_no_code_for_transformers_computes(
     with monkeypatch.context() as patch:  # a field that a kind of attention gains later
         patch.setattr(tapered, "_MIXERS", (OwnConfig,))
         assert tapered.why_not(own) == "mixer.slope=2.0"
-    model = dataclasses.replace(TAPERED, mlp=c.MLPConfig(online_chunks=(32,)))
-    write_run(tmp_path / "run", model)
+    monkeypatch.setattr(tapered, "_MIXERS", ())
+    write_run(tmp_path / "run", MODELS["hope"])
     words = ["export", "--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
     assert cli.main([*words, "--format", "compact"]) == 1
     error = only_error(capsys.readouterr().err)
-    assert "mlp.online_chunks" in error
+    assert "--format compact cannot express attention, 4 heads of 8" in error
     assert error.endswith("use --format native")
     assert exporting.export_model(tmp_path / "run", tmp_path / "out") == "native"
 

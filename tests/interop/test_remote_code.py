@@ -18,7 +18,7 @@ from tlm_jax import config as c
 from tlm_jax import mixers
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.interop import exporting, importing
-from tlm_jax.models import skeleton
+from tlm_jax.models import online, skeleton
 
 EXTRA = "needs the extra reference (transformers with torch)"
 torch = pytest.importorskip("torch", reason=EXTRA)
@@ -149,17 +149,45 @@ def test_generation_with_a_cache(exported: Exported) -> None:
     assert best.tolist() == written
 
 
+def test_a_padded_batch(exported: Exported) -> None:
+    """Texts of unequal length together, with a cache and in another order, as each alone."""
+    model, steps, order = exported.theirs, 3, [2, 0, 1]
+    texts = [row[:length] for row, length in zip(_tokens(3), (16, 33, 24), strict=True)]
+    length = max(map(len, texts))
+    tokens, mask = torch.zeros(3, length, dtype=torch.long), torch.zeros(3, length)
+    for index, text in enumerate(texts):
+        tokens[index, length - len(text) :] = torch.from_numpy(text)
+        mask[index, length - len(text) :] = 1
+    with torch.no_grad():
+        alone = [model(torch.from_numpy(text)[None]).logits[0] for text in texts]
+        out = model(tokens[:, :-steps], attention_mask=mask[:, :-steps], use_cache=True)
+        parts = [out.logits]
+        for step in range(length - steps, length):
+            if step == length - 1:
+                out.cache.reorder_cache(torch.tensor(order))
+                tokens, mask = tokens[order], mask[order]
+            out = model(
+                tokens[:, step : step + 1], attention_mask=mask[:, : step + 1], cache=out.cache
+            )
+            parts.append(out.logits)
+    together = torch.cat(parts[:-1], 1)
+    for index, expected in enumerate(alone):
+        actual = together[index, length - len(expected) :]
+        assert (actual - expected[:-1]).abs().max() < 1e-4
+        assert (parts[-1][order.index(index), 0] - expected[-1]).abs().max() < 1e-4
+
+
 def test_generation_of_a_padded_batch(exported: Exported) -> None:
     """Prompts of unequal length together, and with beams, as alone and without a cache."""
     model = exported.theirs
     rows = [row[:length] for row, length in zip(_tokens(3), (13, 30, 21), strict=True)]
-    together = _generate(model, rows, 20)
-    assert together == [_generate(model, [row], 20, use_cache=False)[0] for row in rows]
-    beams = [
-        _generate(model, rows[:2], 8, num_beams=3, use_cache=use_cache)
-        for use_cache in (False, True)
-    ]
-    assert beams[0] == beams[1]
+    together = _generate(model, rows, 8)
+    assert together == [_generate(model, [row], 8, use_cache=False)[0] for row in rows]
+    cached, whole = (
+        _generate(model, rows[:2], 4, num_beams=3, use_cache=use_cache)
+        for use_cache in (True, False)
+    )
+    assert cached == whole
 
 
 def test_the_cache_goes_on(exported: Exported) -> None:
@@ -193,6 +221,41 @@ def test_what_transformers_saves_again_comes_back(exported: Exported) -> None:
     config, back = read_run(exported.folder / "back")
     assert config.model == exported.model
     assert_bit_equal(exported.params, back)
+
+
+def test_updates_inside_a_text(tmp_path: pathlib.Path) -> None:
+    """Hope's levels that learn while they read: logits within 1e-4 of ours, with a cache too."""
+    model = _change(
+        TAPERED,
+        num_layers=2,
+        taper=c.TaperConfig(start=1.25, end=0.75, multiple_of=32),
+        mlp=c.MLPConfig(periods=(1, 4), online_chunks=(16, 8), online_learning_rate=0.02),
+    )
+    params = write_run(tmp_path / "run", model)
+    assert exporting.export_model(tmp_path / "run", tmp_path / "out") == "compact"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=True
+    ).eval()
+    theirs.generation_config.eos_token_id = None
+    tokens = _tokens(2, 29)
+
+    @jax.jit
+    def forward(params: Any, tokens_BL: jax.Array) -> jax.Array:
+        state = online.init_state(skeleton(model), params, *tokens_BL.shape)
+        return online.advance(skeleton(model), params, tokens_BL, state)[0]
+
+    ours = np.asarray(forward(params, tokens))
+    whole = torch.from_numpy(tokens).long()
+    with torch.inference_mode():
+        logits = theirs(whole).logits
+    assert np.abs(ours - logits.numpy()).max() < 1e-4
+    cached = _generate(theirs, list(tokens), 12)
+    assert cached == _generate(theirs, list(tokens), 12, use_cache=False)
+    with pytest.raises(ValueError, match="rows without padding"):
+        _generate(theirs, [tokens[0], tokens[1, :5]], 2)
+    theirs.config.online = None
+    with torch.no_grad():
+        assert (theirs(whole).logits[:, 8:] - logits[:, 8:]).abs().max() > 0.1
 
 
 def test_texts_begin_as_in_training(tmp_path: pathlib.Path) -> None:

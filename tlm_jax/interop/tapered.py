@@ -17,7 +17,14 @@ from tlm_jax.models.titans_memory import RATE
 
 MODEL_TYPE = "tapered"
 _CONFIGURATION, _MODELING = "configuration_tapered", "modeling_tapered"
-MODULES = (_CONFIGURATION, _MODELING, "tapered_layers", "tapered_memory", "tapered_titans")
+MODULES = (
+    _CONFIGURATION,
+    _MODELING,
+    "tapered_layers",
+    "tapered_memory",
+    "tapered_online",
+    "tapered_titans",
+)
 """Of the code that travels with an export."""
 _MIXERS = (AttentionConfig, GatedAttentionConfig, TitansConfig)
 _ATTENTION = ("num_heads", "num_kv_heads", "head_dim", "qk_norm", "rope_theta")
@@ -44,8 +51,6 @@ def why_not(model: ModelConfig) -> str | None:
             return mixer.describe(model.d_model)
         if isinstance(mixer, AttentionConfig) and (other := _unknown(mixer)):
             return f"mixer.{other}={getattr(mixer, other)!r}"
-    if model.mlp.online_chunks:
-        return "MLPs that learn inside a sequence (mlp.online_chunks)"
     if model.norm != "rms":
         return f"norm={model.norm}"
     if type(model.mlp) is not MLPConfig:
@@ -64,6 +69,7 @@ def _unknown(mixer: AttentionConfig) -> str | None:
 
 def config_json(model: ModelConfig) -> dict[str, Any]:
     """config.json of a model that `why_not` has no objection to."""
+    online = {"chunks": list(model.mlp.online_chunks), "rate": model.mlp.online_learning_rate}
     return {
         "architectures": ["TaperedForCausalLM"],
         "model_type": MODEL_TYPE,
@@ -75,6 +81,7 @@ def config_json(model: ModelConfig) -> dict[str, Any]:
         "hidden_size": model.d_model,
         "num_hidden_layers": model.num_layers,
         "layers": [_layer(layer, model.d_model) for layer in model.layers],
+        "online": online if model.mlp.online_chunks else None,
         "rms_norm_eps": model.norm_eps,
         "tie_word_embeddings": model.tie_embeddings,
         "use_cache": True,

@@ -13,7 +13,8 @@ class TaperedConfig(PretrainedConfig):
 
     A layer's `mixer` is `attention` or `titans`. Its other entries are the arguments of the class
     of that name (`tapered_layers.py`, `tapered_titans.py`). `mlp_widths` are the widths of the
-    layer's chain of MLPs.
+    layer's chain of MLPs. `online` has the chunks and the rate of updates inside a text, if there
+    are any (`tapered_online.py`).
     """
 
     model_type = "tapered"
@@ -23,6 +24,7 @@ class TaperedConfig(PretrainedConfig):
         vocab_size: int = 0,
         hidden_size: int = 0,
         layers: Any = (),
+        online: Any = None,
         rms_norm_eps: float = 1e-6,
         tie_word_embeddings: bool = True,
         max_position_embeddings: int = 2048,
@@ -32,6 +34,7 @@ class TaperedConfig(PretrainedConfig):
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.layers = list(layers)
+        self.online = online
         self.num_hidden_layers = len(self.layers)
         self.rms_norm_eps = rms_norm_eps
         self.max_position_embeddings = max_position_embeddings

@@ -18,7 +18,8 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_tapered import TaperedConfig
-from .tapered_layers import MLP, Attention, RMSNorm, State, Tokens
+from .tapered_layers import MLP, Attention, RMSNorm, State, Tokens, each
+from .tapered_online import Changes, advance, changed, start
 from .tapered_titans import make_titans
 
 MIXERS: dict[str, Callable[..., nn.Module]] = {"attention": Attention, "titans": make_titans}
@@ -26,21 +27,14 @@ CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "
 """What this version of transformers calls the state of decoding."""
 
 
-def each(change: Callable[[Tensor], Tensor], state: Any) -> Any:
-    """The same state with all of its tensors changed."""
-    if isinstance(state, dict):
-        return {name: each(change, part) for name, part in state.items()}
-    if isinstance(state, list):
-        return [each(change, part) for part in state]
-    return change(state)
-
-
 class TaperedCache(Cache):
-    """Decoding state: that of each layer's mixer, and how far each row has come."""
+    """Decoding state: that of each layer's mixer and MLPs, and how far each row has come."""
 
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[])
         self.states: list[State] = [{} for _ in range(num_layers)]
+        self.online: State = {}
+        """Of updates inside the text."""
         self.columns = 0
         """Tokens so far, padding included."""
         self.lengths: Tensor | None = None
@@ -53,6 +47,7 @@ class TaperedCache(Cache):
     def change(self, function: Callable[[Tensor], Tensor]) -> None:
         """Changes all tensors, each of which has a leading dim of rows."""
         self.states = each(function, self.states)
+        self.online = each(function, self.online)
         self.lengths = None if self.lengths is None else function(self.lengths)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -86,10 +81,11 @@ class Block(nn.Module):
         self.mixer = MIXERS[kind](D, eps, **sizes)
         self.mlp = nn.ModuleList(MLP(D, width, eps) for width in widths)
 
-    def forward(self, x_BLD: Tensor, tokens: Tokens, state: State) -> Tensor:
+    def forward(self, x_BLD: Tensor, tokens: Tokens, state: State, changes: Changes) -> Tensor:
         x_BLD = x_BLD + self.mixer(self.mixer_norm(x_BLD), tokens, state)
-        for level in self.mlp:
-            x_BLD = level(x_BLD)
+        for index, level in enumerate(self.mlp):
+            mine = changes.get(str(index))
+            x_BLD = level(x_BLD) if mine is None else changed(level, x_BLD, mine)
         return x_BLD
 
 
@@ -154,33 +150,55 @@ class TaperedForCausalLM(PreTrainedModel, GenerationMixin):
           attention_mask: (B, tokens so far and L); 0 is padding, on the left.
           cache: what an earlier call returned, which this one changes.
           past_key_values: the same under transformers' older name.
-          inputs_embeds: (B, L, D), in place of tokens.
+          inputs_embeds: (B, L, D), in place of tokens; not for models that learn inside a text.
           labels: (B, L) tokens of which to return the loss; -100 is left out.
           use_cache: whether to return a cache; None is what the config says.
           logits_to_keep: of the last tokens alone; 0 is all.
         """
-        x_BLD = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        given = input_ids if inputs_embeds is None else inputs_embeds
         cache = past_key_values if cache is None else cache
         keeps = cache is not None or (self.config.use_cache if use_cache is None else use_cache)
         if cache is None:
             cache = TaperedCache(len(self.layers))
-        tokens = self.place(x_BLD, attention_mask, cache)
-        for layer, state in zip(self.layers, cache.states, strict=True):
-            x_BLD = layer(x_BLD, tokens, state)
-        hidden_BLD = self.final_norm(x_BLD[:, -logits_to_keep:])
-        head = self.embedding if self.head is None else self.head
-        logits_BLV = nn.functional.linear(hidden_BLD, head.weight).float()
+        before = cache.columns
+        tokens = self.place(given, attention_mask, cache)
+        if online := self.config.online:
+            if not cache.online:
+                mlps = [layer.mlp for layer in self.layers]
+                cache.online = start(mlps, online["chunks"], len(given))
+            logits_BLV = advance(
+                self.run, given, tokens, before, cache.states, cache.online, **online
+            )[:, -logits_to_keep:]
+        else:
+            none: list[Changes] = [{} for _ in self.layers]
+            logits_BLV = self.run(given, tokens, cache.states, none, logits_to_keep)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits_BLV, labels, vocab_size=self.config.vocab_size)
         found = {CACHE: cache} if keeps else {}
         return CausalLMOutputWithPast(loss=loss, logits=logits_BLV, **found)
 
-    def place(self, x_BLD: Tensor, mask: Tensor | None, cache: TaperedCache) -> Tokens:
+    def run(
+        self,
+        given: Tensor,
+        tokens: Tokens,
+        states: list[State],
+        changes: list[Changes],
+        logits_to_keep: int = 0,
+    ) -> Tensor:
+        """float32 logits of tokens (B, L), or of embeddings; see `forward`."""
+        x_BLD = given if given.is_floating_point() else self.embedding(given)
+        for layer, state, mine in zip(self.layers, states, changes, strict=True):
+            x_BLD = layer(x_BLD, tokens, state, mine)
+        hidden_BLD = self.final_norm(x_BLD[:, -logits_to_keep:])
+        head = self.embedding if self.head is None else self.head
+        return nn.functional.linear(hidden_BLD, head.weight).float()
+
+    def place(self, given: Tensor, mask: Tensor | None, cache: TaperedCache) -> Tokens:
         """Where the new tokens stand; the cache then counts them too."""
-        B, L, _ = x_BLD.shape
+        B, L = given.shape[:2]
         if mask is None:
-            mask = torch.ones(B, cache.columns + L, dtype=torch.bool, device=x_BLD.device)
+            mask = torch.ones(B, cache.columns + L, dtype=torch.bool, device=given.device)
         if mask.shape != (B, cache.columns + L):
             raise ValueError(
                 f"attention_mask has shape {tuple(mask.shape)}; it must be {(B, cache.columns + L)}"

@@ -6,6 +6,7 @@ Written by tlm-jax (Apache-2.0); needs PyTorch alone.
 
 import dataclasses
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,15 @@ from torch.nn import functional
 State = dict[str, Any]
 """What a mixer keeps of the tokens so far, for decoding: tensors, in dicts and lists of them. Each
 has a leading dim of rows."""
+
+
+def each(change: Callable[[Tensor], Any], state: Any) -> Any:
+    """The same dicts and lists with all of their tensors changed."""
+    if isinstance(state, dict):
+        return {name: each(change, part) for name, part in state.items()}
+    if isinstance(state, list):
+        return [each(change, part) for part in state]
+    return change(state)
 
 
 @dataclasses.dataclass(frozen=True)

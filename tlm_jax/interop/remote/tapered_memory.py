@@ -19,6 +19,7 @@ needs no weights per token. Written by tlm-jax (Apache-2.0); needs PyTorch alone
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -274,7 +275,7 @@ class Memory(Learner):
     q, k, v = silu(conv(x W)), q and k divided by their l2 norm (section 4.4 of the paper).
     """
 
-    def __init__(self, d_model: int, head_dim: int, *, conv_width: int, **learner) -> None:
+    def __init__(self, d_model: int, head_dim: int, *, conv_width: int, **learner: Any) -> None:
         super().__init__(d_model, **learner)
         H, K = learner["num_heads"], head_dim
         self.shape = (H, K)
