@@ -78,6 +78,7 @@ def their_model(
     batch_size: int,
     max_length: int | None = None,
     softmax_dtype: str | None = None,
+    remote_code: bool = False,
 ) -> Any:
     """lm-eval's Hugging Face backend, in float32; `softmax_dtype` is that of its sums too."""
     import torch
@@ -91,6 +92,7 @@ def their_model(
         batch_size=batch_size,
         max_length=max_length,
         softmax_dtype=softmax_dtype,
+        trust_remote_code=remote_code,
     )
 
 

@@ -6,7 +6,7 @@ X is an environment with llama-cpp-python (pip install llama-cpp-python, which c
 FILE is SmolLM2-135M-Instruct as GGUF (docs/interop.md says where from); without it that row is
 left out. A tapered tiny model is trained for a minute, one with tapered heads is random. Both sides
 read the same tokens of docs/concepts.md in float32, and write on greedily. The table goes to
-docs/interop.md.
+docs/export.md.
 """
 
 import argparse
@@ -53,9 +53,9 @@ class Row:
     dtype: str = "float32"
 
 
-def train_tiny(folder: pathlib.Path, steps: int) -> None:
-    """Trains configs/tiny.py for so many steps."""
-    words = ["--config", "configs/tiny.py", "--workdir", str(folder)]
+def train_tiny(folder: pathlib.Path, steps: int, config: str = "configs/tiny.py") -> None:
+    """Trains a config for so many steps."""
+    words = ["--config", config, "--workdir", str(folder)]
     words += ["--training.num_steps", str(steps), "--training.eval_every", str(steps)]
     subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, check=True)
 
@@ -176,7 +176,7 @@ def main() -> None:
     report.publish(
         "llama.cpp",
         f"{report.table(header, lines)}\n\nllama-cpp-python {version}; {report.software()}.",
-        ROOT / "docs" / "interop.md",
+        ROOT / "docs" / "export.md",
     )
 
 

@@ -151,5 +151,5 @@ def test_tapered_heads_are_for_gguf(
     assert cli.main([*words, "--format", "deci"]) == 1
     error = only_error(capsys.readouterr().err)
     assert "--format deci cannot express layers with unequal numbers of heads" in error
-    assert error.endswith("use --format gguf or native")
+    assert error.endswith("use --format compact, gguf or native")
     assert not (tmp_path / "out").exists()

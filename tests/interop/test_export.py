@@ -27,6 +27,17 @@ MODELS: dict[str, c.ModelConfig] = {
         TAPERED, mlp=c.MLPConfig(periods=(1, 4)), taper=c.TaperConfig(multiple_of=32)
     ),
     "titans": dataclasses.replace(TAPERED, mixer=mixers.TitansConfig(num_heads=2)),
+    "memories": dataclasses.replace(
+        TAPERED,
+        num_layers=4,
+        taper=c.TaperConfig(start=1.25, end=0.75),
+        mixer=mixers.InterleavedConfig(
+            mixers=(
+                mixers.TitansConfig(variant="mac", num_heads=2),
+                mixers.TitansConfig(local_chunks=(8,), num_heads=2, conv_width=1),
+            )
+        ),
+    ),
     "heads": dataclasses.replace(TAPERED, mixer=HEADS),
     "qk_norm": dataclasses.replace(TAPERED, mixer=dataclasses.replace(TAPERED.mixer, qk_norm=True)),
 }
@@ -44,13 +55,14 @@ def _import(model: pathlib.Path, out: pathlib.Path) -> dict[str, Any]:
             for name in ("tapered", "untied")
             for form in ("llama", "compact", "native")
         ),
-        *((name, "native") for name in MODELS if name not in ("tapered", "untied")),
+        *((name, "compact") for name in MODELS if name not in ("tapered", "untied")),
+        ("titans", "native"),
     ],
 )
 def test_there_and_back(name: str, form: exporting.Format, tmp_path: pathlib.Path) -> None:
     """Every format of every model gives the same bits and the same config back."""
     params = write_run(tmp_path / "run", MODELS[name])
-    wanted = None if form == "native" and name not in ("tapered", "untied") else form
+    wanted = None if form == "compact" and name not in ("tapered", "untied") else form
     assert exporting.export_model(tmp_path / "run", tmp_path / "out", form=wanted) == form
     _import(tmp_path / "out", tmp_path / "back")
     config, back = read_run(tmp_path / "back")
@@ -128,6 +140,17 @@ def test_a_changed_field_is_not_overlooked(tmp_path: pathlib.Path) -> None:
         _import(tmp_path / "out", tmp_path / "back")
 
 
+def test_a_changed_layer_is_not_overlooked(tmp_path: pathlib.Path) -> None:
+    """The same for what the modeling code reads."""
+    write_run(tmp_path / "run", MODELS["hope"])
+    exporting.export_model(tmp_path / "run", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["layers"][1]["rope_theta"] = 10.0
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(c.UserError, match=r"layers is not what its tlm_jax says"):
+        _import(tmp_path / "out", tmp_path / "back")
+
+
 def test_bfloat16_rounds(tmp_path: pathlib.Path) -> None:
     """Half the size; each number is the nearest bfloat16."""
     import jax
@@ -190,11 +213,40 @@ def test_what_llama_cannot_express(
     """One line that names it, and nothing written."""
     write_run(tmp_path / "run", MODELS[name])
     words = ["export", "--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
-    assert cli.main([*words, "--format", "compact"]) == 1
+    assert cli.main([*words, "--format", "llama"]) == 1
     error = only_error(capsys.readouterr().err)
     assert message in error
-    assert error.endswith(f"use --format {'gguf or ' * (name == 'heads')}native")
+    works = "compact, gguf or native" if name == "heads" else "compact or native"
+    assert error.endswith(f"use --format {works}")
     assert not (tmp_path / "out").exists()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnConfig(c.AttentionConfig):
+    """A mixer that the package knows nothing of."""
+
+    slope: float = 0.0
+
+
+def test_what_no_code_for_transformers_computes(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line that names it; without --format it goes out under our names."""
+    from tlm_jax.interop import tapered
+
+    own = dataclasses.replace(TAPERED, mixer=OwnConfig(slope=2.0))
+    assert tapered.why_not(own) == "attention, 4 heads of 8"
+    with monkeypatch.context() as patch:  # a field that a kind of attention gains later
+        patch.setattr(tapered, "_MIXERS", (OwnConfig,))
+        assert tapered.why_not(own) == "mixer.slope=2.0"
+    monkeypatch.setattr(tapered, "_MIXERS", ())
+    write_run(tmp_path / "run", MODELS["hope"])
+    words = ["export", "--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    assert cli.main([*words, "--format", "compact"]) == 1
+    error = only_error(capsys.readouterr().err)
+    assert "--format compact cannot express attention, 4 heads of 8" in error
+    assert error.endswith("use --format native")
+    assert exporting.export_model(tmp_path / "run", tmp_path / "out") == "native"
 
 
 def test_what_is_there_already_is_not_made_again(

@@ -307,7 +307,7 @@ def test_models_that_gguf_cannot_express(
     assert cli.main([*words, "--format", "gguf"]) == 1
     error = only_error(capsys.readouterr().err)
     assert message in error
-    assert error.endswith("use --format native")
+    assert error.endswith("use --format compact or native")
     assert not (tmp_path / "out").exists()
 
 

@@ -23,8 +23,9 @@ class Command:
     """Step of the checkpoint; None is the newest."""
     format: Literal["llama", "compact", "deci", "gguf", "native"] | None = None
     """llama: MLPs zero-padded to the widest, for any tool. Every layer at its own width: compact
-    for transformers with remote code, deci for vLLM, gguf for llama.cpp (tapered heads too).
-    native: our names, for any model. None: llama where possible, else native."""
+    for transformers with remote code (any architecture), deci for vLLM, gguf for llama.cpp (tapered
+    heads too). native: our names, for any model. None: llama where possible, else compact, else
+    native."""
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32"
     """Type of the tensors; all but float32 round. float16 and q8_0 (8 bits and a scale for every
     32 weights) need --format gguf."""

@@ -18,7 +18,7 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER")
 ```
 """,
     "compact": """
-Every layer has its own width; `modeling_tapered_llama.py` in this folder tells transformers how.
+The modeling code in this folder tells transformers how the layers differ.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -184,7 +184,7 @@ def _tokenizer(config: RunConfig, metadata: dict[str, Any], form: str, out: path
     if not (out / "tokenizer.json").is_file():
         return f"{begins}. `tokenizer.model` is for SentencePiece; transformers splits otherwise.\n"
     if native and form != "native":
-        begins += ": `tokenizer.bos_token + text` with `AutoTokenizer`"
+        begins += "; `AutoTokenizer` puts it there"
     if "chat_template" in metadata:
         begins += ". Conversations are put into words by `tokenizer.apply_chat_template`"
     return f"{begins}.\n"

@@ -1,10 +1,10 @@
 """A run's model as a folder for other tools.
 
 Five formats. `llama`: every MLP zero-padded to the widest layer, so that any tool
-that knows Llama computes the same. `compact`: each layer at its own width, with a
-modeling file for transformers. `deci`: the same for vLLM. `gguf`: the same for
-llama.cpp, heads included. `native`: our own names, for what none of them can
-express. In config.json, `tlm_jax` says what the way back needs.
+that knows Llama computes the same. `compact`: each layer as it is, any architecture,
+with modeling code for transformers. `deci`: Llama at each layer's width, for vLLM.
+`gguf`: the same for llama.cpp, heads included. `native`: our own names, for what none
+of them can express. In config.json, `tlm_jax` says what the way back needs.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from typing import Any, Literal
 import jax
 import ml_dtypes
 import numpy as np
+import tokenizers
 
 import tlm_jax
 from tlm_jax import files
@@ -33,6 +34,7 @@ from tlm_jax.interop import (
     own_exports,
     parameters,
     sentencepiece_json,
+    tapered,
 )
 from tlm_jax.interop.tensors import SHARD_BYTES, write_safetensors
 from tlm_jax.models import skeleton
@@ -43,7 +45,6 @@ Format = Literal["llama", "compact", "deci", "gguf", "native"]
 Dtype = Literal["float32", "bfloat16", "float16", "q8_0"]
 
 _MODELING = "modeling_tapered_llama"
-_REMOTE = {"compact": _MODELING, "deci": llama.DECI_CONFIGURATION}
 _NUMPY: dict[Dtype, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -65,7 +66,7 @@ def export_model(
       folder: the run folder.
       out: the folder to make; it may be there if it is empty.
       step: which checkpoint; None is the newest.
-      form: None is llama where that is possible, else native.
+      form: None is llama where that is possible, else compact, else native.
       dtype: of the tensors; parameters are float32, so the others round them. float16 and q8_0
         are for gguf.
       shard_bytes: largest file of tensors; a GGUF file is one.
@@ -121,7 +122,7 @@ def _fill(
     mesh = mesh_lib.single_device_mesh()
     with jax.set_mesh(mesh):
         params = restore.load_params(folder, step, structure, tokenizer, mesh)
-    tensors = _native(params) if form == "native" else _llama(params, config.model, form)
+    tensors = _native(params) if form == "native" else _per_layer(params, config.model, form)
     if form == "gguf":
         gguf_export.write(
             out / gguf_export.FILE,
@@ -139,7 +140,7 @@ def _fill(
             shard_bytes=shard_bytes,
         )
         _write_json(out / "config.json", values)
-        if module := _REMOTE.get(form):
+        for module in _remote_code(config.model, form):
             source = pathlib.Path(__file__).parent / "remote" / f"{module}.py"
             shutil.copyfile(source, out / f"{module}.py")
         if form != "native":
@@ -151,16 +152,30 @@ def _fill(
 
 
 def _checked_format(config: RunConfig, form: Format | None) -> Format:
-    reason = llama.why_not(config.model)
+    in_llama = llama.why_not(config.model)
+    reasons: dict[Format, str | None] = {
+        "llama": in_llama,
+        "compact": in_llama and tapered.why_not(config.model),
+        "deci": in_llama,
+        "gguf": gguf_export.why_not(config.model),
+        "native": None,
+    }
     if form is None:
-        return "native" if reason else "llama"
-    in_gguf = gguf_export.why_not(config.model)
-    if form == "gguf":
-        reason = in_gguf
-    if form != "native" and reason:
-        works = "native" if in_gguf else "gguf or native"
+        return next(f for f in ("llama", "compact", "native") if reasons[f] is None)
+    if reason := reasons[form]:
+        *works, last = (name for name, problem in reasons.items() if problem is None)
+        works = f"{', '.join(works)} or {last}" if works else last
         raise UserError(f"--format {form} cannot express {reason}; use --format {works}")
     return form
+
+
+def _remote_code(model: ModelConfig, form: Format) -> tuple[str, ...]:
+    """The modules for transformers that an export carries."""
+    if form == "deci":
+        return (llama.DECI_CONFIGURATION,)
+    if form != "compact":
+        return ()
+    return tapered.MODULES if llama.why_not(model) else (_MODELING,)
 
 
 def _special_tokens(metadata: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -183,13 +198,16 @@ def _native(params: Any) -> Iterator[tuple[str, np.ndarray]]:
         yield path_of(keys), np.asarray(leaf)
 
 
-def _llama(params: Any, model: ModelConfig, form: Format) -> Iterator[tuple[str, np.ndarray]]:
+def _per_layer(params: Any, model: ModelConfig, form: Format) -> Iterator[tuple[str, np.ndarray]]:
+    """Under Llama's names, or those of our own graph for transformers."""
     widest = max(model.mlp_widths)
+    own = form == "compact" and llama.why_not(model)
+    spell = tapered.tensor if own else llama.tensor
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         path, layers = place(model, path_of(keys))
         stacked = np.asarray(leaf)
         for index, layer in enumerate(layers or [None]):
-            spelled = llama.tensor(path, layer)
+            spelled = spell(path, layer)
             array = stacked if layers is None else stacked[index]
             if spelled.inputs is not None:
                 outputs, inputs = parameters.flat_shape(array.shape, spelled.inputs)
@@ -226,14 +244,15 @@ def _config_json(
     if form == "gguf":
         chat = {"chat_template": metadata.get("chat_template")}
         return {"max_position_embeddings": length, "dtype": dtype, "tlm_jax": ours} | chat
-    values = llama.config_json(config.model) | {
+    own = form == "compact" and llama.why_not(config.model)
+    values = (tapered if own else llama).config_json(config.model) | {
         "max_position_embeddings": length,
         "bos_token_id": None,  # Llama's default is 1
         **ends,
         "dtype": dtype,
         "torch_dtype": dtype,  # the name before transformers 5
     }
-    if form == "compact":
+    if form == "compact" and not own:
         values |= {
             "model_type": "tapered_llama",
             "architectures": ["TaperedLlamaForCausalLM"],
@@ -276,17 +295,23 @@ def _write_tokenizer(
 ) -> None:
     """Copies the tokenizer's file, with what transformers needs to open it.
 
-    A SentencePiece model is written as tokenizer.json too, where that gives the same ids.
+    A SentencePiece model is written as tokenizer.json too, where that gives the same ids. Other
+    tools begin a text as a tokenizer.json says, so that of a model trained here says how it was
+    trained: with end-of-text first.
     """
     path = _tokenizer_path(name)
     if path is None:
         return
     shutil.copyfile(path, out / f"tokenizer{path.suffix}")
-    prefix = metadata["data_layout"].get("document_prefix", ())
+    prefix = restore.document_prefix(metadata, tokenizer)
+    reader = None
     if path.suffix == ".model":
         reader = sentencepiece_json.convert(path)
         if reader is None:
             return
+    elif "special_tokens" not in metadata and values["model_type"] != "tlm_jax":
+        reader = tokenizers.Tokenizer.from_file(str(path))
+    if reader is not None:
         if prefix:
             reader.post_processor = gguf_tokenizer.begin_with(
                 reader.id_to_token(prefix[0]), prefix[0]
@@ -299,8 +324,7 @@ def _write_tokenizer(
     ends = _special_tokens(metadata, tokenizer) | {"eos_token_id": tokenizer.end_ids[0]}
     for field, index in ends.items():
         settings[field.removesuffix("_id")] = tokenizer.token_of(index)
-    if "special_tokens" in metadata:
-        settings["add_bos_token"] = bool(prefix)
+    settings["add_bos_token"] = bool(prefix)
     if "chat_template" in metadata:
         settings["chat_template"] = metadata["chat_template"]
     if length := values.get("max_position_embeddings"):

@@ -12,7 +12,15 @@ from tlm_jax import files
 from tlm_jax.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, UserError
 from tlm_jax.data import Tokenizer, load_tokenizer
 from tlm_jax.data.tokenizers import file_fingerprint
-from tlm_jax.interop import digests, gguf_tokenizer, llama, own_exports, parameters, special_tokens
+from tlm_jax.interop import (
+    digests,
+    gguf_tokenizer,
+    llama,
+    own_exports,
+    parameters,
+    special_tokens,
+    tapered,
+)
 from tlm_jax.interop.gguf_file import GgufFile
 from tlm_jax.interop.tensors import SafetensorsFolder, TensorSource
 from tlm_jax.models import Skeleton, skeleton
@@ -43,7 +51,7 @@ def import_model(
     """
     opened = _open(model)
     structure = skeleton(opened.run.model)
-    parameters.check(structure, opened.source, native=opened.native)
+    parameters.check(structure, opened.source, native=opened.native, spell=opened.spell)
     found = _find_tokenizer(opened, model, tokenizer)
     opened.provenance["sha256"] = digests.check(opened.files)
     if (out / CHECKPOINTS).exists():
@@ -103,7 +111,9 @@ def _fill(
     about_texts, special = _special_tokens(opened, model, reader)
     layout = about_texts | opened.data_layout | {"tokenizer": reader.fingerprint}
     with jax.set_mesh(mesh):
-        params = parameters.load(structure, opened.source, mesh, native=opened.native)
+        params = parameters.load(
+            structure, opened.source, mesh, native=opened.native, spell=opened.spell
+        )
         metadata = checkpoint.metadata(run, params, layout)
         metadata |= special | {"source": opened.provenance}
         with checkpoint.Checkpoints(part / CHECKPOINTS) as checkpoints:
@@ -127,6 +137,8 @@ class _Opened:
     """Its config."""
     special_tokens: dict[str, Any] | None = None
     """As an export of ours holds them."""
+    spell: parameters.Spelling = llama.tensor
+    """Names of the tensors, if not `native`."""
 
 
 def _open(model: pathlib.Path) -> _Opened:
@@ -153,13 +165,16 @@ def _open(model: pathlib.Path) -> _Opened:
     ours = own_exports.read(values, source.where)
     return _Opened(
         run=ours.run,
-        source=source if ours.native else own_exports.Trimmed(source, ours.run.model.mlp_widths),
+        source=source
+        if ours.native or ours.tapered
+        else own_exports.Trimmed(source, ours.run.model.mlp_widths),
         native=ours.native,
         data_layout=ours.data_layout,
         provenance=ours.source or {"file": model.name, "config": {}},
         files=source.files,
         values=values,
         special_tokens=ours.special_tokens,
+        spell=tapered.tensor if ours.tapered else llama.tensor,
     )
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from tlm_jax import config_io
 from tlm_jax.config import ModelConfig, RunConfig, UserError
-from tlm_jax.interop import llama
+from tlm_jax.interop import llama, tapered
 from tlm_jax.interop.tensors import TensorSource
 
 KEY = "tlm_jax"
@@ -20,6 +20,8 @@ class Original:
     run: RunConfig
     native: bool
     """Whether the tensors carry our names."""
+    tapered: bool
+    """Whether they are those of our own graph for transformers."""
     data_layout: dict[str, Any]
     source: dict[str, Any] | None
     special_tokens: dict[str, Any] | None
@@ -37,6 +39,7 @@ def read(values: dict[str, Any], where: str) -> Original:
         found = Original(
             run=run,
             native=ours["format"] == "native",
+            tapered=values.get("model_type") == tapered.MODEL_TYPE,
             data_layout=ours["data_layout"],
             source=ours.get("source"),
             special_tokens=ours.get("special_tokens"),
@@ -45,7 +48,9 @@ def read(values: dict[str, Any], where: str) -> Original:
         raise UserError(f"{where}: {KEY} lacks {error}") from error
     if not isinstance(found.data_layout, dict) or not isinstance(found.source or {}, dict):
         raise UserError(f"{where}: data_layout and source of {KEY} must be objects")
-    if not found.native:
+    if found.tapered:
+        _check_graph(values, tapered.config_json(run.model), where)
+    elif not found.native:
         theirs = llama.model_config({**values, "model_type": "llama"}, where)
         for name, before, after in _meanings(run.model, theirs):
             if before != after:
@@ -54,6 +59,13 @@ def read(values: dict[str, Any], where: str) -> Original:
                     "to import it as a plain Llama"
                 )
     return found
+
+
+def _check_graph(values: dict[str, Any], recorded: dict[str, Any], where: str) -> None:
+    """Raises `UserError` if a field of the graph is not what the record of the export says."""
+    for name, value in recorded.items():
+        if values.get(name) != value and name not in ("architectures", "auto_map"):
+            raise UserError(f"{where}: {name} is not what its {KEY} says; export the model again")
 
 
 def _meanings(*models: ModelConfig) -> list[tuple[str, Any, Any]]:

@@ -27,24 +27,34 @@ _DIMS = (
 _HARMLESS = 1 << 20
 """Numbers of a config up to here, such as the length of a chunk, cost nothing."""
 Index = tuple[slice, ...]
+Spelling = Callable[[str, int | None], llama.Tensor]
+"""As `llama.tensor`."""
 
 
-def load(skeleton: Skeleton, source: TensorSource, mesh: Mesh, *, native: bool) -> Any:
+def load(
+    skeleton: Skeleton,
+    source: TensorSource,
+    mesh: Mesh,
+    *,
+    native: bool,
+    spell: Spelling = llama.tensor,
+) -> Any:
     """The parameters of a model, placed on a mesh.
 
     Tensors are read one at a time, and of each no more than this process's devices hold.
 
     Args:
       skeleton: the model's structure.
-      source: tensors under our names (`native`) or under Llama's.
+      source: tensors under our names (`native`) or as `spell` says.
       mesh: where the parameters go.
       native: whether the names are ours.
+      spell: how else a layer's tensors are spelled.
 
     Raises:
       UserError: a tensor is missing, of another shape, or none of the model's.
     """
     config = skeleton.config
-    check(skeleton, source, native=native)
+    check(skeleton, source, native=native, spell=spell)
     shardings = sharding.param_shardings(skeleton.shapes, skeleton.logical_axes, mesh)
 
     def one(keys: Any, leaf: jax.ShapeDtypeStruct, where: jax.sharding.NamedSharding) -> jax.Array:
@@ -53,15 +63,17 @@ def load(skeleton: Skeleton, source: TensorSource, mesh: Mesh, *, native: bool) 
         if native:
             read = functools.partial(_part, source, llama.Tensor(name=path), leaf.shape)
         else:
-            read = functools.partial(_stack, source, place(config, path), leaf.shape)
+            read = functools.partial(_stack, source, spell, place(config, path), leaf.shape)
         return jax.make_array_from_callback(leaf.shape, where, read)
 
     return jax.tree_util.tree_map_with_path(one, skeleton.shapes, shardings)
 
 
-def check(skeleton: Skeleton, source: TensorSource, *, native: bool) -> None:
+def check(
+    skeleton: Skeleton, source: TensorSource, *, native: bool, spell: Spelling = llama.tensor
+) -> None:
     """Raises `UserError` unless the source holds exactly the model's tensors."""
-    wanted = expected_shapes(skeleton, native=native)
+    wanted = expected_shapes(skeleton, native=native, spell=spell)
     for name, shape in wanted.items():
         if name not in source.shapes:
             raise UserError(f"{source.where} has no tensor {name}, which its config asks for")
@@ -119,7 +131,9 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def expected_shapes(skeleton: Skeleton, *, native: bool) -> dict[str, tuple[int, ...]]:
+def expected_shapes(
+    skeleton: Skeleton, *, native: bool, spell: Spelling = llama.tensor
+) -> dict[str, tuple[int, ...]]:
     """Name and shape of each tensor of a model in a file."""
     found: dict[str, tuple[int, ...]] = {}
     for keys, leaf in jax.tree_util.tree_leaves_with_path(skeleton.shapes):
@@ -130,7 +144,7 @@ def expected_shapes(skeleton: Skeleton, *, native: bool) -> dict[str, tuple[int,
         rest, layers = place(skeleton.config, path)
         shape = leaf.shape if layers is None else leaf.shape[1:]
         for layer in layers or [None]:
-            spelled = llama.tensor(rest, layer)
+            spelled = spell(rest, layer)
             found[spelled.name] = flat_shape(shape, spelled.inputs)
     return found
 
@@ -140,13 +154,13 @@ def flat_shape(shape: tuple[int, ...], inputs: int | None) -> tuple[int, ...]:
     return shape if inputs is None else (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
 
 
-def _stack(source: TensorSource, where: Place, shape: tuple[int, ...], index: Index) -> np.ndarray:
+def _stack(
+    source: TensorSource, spell: Spelling, where: Place, shape: tuple[int, ...], index: Index
+) -> np.ndarray:
     path, layers = where
     if layers is None:
-        return _part(source, llama.tensor(path, None), shape, index)
-    parts = [
-        _part(source, llama.tensor(path, layer), shape[1:], index[1:]) for layer in layers[index[0]]
-    ]
+        return _part(source, spell(path, None), shape, index)
+    parts = [_part(source, spell(path, layer), shape[1:], index[1:]) for layer in layers[index[0]]]
     return np.stack(parts)
 
 
