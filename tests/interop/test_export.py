@@ -44,7 +44,8 @@ def _import(model: pathlib.Path, out: pathlib.Path) -> dict[str, Any]:
             for name in ("tapered", "untied")
             for form in ("llama", "compact", "native")
         ),
-        *((name, "native") for name in MODELS if name not in ("tapered", "untied")),
+        ("qk_norm", "llama"),
+        *((name, "native") for name in MODELS if name not in ("tapered", "untied", "qk_norm")),
     ],
 )
 def test_there_and_back(name: str, form: exporting.Format, tmp_path: pathlib.Path) -> None:
@@ -193,7 +194,8 @@ def test_what_llama_cannot_express(
     assert cli.main([*words, "--format", "compact"]) == 1
     error = only_error(capsys.readouterr().err)
     assert message in error
-    assert error.endswith(f"use --format {'gguf or ' * (name == 'heads')}native")
+    others = {"heads": "gguf or ", "qk_norm": "llama or "}.get(name, "")
+    assert error.endswith(f"use --format {others}native")
     assert not (tmp_path / "out").exists()
 
 

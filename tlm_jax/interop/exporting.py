@@ -151,14 +151,16 @@ def _fill(
 
 
 def _checked_format(config: RunConfig, form: Format | None) -> Format:
-    reason = llama.why_not(config.model)
     if form is None:
-        return "native" if reason else "llama"
-    in_gguf = gguf_export.why_not(config.model)
-    if form == "gguf":
-        reason = in_gguf
-    if form != "native" and reason:
-        works = "native" if in_gguf else "gguf or native"
+        return "native" if llama.why_not(config.model) else "llama"
+    reasons = {
+        "llama": llama.why_not(config.model),
+        "gguf": gguf_export.why_not(config.model),
+        "native": None,
+    }
+    reason = reasons[form] if form in reasons else llama.why_not(config.model, form)
+    if reason:
+        works = " or ".join(name for name, reason in reasons.items() if reason is None)
         raise UserError(f"--format {form} cannot express {reason}; use --format {works}")
     return form
 
@@ -191,7 +193,9 @@ def _llama(params: Any, model: ModelConfig, form: Format) -> Iterator[tuple[str,
         for index, layer in enumerate(layers or [None]):
             spelled = llama.tensor(path, layer)
             array = stacked if layers is None else stacked[index]
-            if spelled.inputs is not None:
+            if spelled.inputs == 0:
+                array = array.reshape(-1)
+            elif spelled.inputs is not None:
                 outputs, inputs = parameters.flat_shape(array.shape, spelled.inputs)
                 array = array.reshape(inputs, outputs).T
             if form == "llama" and (dim := llama.mlp_dim(spelled.name)) is not None:
@@ -229,6 +233,7 @@ def _config_json(
     values = llama.config_json(config.model) | {
         "max_position_embeddings": length,
         "bos_token_id": None,  # Llama's default is 1
+        "pad_token_id": None,  # SmolLM3's is 128,004
         **ends,
         "dtype": dtype,
         "torch_dtype": dtype,  # the name before transformers 5
