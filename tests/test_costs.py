@@ -83,6 +83,27 @@ def test_causal_attention_is_the_mean_over_positions() -> None:
     assert costs.mixer_costs(AttentionConfig(num_heads=2), 8, L).mixing_flops * L == seen
 
 
+@pytest.mark.parametrize("window", [1, 3, 7, 100])
+def test_a_window_is_the_mean_over_positions(window: int) -> None:
+    """To half a key per token; a kernel computes a whole window at most."""
+    L, queries = 64, 8
+    mixer = AttentionConfig(num_heads=2, window=window)
+    seen = sum(4 * queries * min(keys, window) for keys in range(1, L + 1))
+    result = costs.mixer_costs(mixer, 8, L)
+    assert abs(result.mixing_flops - seen / L) <= queries
+    assert result.mixing_flops_full == 4 * queries * min(window, L)
+
+
+def test_biases_cost_parameters_alone() -> None:
+    plain, qkv, everything = (
+        costs.mixer_costs(AttentionConfig(num_heads=4, num_kv_heads=2, bias=bias), 8, 1)
+        for bias in ("none", "qkv", "all")
+    )
+    assert qkv.parameters - plain.parameters == 8 + 2 * 4
+    assert everything.parameters - qkv.parameters == 8
+    assert plain.projection_flops == everything.projection_flops
+
+
 def test_untied_head_and_grouped_queries() -> None:
     mixer = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=True)
     result = costs.model_costs(_model(mixer=mixer, tie_embeddings=False), seq_len=1)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tlm_jax.mixers import InterleavedConfig as InterleavedConfig
     from tlm_jax.mixers import ListedConfig as ListedConfig
     from tlm_jax.mixers import MixerConfig as MixerConfig
+    from tlm_jax.mixers import RopeScaling as RopeScaling
     from tlm_jax.mixers import TitansConfig as TitansConfig
     from tlm_jax.mlp import MLPConfig as MLPConfig
     from tlm_jax.models.registry import register as register
@@ -54,6 +55,7 @@ _HOMES = {
     "ModelConfig": "config",
     "MuonConfig": "optimizers",
     "OptimizerConfig": "optimizers",
+    "RopeScaling": "mixers",
     "RunConfig": "config",
     "Stack": "stack",
     "TaperConfig": "taper_config",

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from tlm_jax import taper as taper_lib
 from tlm_jax.mixers import AttentionConfig, MixerConfig
+from tlm_jax.mixers import RopeScaling as RopeScaling
 from tlm_jax.mlp import MLPConfig
 from tlm_jax.optimizers import OptimizerConfig as OptimizerConfig
 from tlm_jax.segments import Segment, group
@@ -60,7 +61,7 @@ class LayerSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(Checked):
-    """A decoder-only language model: pre-norm mixer and SwiGLU MLP, no biases."""
+    """A decoder-only language model: pre-norm mixer and SwiGLU MLP."""
 
     vocab_size: Count = 4096
     """Rows of the embedding table; at least the tokenizer's vocabulary."""

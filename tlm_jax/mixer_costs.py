@@ -21,7 +21,7 @@ class MixerCosts:
     mixing_flops: int
     """Forward FLOPs between tokens, each seeing itself and those before."""
     mixing_flops_full: int
-    """The same with every token seeing all."""
+    """The same with every token seeing all, or a whole window."""
     cache_values: int
     """Values a decoder keeps of each token."""
     state_values: int = 0
@@ -103,12 +103,16 @@ def _attention_costs(mixer: AttentionConfig, d_model: int, seq_len: int) -> Mixe
     heads, kv_heads, head_dim = mixer.heads(d_model)
     queries, keys = heads * head_dim, kv_heads * head_dim
     matrices = d_model * queries + 2 * d_model * keys + queries * d_model
+    biases = {"none": 0, "qkv": queries + 2 * keys, "all": queries + 2 * keys + d_model}[mixer.bias]
+    window = min(mixer.window or seq_len, seq_len)
+    # Twice the keys that a token sees on average: 1 + 2 + ... in a row, then a whole window each.
+    seen = round(window * (2 * seq_len - window + 1) / seq_len)
     return MixerCosts(
-        parameters=matrices + (2 * head_dim if mixer.qk_norm else 0),
+        parameters=matrices + biases + (2 * head_dim if mixer.qk_norm else 0),
         projection_flops=2 * matrices,
         # Scores and weighted values, 2 * queries FLOPs each for every key seen.
-        mixing_flops=2 * queries * (seq_len + 1),
-        mixing_flops_full=4 * queries * seq_len,
+        mixing_flops=2 * queries * seen,
+        mixing_flops_full=4 * queries * window,
         cache_values=2 * keys,
     )
 

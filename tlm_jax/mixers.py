@@ -6,6 +6,7 @@ it in `models.registry`, and its costs in `costs.mixer_costs`.
 
 import dataclasses
 import itertools
+import math
 from typing import Annotated, ClassVar, Literal, Self
 
 from tlm_jax import taper as taper_lib
@@ -22,6 +23,7 @@ from tlm_jax.validation import (
 )
 
 NO_MEMORY_TAPER = TaperConfig(schedule="uniform", multiple_of=8)
+_Factor = Annotated[float, Range(least=1, most=1e6)]
 _RopeTheta = Annotated[float, Range(least=1, most=1e15)]
 
 
@@ -159,10 +161,47 @@ def _check_heads(d_model: int, num_heads: int, head_dim: int | None) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling(Checked):
+    """How rotary frequencies are lowered for texts longer than those a model began with.
+
+    linear divides all of them by `factor` (arXiv 2306.15595). llama3 divides those by it whose
+    wavelength is above original_length / low_freq_factor, none below original_length /
+    high_freq_factor, and interpolates between (Llama 3.1, arXiv 2407.21783).
+    """
+
+    method: Literal["linear", "llama3"]
+    factor: _Factor
+    low_freq_factor: Positive = 1.0
+    """For llama3 only, as what follows."""
+    high_freq_factor: Positive = 4.0
+    original_length: Count = 8192
+    """Tokens of the texts that the model began with."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.low_freq_factor < self.high_freq_factor,
+            f"low_freq_factor={self.low_freq_factor} must be below "
+            f"high_freq_factor={self.high_freq_factor}",
+        )
+
+    def divisors(self, theta: float, head_dim: int) -> list[float]:
+        """What each of the head_dim / 2 frequencies theta^(-2k/head_dim) is divided by."""
+        if self.method == "linear":
+            return [self.factor] * (head_dim // 2)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        found = []
+        for k in range(head_dim // 2):
+            turns = self.original_length * theta ** (-2 * k / head_dim) / (2 * math.pi)
+            kept = min(max((turns - low) / (high - low), 0.0), 1.0)
+            found.append(1 / (kept + (1 - kept) / self.factor))
+        return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig(MixerConfig):
     """Multi-head or grouped-query softmax attention with rotary positions."""
 
-    masks_by_document: ClassVar[bool] = True
     splits_sequence: ClassVar[bool] = True
 
     num_heads: Count = 4
@@ -173,8 +212,14 @@ class AttentionConfig(MixerConfig):
     """Dimension of a head; None means d_model / num_heads."""
     qk_norm: bool = False
     """RMS-normalise queries and keys per head."""
-    rope_theta: _RopeTheta = 10_000.0
-    """Base of the rotary frequencies."""
+    bias: Literal["none", "qkv", "all"] = "none"
+    """Biases: of queries, keys and values, or of the output too."""
+    window: Count | None = None
+    """Tokens that a token sees, itself included; None is the whole document before it."""
+    rope_theta: _RopeTheta | None = 10_000.0
+    """Base of the rotary frequencies; None is no positions."""
+    rope_scaling: RopeScaling | None = None
+    """How the rotary frequencies are changed for long texts."""
     heads_taper: TaperConfig = NO_TAPER
     """How query heads, with their key/value heads, are spread over depth."""
 
@@ -188,6 +233,15 @@ class AttentionConfig(MixerConfig):
                 f"use one of {divisors(self.num_heads)}",
             )
         _check_head_dim(self.head_dim)
+        require(
+            self.rope_theta is not None or self.rope_scaling is None,
+            "rope_scaling scales rotary positions, and rope_theta=None turns them off",
+        )
+
+    @property
+    def masks_by_document(self) -> bool:  # type: ignore[override]
+        """Without a window, which counts tokens of the row and not of the branch."""
+        return self.window is None
 
     def heads(self, d_model: int) -> tuple[int, int, int]:
         """(query heads H, key/value heads N, head dim K)."""
@@ -232,7 +286,9 @@ class AttentionConfig(MixerConfig):
         """Heads and their dimension."""
         heads, kv_heads, head_dim = self.heads(d_model)
         kv = "" if kv_heads == heads else f" ({kv_heads} key/value)"
-        return f"attention, {heads} head{'s' * (heads > 1)}{kv} of {head_dim}"
+        window = "" if self.window is None else f", window {self.window:,}"
+        positions = "" if self.rope_theta else ", no positions"
+        return f"attention, {heads} head{'s' * (heads > 1)}{kv} of {head_dim}{window}{positions}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

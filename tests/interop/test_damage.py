@@ -19,11 +19,11 @@ from tlm_jax.config import UserError
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.interop import (
     exporting,
+    families,
     gguf_file,
     gguf_header,
     gguf_tokenizer,
     importing,
-    llama,
     parameters,
 )
 from tlm_jax.models import skeleton
@@ -38,7 +38,7 @@ def _read(path: pathlib.Path) -> tuple[Any, ...]:
     """Everything that an import takes from a GGUF file."""
     file = gguf_file.GgufFile(path)
     parameters.check_sizes(file.config, file)
-    parameters.check(_skeleton(llama.model_config(file.config, file.where)), file, native=False)
+    parameters.check(_skeleton(families.model_config(file.config, file.where)), file, native=False)
     tensors = {name: file.read(name, 0, shape[0]).tobytes() for name, shape in file.shapes.items()}
     return file.config, tensors, gguf_tokenizer.tokenizer_file(file)
 

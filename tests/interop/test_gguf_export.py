@@ -23,12 +23,21 @@ UNEVEN = dataclasses.replace(
     ATTENTION, num_heads=16, num_kv_heads=8, heads_taper=c.TaperConfig(start=1.5, end=0.5)
 )
 NARROW = dataclasses.replace(ATTENTION, head_dim=4)
+LINEAR = c.RopeScaling(method="linear", factor=3.0)
+LLAMA3 = c.RopeScaling(method="llama3", factor=8.0, original_length=64)
 UNIFORM = dataclasses.replace(TAPERED, taper=c.TaperConfig(schedule="uniform"))
 MODELS = {
     "tapered": TAPERED,
     "untied": dataclasses.replace(TAPERED, tie_embeddings=False),
     "heads": dataclasses.replace(TAPERED, mixer=UNEVEN),
     "uniform": UNIFORM,
+    "llama3": dataclasses.replace(
+        UNIFORM, mixer=dataclasses.replace(ATTENTION, bias="qkv", rope_scaling=LLAMA3)
+    ),
+    "linear": dataclasses.replace(
+        TAPERED, mixer=dataclasses.replace(ATTENTION, bias="all", rope_scaling=LINEAR)
+    ),
+    "qwen3": dataclasses.replace(UNIFORM, mixer=dataclasses.replace(ATTENTION, qk_norm=True)),
 }
 DEFAULT_BPE = 4096
 TEXT = "In 1812 it DIDN'T rain;\n\n\t  7040 cats ½ ٣ (x = 37) slept — naïvely ☃ 🙂"
@@ -128,8 +137,7 @@ def test_there_and_back_bit_for_bit(name: str, tmp_path: pathlib.Path) -> None:
     config, back = read_run(tmp_path / "back")
     assert_bit_equal(params, back)
     assert config.model.mlp_widths == model.mlp_widths
-    sizes = [[mixer.heads(32) for mixer in m.mixers] for m in (config.model, model)]
-    assert sizes[0] == sizes[1]
+    assert config.model.mixers == model.mixers
     assert config.model.tie_embeddings == model.tie_embeddings
     assert (config.model.norm_eps, config.data.seq_len) == (1e-5, 64)
     one, two = load_tokenizer(config.data.tokenizer), load_tokenizer(None)
@@ -282,22 +290,38 @@ def test_special_tokens_and_chat_template(bpe: pathlib.Path, tmp_path: pathlib.P
 
 
 @pytest.mark.parametrize(
-    ("mixer", "message"),
+    ("mixer", "message", "works"),
     [
-        (mixers.GatedAttentionConfig(num_heads=4), "elementwise gated attention"),
-        (mixers.TitansConfig(num_heads=2), "Titans MAG"),
-        (dataclasses.replace(ATTENTION, qk_norm=True), "mixer.qk_norm"),
+        (
+            mixers.GatedAttentionConfig(num_heads=4),
+            "elementwise gated attention",
+            "compact or native",
+        ),
+        (mixers.TitansConfig(num_heads=2), "Titans MAG", "compact or native"),
+        (
+            dataclasses.replace(ATTENTION, qk_norm=True),
+            "mixer.qk_norm in unlike layers",
+            "llama, compact or native",
+        ),
+        (dataclasses.replace(ATTENTION, window=8), "mixer.window", "llama or native"),
+        (
+            dataclasses.replace(ATTENTION, rope_theta=None),
+            "layers without positions",
+            "llama or native",
+        ),
         (
             mixers.ListedConfig(
                 mixers=(*[ATTENTION] * 4, dataclasses.replace(ATTENTION, head_dim=4))
             ),
             "layers whose attention differs in more than the number of heads",
+            "compact or native",
         ),
     ],
 )
 def test_models_that_gguf_cannot_express(
     mixer: c.MixerConfig,
     message: str,
+    works: str,
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -307,7 +331,7 @@ def test_models_that_gguf_cannot_express(
     assert cli.main([*words, "--format", "gguf"]) == 1
     error = only_error(capsys.readouterr().err)
     assert message in error
-    assert error.endswith("use --format compact or native")
+    assert error.endswith(f"use --format {works}")
     assert not (tmp_path / "out").exists()
 
 

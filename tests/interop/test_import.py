@@ -188,14 +188,30 @@ def test_each_device_reads_its_share(bpe: pathlib.Path, tmp_path: pathlib.Path) 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2' cannot be imported; llama, mistral, qwen3 can"),
+        ({"model_type": "gpt2"}, "cannot be imported; llama, mistral, qwen2, qwen3, smollm3 can"),
+        ({"model_type": "olmo2"}, "model_type 'olmo2' cannot be imported; llama, "),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"attention_bias": True}, "attention_bias is True"),
+        ({"attention_bias": True}, "has no tensor model.layers.0.self_attn.k_proj.bias"),
+        ({"model_type": "mistral", "attention_bias": True}, "attention_bias is True"),
+        ({"model_type": "qwen2"}, "has no tensor model.layers.0.self_attn.k_proj.bias"),
         ({"mlp_bias": True}, "mlp_bias is True"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type is 'linear'"),
-        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.rope_type is 'llama3'"),
-        ({"model_type": "mistral"}, "sliding_window is 4096"),
-        ({"model_type": "qwen3", "use_sliding_window": True}, "use_sliding_window is True"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling.rope_type is 'yarn'"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor is 0.5; it must be at"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.factor is None; it"),
+        (
+            {
+                "rope_parameters": {"rope_theta": 1e4},
+                "rope_scaling": {"type": "linear", "factor": 2},
+            },
+            "rope_parameters and rope_scaling say different things",
+        ),
+        ({"sliding_window": 4096}, "sliding_window is 4096"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0; it must be a whole"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 2}, "layer_types[0] is"),
+        ({"model_type": "qwen3", "use_sliding_window": 1}, "use_sliding_window is 1; it must be"),
+        ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 2}, "layer_types[0]"),
+        ({"model_type": "qwen3", "layer_types": ["full_attention"]}, "the attention of 2 layers"),
+        ({"model_type": "smollm3", "no_rope_layers": [1, 2]}, "no_rope_layers is [1, 2]; it must"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types[1] is 'sliding"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
         ({"hidden_size": None}, "hidden_size is None; it must be a number"),
@@ -225,13 +241,20 @@ def test_refusals_name_the_field(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"extra": {"blk.0.attn_q.bias": np.zeros(64, np.float32)}}, "tensor blk.0.attn_q.bias "),
-        ({"extra": {"rope_freqs.weight": np.ones(8, np.float32)}}, "tensor rope_freqs.weight "),
+        ({"extra": {"blk.0.ffn_up.bias": np.zeros(96, np.float32)}}, "up_proj.bias has no place"),
+        (
+            {"extra": {"blk.0.attn_q.bias": np.zeros(64, np.float32)}},
+            "has no tensor model.layers.0.self_attn.k_proj.bias",
+        ),
+        (
+            {"extra": {"rope_freqs.weight": np.linspace(1, 8, 8, dtype=np.float32)}},
+            "tensor rope_freqs.weight is not Llama 3's scaling",
+        ),
         ({"fields": {"llama.rope.scaling.type": "yarn"}}, "llama.rope.scaling.type is 'yarn'"),
         ({"fields": {"llama.expert_count": 8}}, "llama.expert_count is 8"),
         ({"fields": {"llama.rope.dimension_count": 8}}, "llama.rope.dimension_count is 8"),
         ({"pre": "tekken"}, "tokenizer.ggml.pre 'tekken' is not known here; give the model's own"),
-        ({"architecture": "gemma"}, "'gemma' cannot be imported; llama and deci can"),
+        ({"architecture": "gemma"}, "'gemma' cannot be imported; llama, deci, qwen2, qwen3 can"),
     ],
 )  # fmt: skip
 def test_refusals_of_gguf_files(

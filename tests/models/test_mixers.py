@@ -15,7 +15,13 @@ from tlm_jax.config import (
     TaperConfig,
     UserError,
 )
-from tlm_jax.mixers import AttentionConfig, GatedAttentionConfig, InterleavedConfig, TitansConfig
+from tlm_jax.mixers import (
+    AttentionConfig,
+    GatedAttentionConfig,
+    InterleavedConfig,
+    RopeScaling,
+    TitansConfig,
+)
 from tlm_jax.mlp import MLPConfig
 from tlm_jax.models import skeleton
 from tlm_jax.models.counted_costs import count_products
@@ -51,6 +57,15 @@ MODELS: dict[str, ModelConfig] = {
     "attention": model_config(mixer=AttentionConfig(num_heads=4)),
     "tapered heads": model_config(
         mixer=AttentionConfig(num_heads=8, num_kv_heads=4, heads_taper=HEADS, qk_norm=True)
+    ),
+    "window": model_config(
+        mixer=AttentionConfig(
+            num_heads=4,
+            num_kv_heads=2,
+            bias="all",
+            window=6,
+            rope_scaling=RopeScaling(method="llama3", factor=4.0, original_length=64),
+        )
     ),
     "gated": model_config(mixer=GatedAttentionConfig(num_heads=4, num_kv_heads=2)),
     "gated headwise": model_config(mixer=GatedAttentionConfig(num_heads=4, gate="headwise")),
@@ -120,6 +135,9 @@ def test_flops_and_decoding_state_are_those_of_the_program(config: ModelConfig):
     planned = costs.model_costs(config, length)
     persistent = 0  # made once for all tokens; left out of costs per token
     for mixer in config.mixers:
+        if isinstance(mixer, AttentionConfig) and mixer.window:  # the reference multiplies by all
+            heads, _, head_dim = mixer.heads(config.d_model)
+            counted -= 4 * heads * head_dim * (length - mixer.window) * rows * length
         if isinstance(mixer, TitansConfig) and mixer.attends:
             persistent += 4 * mixer.num_persistent * config.d_model**2
     assert counted == planned.forward_flops_full * rows * length + persistent
@@ -142,6 +160,8 @@ def test_only_matrices_decay_and_what_is_no_matrix_is_known_by_name(config: Mode
     match config.mixer:
         case RGLRUConfig():
             expected |= {"mixer/decay_bias"}
+        case AttentionConfig(bias="all"):
+            expected |= {f"mixer/{name}_bias" for name in ("query", "key", "value", "out")}
         case AttentionConfig(qk_norm=True):
             expected |= {"mixer/query_norm/scale", "mixer/key_norm/scale"}
         case TitansConfig() as mixer:

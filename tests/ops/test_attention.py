@@ -43,12 +43,14 @@ def inputs(dtype: str = "float32", L: int = L) -> list[jax.Array]:
     return [*qkv, jnp.asarray(document_ids)]
 
 
-def plain(q, k, v, document_ids) -> jax.Array:
+def plain(q, k, v, document_ids, window=None) -> jax.Array:
     """By the definition, one head at a time as it were."""
     k, v = (jnp.repeat(x, H // N, axis=2) for x in (k, v))
     scores = jnp.einsum("blhk,bshk->bhls", q, k, precision="highest") / jnp.sqrt(K)
     same = document_ids[:, :, None] == document_ids[:, None, :]
     seen = same & jnp.tri(q.shape[1], dtype=bool)
+    if window is not None:
+        seen &= ~jnp.tri(q.shape[1], k=-window, dtype=bool)
     weights = jax.nn.softmax(jnp.where(seen[:, None], scores, -jnp.inf), axis=-1)
     return jnp.einsum("bhls,bshk->blhk", weights, v, precision="highest")
 
@@ -73,6 +75,32 @@ def test_equals_the_definition(kernel: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(attention_ops, "SELF_ATTENTION", INTERPRETED)
     attention = functools.partial(self_attention, kernel=kernel)
     assert_same(values_and_gradients(attention, *inputs()), values_and_gradients(plain, *inputs()))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "window"), [("reference", 7), ("xla", 1), ("xla", 100), ("chunked", 7),
+                           ("chunked", 100), ("splash", 100)]
+)  # fmt: skip
+def test_windows(kernel: str, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same with the last tokens only, which leaves out whole blocks and chunks of keys."""
+    monkeypatch.setattr(attention_ops, "SELF_ATTENTION", INTERPRETED)
+    attention = functools.partial(self_attention, kernel=kernel, window=window)
+    args = inputs(L=256 if kernel == "splash" else 640)
+    expected = values_and_gradients(functools.partial(plain, window=window), *args)
+    assert_same(values_and_gradients(attention, *args), expected)
+
+
+def test_a_window_bounds_the_scores() -> None:
+    """On accelerators no array of a row's queries by its keys; cudnn, which has none, says so."""
+    attention = functools.partial(self_attention, kernel="chunked", window=64)
+    program = jax.make_jaxpr(functools.partial(values_and_gradients, attention))(*inputs(L=2048))
+    shapes = [array.shape for array in arrays_in(program.jaxpr)]
+    scores = {shape[-1] for shape in shapes if shape[-2:-1] == (H // N * 256,)}
+    assert scores == {K, 1, 64 + 256 - 1}
+    facts = {"length": 512, "parts": 1, "head_dim": 64, "dtype": "bfloat16"}
+    assert SELF_ATTENTION.choose(target="gpu", window=64, **facts).name == "chunked"
+    with pytest.raises(ValueError, match="has no windows"):
+        self_attention(*inputs(), window=64, kernel="cudnn")
 
 
 @pytest.mark.parametrize(

@@ -152,12 +152,12 @@ def _fill(
 
 
 def _checked_format(config: RunConfig, form: Format | None) -> Format:
-    in_llama = llama.why_not(config.model)
+    model = config.model
     reasons: dict[Format, str | None] = {
-        "llama": in_llama,
-        "compact": in_llama and tapered.why_not(config.model),
-        "deci": in_llama,
-        "gguf": gguf_export.why_not(config.model),
+        "llama": llama.why_not(model),
+        "compact": llama.why_not(model, "compact") and tapered.why_not(model),
+        "deci": llama.why_not(model, "deci"),
+        "gguf": gguf_export.why_not(model),
         "native": None,
     }
     if form is None:
@@ -175,7 +175,7 @@ def _remote_code(model: ModelConfig, form: Format) -> tuple[str, ...]:
         return (llama.DECI_CONFIGURATION,)
     if form != "compact":
         return ()
-    return tapered.MODULES if llama.why_not(model) else (_MODELING,)
+    return tapered.MODULES if llama.why_not(model, "compact") else (_MODELING,)
 
 
 def _special_tokens(metadata: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def _native(params: Any) -> Iterator[tuple[str, np.ndarray]]:
 def _per_layer(params: Any, model: ModelConfig, form: Format) -> Iterator[tuple[str, np.ndarray]]:
     """Under Llama's names, or those of our own graph for transformers."""
     widest = max(model.mlp_widths)
-    own = form == "compact" and llama.why_not(model)
+    own = form == "compact" and llama.why_not(model, "compact")
     spell = tapered.tensor if own else llama.tensor
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         path, layers = place(model, path_of(keys))
@@ -209,7 +209,9 @@ def _per_layer(params: Any, model: ModelConfig, form: Format) -> Iterator[tuple[
         for index, layer in enumerate(layers or [None]):
             spelled = spell(path, layer)
             array = stacked if layers is None else stacked[index]
-            if spelled.inputs is not None:
+            if spelled.inputs == 0:
+                array = array.reshape(-1)
+            elif spelled.inputs is not None:
                 outputs, inputs = parameters.flat_shape(array.shape, spelled.inputs)
                 array = array.reshape(inputs, outputs).T
             if form == "llama" and (dim := llama.mlp_dim(spelled.name)) is not None:
@@ -244,10 +246,11 @@ def _config_json(
     if form == "gguf":
         chat = {"chat_template": metadata.get("chat_template")}
         return {"max_position_embeddings": length, "dtype": dtype, "tlm_jax": ours} | chat
-    own = form == "compact" and llama.why_not(config.model)
+    own = form == "compact" and llama.why_not(config.model, "compact")
     values = (tapered if own else llama).config_json(config.model) | {
         "max_position_embeddings": length,
         "bos_token_id": None,  # Llama's default is 1
+        "pad_token_id": None,  # SmolLM3's is 128,004
         **ends,
         "dtype": dtype,
         "torch_dtype": dtype,  # the name before transformers 5

@@ -1,9 +1,9 @@
 """A model as a GGUF file for llama.cpp, every layer at its own width.
 
-Layers that are alike go out as llama.cpp's architecture `llama`, others as `deci`: the graph of
-`llama` with an MLP width and numbers of query and key/value heads for each layer. Names, order
-and metadata follow llama.cpp's conversion (conversion/deci.py and src/models/deci.cpp of the
-llama.cpp inside llama-cpp-python 0.3.36).
+Layers that are alike go out as llama.cpp's architecture `llama` (`qwen3` if they normalise queries
+and keys), others as `deci`: the graph of `llama` with an MLP width and numbers of query and
+key/value heads for each layer. Names, order and metadata follow llama.cpp's conversion
+(conversion/deci.py and src/models/deci.cpp of the llama.cpp inside llama-cpp-python 0.3.36).
 """
 
 import pathlib
@@ -15,6 +15,7 @@ import numpy as np
 from tlm_jax.config import ModelConfig, RunConfig, UserError
 from tlm_jax.interop import gguf_file, gguf_header, llama
 from tlm_jax.interop.tensors import needs_extra
+from tlm_jax.mixers import AttentionConfig
 
 FILE = "model.gguf"
 _RECORD = "tlm_jax.export"
@@ -33,7 +34,7 @@ def why_not(model: ModelConfig) -> str | None:
     """What of a model llama.cpp's graph cannot express, or None."""
     if model.num_layers > _MOST_LAYERS:
         return f"{model.num_layers} layers (llama.cpp has room for {_MOST_LAYERS})"
-    return llama.why_not(model, each_layers_heads=True)
+    return llama.why_not(model, "gguf")
 
 
 def record(path: pathlib.Path) -> str | None:
@@ -57,8 +58,8 @@ def write(
 ) -> None:
     """Writes the file; one tensor at a time is converted in memory.
 
-    Vectors (the scales of norms) stay float32, as in llama.cpp's own files. With q8_0, matrices
-    whose rows are not whole blocks of 32 numbers become float16.
+    Vectors (the scales of norms, biases) stay float32, as in llama.cpp's own files. With q8_0,
+    matrices whose rows are not whole blocks of 32 numbers become float16.
 
     Args:
       path: the file to make.
@@ -76,7 +77,7 @@ def write(
         import gguf
     mixers = llama.attention(config.model)
     heads, kv_heads, dims = zip(*(m.heads(config.model.d_model) for m in mixers), strict=True)
-    architecture = _architecture(config, heads, kv_heads)
+    architecture = _architecture(config, mixers)
     writer = gguf.GGUFWriter(path, architecture)
 
     def each(numbers: Sequence[int]) -> Any:
@@ -95,7 +96,15 @@ def write(
     writer.add_key_length(dims[0])
     writer.add_value_length(dims[0])
     writer.add_rope_dimension_count(dims[0])
-    writer.add_rope_freq_base(mixers[0].rope_theta)
+    theta, scaling = mixers[0].rope_theta or 0.0, mixers[0].rope_scaling
+    writer.add_rope_freq_base(theta)
+    if scaling is not None and scaling.method == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(scaling.factor)
+    elif scaling is not None:
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_length)
+        divisors = np.asarray(scaling.divisors(theta, dims[0]), np.float32)
+        tensors = [*tensors, (gguf_file.ROPE_FREQS, divisors)]
     writer.add_layer_norm_rms_eps(config.model.norm_eps)
     writer.add_vocab_size(config.model.vocab_size)
     for name, value in vocabulary.items():
@@ -115,15 +124,16 @@ def write(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for (name, array), kind in zip(tensors, types, strict=True):
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
+        if gguf_file.is_rotated(name) and architecture in gguf_file.INTERLEAVED:
             array = _interleaved(array, dims[0])
         writer.write_tensor_data(_packed(name, array, kind))
     writer.close()
 
 
-def _architecture(config: RunConfig, heads: Sequence[int], kv_heads: Sequence[int]) -> str:
-    alike = all(len(set(numbers)) == 1 for numbers in (config.model.mlp_widths, heads, kv_heads))
-    return "llama" if alike else "deci"
+def _architecture(config: RunConfig, mixers: Sequence[AttentionConfig]) -> str:
+    if len(set(mixers)) > 1 or len(set(config.model.mlp_widths)) > 1:
+        return "deci"
+    return "qwen3" if mixers[0].qk_norm else "llama"
 
 
 def _add(writer: Any, name: str, value: Any) -> None:
@@ -150,7 +160,7 @@ def _type(shape: tuple[int, ...], wanted: Any) -> Any:
 
 def _interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
     """Rows of a query or key matrix, whose halves of a head llama.cpp wants in turn."""
-    halves = rows.reshape(-1, 2, head_dim // 2, rows.shape[-1])
+    halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 

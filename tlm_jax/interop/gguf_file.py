@@ -1,9 +1,9 @@
 """GGUF files of Llama models: tensors under Hugging Face's names, dequantised to float32.
 
-Two of llama.cpp's architectures can be read: `llama`, whose layers are alike, and `deci`,
-which has an MLP width and numbers of heads for each layer.
+Four of llama.cpp's architectures can be read: `llama`, `qwen2` and `qwen3`, whose layers are alike,
+and `deci`, a `llama` which has an MLP width and numbers of heads for each layer.
 
-llama.cpp rotates pairs (2k, 2k + 1) of a head, so its files hold the rows of the
+In `llama` and `deci` it rotates pairs (2k, 2k + 1) of a head, so such files hold the rows of the
 query and key matrices in another order; they are put back while they are read.
 """
 
@@ -17,14 +17,23 @@ import numpy as np
 
 from tlm_jax.config import UserError
 from tlm_jax.interop import gguf_header
+from tlm_jax.mixers import RopeScaling
 
-ARCHITECTURES = ("llama", "deci")
+ARCHITECTURES = ("llama", "deci", "qwen2", "qwen3")
+INTERLEAVED = ("llama", "deci")
+"""Those that rotate neighbours."""
+ROPE_FREQS = "rope_freqs.weight"
+"""What each rotary frequency is divided by: how Llama 3's scaling is stored."""
+_LLAMA3_LENGTH = 8192
+"""Of all Llamas from 3.1 on; files do not say it."""
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
@@ -56,10 +65,11 @@ class GgufFile:
         if architecture not in ARCHITECTURES:
             raise UserError(
                 f"{path}: general.architecture {architecture!r} cannot be imported; "
-                f"{' and '.join(ARCHITECTURES)} can"
+                f"{', '.join(ARCHITECTURES)} can"
             )
         self._architecture = architecture
         self._tensors = {_hugging_face_name(t.name): t for t in header.tensors}
+        self._rope_freqs = self._tensors.pop(ROPE_FREQS, None)
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def field(self, name: str, default: Any = None) -> Any:
@@ -108,7 +118,6 @@ class GgufFile:
             raise UserError(f"{self.where} has no tensor token_embd.weight")
         for name in ("attention.value_length", "rope.dimension_count"):
             self._refuse_unless(name, head_dim)
-        self._refuse_unless("rope.scaling.type", "none")
         self._refuse_unless("expert_count", 0)
         self._refuse_unless("attention.sliding_window", 0)
         self._refuse_unless("attention.scale", head_dim**-0.5)
@@ -119,7 +128,7 @@ class GgufFile:
         if len(set(zip(heads, kv_heads, strict=True))) > 1:
             unequal["layer_heads"] = [list(pair) for pair in zip(heads, kv_heads, strict=True)]
         return {
-            "model_type": "llama",
+            **self._family(),
             "vocab_size": self.shapes["model.embed_tokens.weight"][0],
             "hidden_size": width,
             "intermediate_size": max(mlp_widths),
@@ -127,13 +136,49 @@ class GgufFile:
             "num_attention_heads": heads[0],
             "num_key_value_heads": kv_heads[0],
             "head_dim": head_dim,
-            "rope_theta": self._number("rope.freq_base", 10_000.0, float),
+            **self._rope(head_dim),
             # The file holds a float32; 1e-05 is meant, not 9.999999747378752e-06.
             "rms_norm_eps": float(str(eps)),
             "tie_word_embeddings": "lm_head.weight" not in self.shapes,
             "max_position_embeddings": self._number("context_length"),
             **unequal,
         }
+
+    def _family(self) -> dict[str, Any]:
+        """model_type and biases; `llama` and `deci` have those of Qwen2 too."""
+        if self._architecture not in INTERLEAVED:
+            return {"model_type": self._architecture}
+        names = (f"model.layers.0.self_attn.{name}_proj.bias" for name in "qo")
+        queries, out = (name in self.shapes for name in names)
+        kind = "qwen2" if queries and not out else "llama"
+        return {"model_type": kind} | ({"attention_bias": True} if out else {})
+
+    def _rope(self, head_dim: int) -> dict[str, Any]:
+        """Base and scaling of the rotary frequencies."""
+        theta = self._number("rope.freq_base", 10_000.0, float)
+        found = {"rope_theta": theta}
+        kind = self.field(f"{self._architecture}.rope.scaling.type", "none")
+        if kind != "linear":
+            self._refuse_unless("rope.scaling.type", "none")
+        else:
+            factor = self._number("rope.scaling.factor", kind=float)
+            found["rope_scaling"] = {"rope_type": "linear", "factor": factor}
+        if self._rope_freqs is None:
+            return found
+        factor = float(self._rope_freqs.data.max(initial=1))
+        length = self._number("rope.scaling.original_context_length", _LLAMA3_LENGTH)
+        if kind == "none" and self._rope_freqs.type.name == "F32" and math.isfinite(factor):
+            scaling = RopeScaling(method="llama3", factor=factor, original_length=length)
+            expected = scaling.divisors(theta, head_dim)
+            freqs = self._rope_freqs.data
+            if freqs.shape == (len(expected),) and np.allclose(freqs, expected, 2e-6, 0):
+                spec = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+                spec |= {"factor": factor, "original_max_position_embeddings": length}
+                return found | {"rope_scaling": {"rope_type": "llama3", **spec}}
+        raise UserError(
+            f"{self.where}: tensor {ROPE_FREQS} is not Llama 3's scaling of rotary positions, so "
+            "it cannot be imported exactly"
+        )
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         """Rows `start` to `stop` (whole heads of q and k), float32."""
@@ -151,9 +196,8 @@ class GgufFile:
         rows = np.asarray(rows, np.float32)
         if not np.isfinite(rows).all():
             raise UserError(f"{self.where}: {tensor.name} holds numbers that are not finite")
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            head_dim = self.config["head_dim"]
-            pairs = rows.reshape(-1, head_dim // 2, 2, rows.shape[-1])
+        if is_rotated(name) and self._architecture in INTERLEAVED:
+            pairs = rows.reshape(-1, self.config["head_dim"] // 2, 2, *rows.shape[1:])
             return pairs.swapaxes(1, 2).reshape(rows.shape)
         return rows
 
@@ -212,19 +256,27 @@ def _known_keys(architecture: str) -> frozenset[str]:
 
 def stored_name(name: str) -> str:
     """The name that llama.cpp gives to a tensor of Llama's, as Hugging Face calls it."""
+    if name == ROPE_FREQS:
+        return name
     for theirs, ours in _MODEL_NAMES.items():
         if ours == name:
             return theirs
-    _, _, layer, rest = name.removesuffix(".weight").split(".", 3)
+    rest, _, kind = name.rpartition(".")
+    _, _, layer, rest = rest.split(".", 3)
     theirs = next(theirs for theirs, ours in _LAYER_NAMES.items() if ours == rest)
-    return f"blk.{layer}.{theirs}.weight"
+    return f"blk.{layer}.{theirs}.{kind}"
+
+
+def is_rotated(name: str) -> bool:
+    """Whether the rows of a tensor, by its name on Hugging Face, are dims of queries or keys."""
+    return name.rpartition(".")[0].endswith((".q_proj", ".k_proj"))
 
 
 def _hugging_face_name(name: str) -> str:
     """The name of a tensor on Hugging Face; one that Llama does not have stays."""
     if name in _MODEL_NAMES:
         return _MODEL_NAMES[name]
-    found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    found = re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name)
     if found and found[2] in _LAYER_NAMES:
-        return f"model.layers.{found[1]}.{_LAYER_NAMES[found[2]]}.weight"
+        return f"model.layers.{found[1]}.{_LAYER_NAMES[found[2]]}.{found[3]}"
     return name

@@ -14,6 +14,7 @@ from tlm_jax.data import Tokenizer, load_tokenizer
 from tlm_jax.data.tokenizers import file_fingerprint
 from tlm_jax.interop import (
     digests,
+    families,
     gguf_tokenizer,
     llama,
     own_exports,
@@ -154,7 +155,7 @@ def _open(model: pathlib.Path) -> _Opened:
     parameters.check_sizes(values, source)
     if own_exports.KEY not in values:
         return _Opened(
-            run=_run_config(llama.model_config(values, source.where), values, model),
+            run=_run_config(families.model_config(values, source.where), values, model),
             source=source,
             native=False,
             data_layout={},
@@ -233,7 +234,7 @@ def _special_tokens(
 
 def _run_config(config: ModelConfig, values: dict[str, Any], model: pathlib.Path) -> RunConfig:
     """A run of this model: for evaluation, on sequences as long as it knows."""
-    seq_len = llama.max_positions(values, str(model))
+    seq_len = families.max_positions(values, str(model))
     most = min(TrainingConfig().loss_chunk, seq_len)
     chunk = next(n for n in range(most, 0, -1) if seq_len % n == 0)
     return RunConfig(

@@ -1,52 +1,21 @@
-"""Llama's names, shapes and config fields, and ours: one graph, two spellings.
+"""Llama's names and shapes, and ours: one graph, two spellings.
 
-Llama, Mistral without a sliding window, and Qwen3 (which normalises queries and
-keys) compute what our Transformer computes. Anything else is refused by the name
-of the field. Both sides rotate the pairs (k, k + K/2) of a head.
+Its relatives (`families`) have the same names. Both sides rotate the pairs (k, k + K/2) of a head.
 
 Shapes: D model, H query heads, N key/value heads, K head dim, F MLP, V vocab.
 """
 
 import dataclasses
-import math
 import re
 from typing import Any
 
-from tlm_jax.config import ModelConfig, UserError
-from tlm_jax.mixers import AttentionConfig, ListedConfig, MixerConfig
+from tlm_jax.config import ModelConfig
+from tlm_jax.interop import families
+from tlm_jax.mixers import AttentionConfig
 from tlm_jax.mlp import MLPConfig
-from tlm_jax.taper_config import TaperConfig
 
-# What a config.json means where it is silent, by model_type.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-        "max_position_embeddings": 131072,
-    },
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
-}
 DECI_CONFIGURATION = "configuration_tapered_deci"
 """The module in an export that transformers reads its config with."""
-_MOST_POSITIONS = 1 << 24
-_EXACT: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "use_bias": (False,),
-    "sliding_window": (None,),
-    "use_sliding_window": (False,),
-    "partial_rotary_factor": (1.0,),
-    "quantization_config": (None,),
-}
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +25,7 @@ class Tensor:
     name: str
     inputs: int | None = None
     """Leading dims of ours that are the matrix's input: Llama stores (outputs, inputs), each
-    flat. None is stored alike."""
+    flat; 0 is a vector of outputs. None is stored alike."""
 
 
 _LAYER = {
@@ -65,6 +34,10 @@ _LAYER = {
     "mixer/key": Tensor(name="self_attn.k_proj.weight", inputs=1),
     "mixer/value": Tensor(name="self_attn.v_proj.weight", inputs=1),
     "mixer/out": Tensor(name="self_attn.o_proj.weight", inputs=2),
+    "mixer/query_bias": Tensor(name="self_attn.q_proj.bias", inputs=0),
+    "mixer/key_bias": Tensor(name="self_attn.k_proj.bias", inputs=0),
+    "mixer/value_bias": Tensor(name="self_attn.v_proj.bias", inputs=0),
+    "mixer/out_bias": Tensor(name="self_attn.o_proj.bias"),
     "mixer/query_norm/scale": Tensor(name="self_attn.q_norm.weight"),
     "mixer/key_norm/scale": Tensor(name="self_attn.k_norm.weight"),
     "mlp/0/norm/scale": Tensor(name="post_attention_layernorm.weight"),
@@ -111,59 +84,62 @@ def is_ignored(name: str, config: ModelConfig) -> bool:
     )
 
 
-def why_not(model: ModelConfig, *, each_layers_heads: bool = False) -> str | None:
-    """What of a model Llama's graph cannot express, or None.
+def why_not(model: ModelConfig, form: str = "llama") -> str | None:
+    """What of a model the graph of a format cannot express, or None.
 
     Args:
       model: the model.
-      each_layers_heads: whether the format has numbers of heads for each layer, and a head's
-        dimension apart from them.
+      form: llama (any class of `families`), compact (Llama), deci (Llama in vLLM), or gguf, which
+        has numbers of heads for each layer, and a head's dimension apart from them.
     """
     if any(type(mixer) is not AttentionConfig for mixer in model.mixers):
         return model.mixer.describe(model.d_model)
-    first, *others = attention(model)
-    if each_layers_heads:
-        apart = [m for m in others if _but_heads(m) != _but_heads(first)]
-        if apart or len({mixer.heads(model.d_model)[2] for mixer in (first, *others)}) > 1:
-            return "layers whose attention differs in more than the number of heads"
-    elif any(mixer != first for mixer in others):
-        return "layers with unequal numbers of heads (mixer.heads_taper)"
-    if first.qk_norm:
-        return "mixer.qk_norm"
+    mixers = attention(model)
+    if reason := _why_not_attention(mixers, model, form):
+        return reason
     if len(model.mlp.periods) > 1 or model.mlp.online_chunks:
         return "a chain of MLPs, or MLPs that learn inside a sequence (mlp.periods, online_chunks)"
     if model.norm != "rms":
         return f"norm={model.norm}"
     if type(model.mlp) is not MLPConfig:
         return f"{type(model.mlp).__name__}"
-    if model.d_model % first.num_heads and not each_layers_heads:
-        return f"d_model={model.d_model}, which is no multiple of num_heads={first.num_heads}"
+    heads = mixers[0].num_heads
+    if model.d_model % heads and form != "gguf":
+        return f"d_model={model.d_model}, which is no multiple of num_heads={heads}"
     return None
 
 
+def _why_not_attention(mixers: list[AttentionConfig], model: ModelConfig, form: str) -> str | None:
+    first, *others = mixers
+    if form == "gguf":
+        apart = [m for m in others if _but_heads(m) != _but_heads(first)]
+        if apart or len({mixer.heads(model.d_model)[2] for mixer in mixers}) > 1:
+            return "layers whose attention differs in more than the number of heads"
+    elif any(mixer.num_heads != first.num_heads for mixer in others):
+        return "layers with unequal numbers of heads (mixer.heads_taper)"
+    if form == "llama":
+        alike = {families.but_layers_own(mixer) for mixer in mixers}
+        bases = {(m.rope_theta, m.rope_scaling) for m in mixers if m.rope_theta is not None}
+        if len(alike) == 1 and len(bases) <= 1 and families.family(mixers) is not None:
+            return None
+        return "this mixture of biases, windows, qk_norm and layers without positions"
+    if form != "gguf" and any(mixer != first for mixer in others):
+        return "layers whose attention differs"
+    if any(mixer.window is not None for mixer in mixers):
+        return "mixer.window"
+    if any(mixer.rope_theta is None for mixer in mixers):
+        return "layers without positions (mixer.rope_theta)"
+    if first.qk_norm:
+        is_qwen3 = form == "gguf" and first.bias == "none"
+        unlike = len(set(mixers)) > 1 or len(set(model.mlp_widths)) > 1
+        return None if is_qwen3 and not unlike else "mixer.qk_norm" + " in unlike layers" * is_qwen3
+    known = {"gguf": ("none", "qkv", "all"), "compact": ("none", "all")}.get(form, ("none",))
+    return None if first.bias in known else f"mixer.bias={first.bias}"
+
+
 def config_json(model: ModelConfig) -> dict[str, Any]:
-    """config.json of a LlamaForCausalLM with this model's graph, at its widest MLP."""
-    first = attention(model)[0]
-    heads, kv_heads, head_dim = first.heads(model.d_model)
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.d_model,
-        "intermediate_size": max(model.mlp_widths),
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "rms_norm_eps": model.norm_eps,
-        "rope_theta": first.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": first.rope_theta},
-        "tie_word_embeddings": model.tie_embeddings,
-        "use_cache": True,
-    }
+    """config.json of a class of transformers with this model's graph, at its widest MLP."""
+    return families.config_json(model, attention(model))
 
 
 def deci_json(model: ModelConfig) -> dict[str, Any]:
@@ -196,130 +172,3 @@ def attention(model: ModelConfig) -> list[AttentionConfig]:
 
 def _but_heads(mixer: AttentionConfig) -> AttentionConfig:
     return dataclasses.replace(mixer, num_heads=1, num_kv_heads=1, head_dim=2)
-
-
-def model_config(values: dict[str, Any], where: str) -> ModelConfig:
-    """Our config of a Llama-like one.
-
-    Args:
-      values: what config.json holds.
-      where: the file, for messages.
-
-    Raises:
-      UserError: a field asks for what this library cannot compute exactly.
-    """
-    kind = values.get("model_type")
-    if not isinstance(kind, str) or kind not in _DEFAULTS:
-        raise UserError(
-            f"{where}: model_type {kind!r} cannot be imported; {', '.join(_DEFAULTS)} can"
-        )
-    values = _DEFAULTS[kind] | values
-    _check_exact(values, where)
-    for name in _SIZES:
-        if type(values.get(name)) is not int:
-            raise UserError(f"{where}: {name} is {values.get(name)!r}; it must be a number")
-    if type(tied := values.get("tie_word_embeddings", False)) is not bool:
-        raise UserError(f"{where}: tie_word_embeddings is {tied!r}; it must be true or false")
-    for name in ("num_key_value_heads", "head_dim"):
-        if values.get(name) is not None and type(values[name]) is not int:
-            raise UserError(f"{where}: {name} is {values[name]!r}; it must be a whole number")
-    try:
-        return ModelConfig(
-            vocab_size=values["vocab_size"],
-            num_layers=values["num_hidden_layers"],
-            d_model=values["hidden_size"],
-            mlp_width=_mean(values.get("mlp_widths")) or values["intermediate_size"],
-            taper=_taper(values.get("mlp_widths")),
-            mixer=_mixer(values, where),
-            tie_embeddings=tied,
-            norm_eps=_positive("rms_norm_eps", values.get("rms_norm_eps", 1e-6), where),
-        )
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
-
-
-def _mean(widths: list[int] | None) -> int | None:
-    return sum(widths) // len(widths) if widths else None
-
-
-def _taper(widths: list[int] | None) -> TaperConfig:
-    if widths is None:
-        return TaperConfig(schedule="uniform", multiple_of=1)
-    return TaperConfig(schedule="explicit", widths=tuple(widths), multiple_of=1)
-
-
-def _mixer(values: dict[str, Any], where: str) -> MixerConfig:
-    """Attention, in each layer the same unless `layer_heads` (of a GGUF file) says otherwise."""
-    usual = AttentionConfig(
-        num_heads=values["num_attention_heads"],
-        num_kv_heads=values.get("num_key_value_heads"),
-        head_dim=values.get("head_dim"),
-        qk_norm=values["model_type"] == "qwen3",
-        rope_theta=_rope(values, where),
-    )
-    if "layer_heads" not in values:
-        return usual
-    return ListedConfig(
-        mixers=tuple(
-            dataclasses.replace(usual, num_heads=heads, num_kv_heads=kv_heads)
-            for heads, kv_heads in values["layer_heads"]
-        )
-    )
-
-
-def max_positions(values: dict[str, Any], where: str) -> int:
-    """The longest text, in tokens, that a Llama-like model was trained to read.
-
-    Raises:
-      UserError: the field that says so is damaged.
-    """
-    name = "max_position_embeddings"
-    length = (_DEFAULTS[values["model_type"]] | values)[name]
-    if isinstance(length, bool) or not isinstance(length, int):
-        raise UserError(f"{where}: {name} is {length!r}; it must be a number")
-    if not 0 < length <= _MOST_POSITIONS:
-        raise UserError(f"{where}: {name} is {length}; it must lie between 1 and {_MOST_POSITIONS}")
-    return length
-
-
-def _check_exact(values: dict[str, Any], where: str) -> None:
-    if values.get("use_sliding_window") is False:  # qwen3 names a window and does not use it
-        values.pop("sliding_window", None)
-    for name, allowed in _EXACT.items():
-        value = values.get(name, allowed[0])
-        if value not in allowed:
-            raise UserError(_refusal(where, name, value, allowed[0]))
-    kinds = values.get("layer_types") or []
-    for index, kind in enumerate(kinds if isinstance(kinds, list) else [kinds]):
-        if kind != "full_attention":
-            raise UserError(_refusal(where, f"layer_types[{index}]", kind, "full_attention"))
-
-
-def _rope(values: dict[str, Any], where: str) -> float:
-    """The base of the rotary frequencies, which stands in one of two places."""
-    parameters = values.get("rope_parameters") or {}
-    scaling = values.get("rope_scaling") or {}
-    for name, spec in (("rope_parameters", parameters), ("rope_scaling", scaling)):
-        if not isinstance(spec, dict):
-            raise UserError(f"{where}: {name} is {spec!r}; it must be an object")
-        kind = spec.get("rope_type", spec.get("type", "default"))
-        if kind != "default":
-            raise UserError(_refusal(where, f"{name}.rope_type", kind, "default"))
-        factor = spec.get("partial_rotary_factor", 1.0)
-        if factor != 1.0:
-            raise UserError(_refusal(where, f"{name}.partial_rotary_factor", factor, 1.0))
-    theta = parameters.get("rope_theta", values.get("rope_theta", 10_000.0))
-    return _positive("rope_theta", theta, where)
-
-
-def _positive(name: str, value: Any, where: str) -> float:
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise UserError(f"{where}: {name} is {value!r}; it must be a positive number")
-    return float(value)
-
-
-def _refusal(where: str, name: str, value: Any, works: Any) -> str:
-    return (
-        f"{where}: {name} is {value!r}, which cannot be represented exactly here; only "
-        f"{works!r} can be imported"
-    )

@@ -7,7 +7,7 @@ import numpy as np
 
 from tlm_jax import config_io
 from tlm_jax.config import ModelConfig, RunConfig, UserError
-from tlm_jax.interop import llama, tapered
+from tlm_jax.interop import families, llama, tapered
 from tlm_jax.interop.tensors import TensorSource
 
 KEY = "tlm_jax"
@@ -51,7 +51,9 @@ def read(values: dict[str, Any], where: str) -> Original:
     if found.tapered:
         _check_graph(values, tapered.config_json(run.model), where)
     elif not found.native:
-        theirs = llama.model_config({**values, "model_type": "llama"}, where)
+        kind = values.get("model_type")  # that of remote code is a Llama's
+        kind = kind if kind in families.FAMILIES else "llama"
+        theirs = families.model_config({**values, "model_type": kind}, where)
         for name, before, after in _meanings(run.model, theirs):
             if before != after:
                 raise UserError(
@@ -68,20 +70,16 @@ def _check_graph(values: dict[str, Any], recorded: dict[str, Any], where: str) -
             raise UserError(f"{where}: {name} is not what its {KEY} says; export the model again")
 
 
-def _meanings(*models: ModelConfig) -> list[tuple[str, Any, Any]]:
+def _meanings(ours: ModelConfig, theirs: ModelConfig) -> list[tuple[str, Any, Any]]:
     """What two configs say of which the tensors' shapes say nothing."""
-
-    def of(model: ModelConfig) -> dict[str, Any]:
-        mixer: Any = model.mixer
-        return {
-            "heads": mixer.heads(model.d_model),
-            "rope_theta": mixer.rope_theta,
-            "rms_norm_eps": model.norm_eps,
-            "tie_word_embeddings": model.tie_embeddings,
-        }
-
-    first, second = map(of, models)
-    return [(name, first[name], second[name]) for name in first]
+    found = [
+        ("rms_norm_eps", ours.norm_eps, theirs.norm_eps),
+        ("tie_word_embeddings", ours.tie_embeddings, theirs.tie_embeddings),
+    ]
+    for pair in zip(ours.mixers, theirs.mixers, strict=False):
+        one, other = map(vars, pair)
+        found += [(name, value, other.get(name)) for name, value in one.items()]
+    return found
 
 
 class Trimmed:

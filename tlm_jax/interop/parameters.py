@@ -151,7 +151,9 @@ def expected_shapes(
 
 def flat_shape(shape: tuple[int, ...], inputs: int | None) -> tuple[int, ...]:
     """Shape in a file of a parameter whose first `inputs` dims are the input."""
-    return shape if inputs is None else (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
+    if inputs is None:
+        return shape
+    return (math.prod(shape[inputs:]), math.prod(shape[:inputs]))[: 2 if inputs else 1]
 
 
 def _stack(

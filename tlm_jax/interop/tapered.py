@@ -61,6 +61,8 @@ def why_not(model: ModelConfig) -> str | None:
 def _unknown(mixer: AttentionConfig) -> str | None:
     """The name of a field that is set and that the code knows nothing of."""
     known = (*_ATTENTION, "heads_taper", "gate", "gate_from_mlp")
+    if mixer.rope_theta is None:
+        return "rope_theta"
     for field in dataclasses.fields(mixer):
         if field.name not in known and getattr(mixer, field.name) != field.default:
             return field.name

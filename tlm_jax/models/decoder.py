@@ -52,6 +52,16 @@ def weight(
     return nnx.Param(value, logical_axes=logical_axes, decays=decays)
 
 
+def bias(shape: tuple[int, ...], logical_axes: tuple[str | None, ...]) -> nnx.Param:
+    """Zeros, float32, on which weight decay does not act; one named dim, or it is a matrix."""
+    return nnx.Param(jnp.zeros(shape, jnp.float32), logical_axes=logical_axes, decays=False)
+
+
+def _plus(x: jax.Array, added: nnx.Param | None) -> jax.Array:
+    """x, and a bias if there is one, in the dtype of x."""
+    return x if added is None else x + added[...].astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
     """x / sqrt(mean(x^2) + eps) * scale over the last dim, in float32."""
 
@@ -124,7 +134,7 @@ class CustomMLP(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Causal self-attention within documents, with rotary positions and no biases."""
+    """Causal self-attention within documents."""
 
     def __init__(self, config: AttentionConfig, context: registry.LayerContext, *, rngs: nnx.Rngs):
         D, std = context.d_model, context.std
@@ -137,6 +147,11 @@ class Attention(nnx.Module):
         self.key = weight(rngs, (D, N, K), kv_axes, fan_in=D, std=std)
         self.value = weight(rngs, (D, N, K), kv_axes, fan_in=D, std=std)
         self.out = weight(rngs, (H, K, D), out_axes, fan_in=H * K, std=std, scale=scale)
+        qkv = config.bias != "none"
+        self.query_bias = bias((H, K), ("heads", None)) if qkv else None
+        self.key_bias = bias((N, K), ("kv_heads", None)) if qkv else None
+        self.value_bias = bias((N, K), ("kv_heads", None)) if qkv else None
+        self.out_bias = bias((D,), (None,)) if config.bias == "all" else None
         self.query_norm = RMSNorm(K, context.norm_eps) if config.qk_norm else None
         self.key_norm = RMSNorm(K, context.norm_eps) if config.qk_norm else None
 
@@ -162,28 +177,45 @@ class Attention(nnx.Module):
         With a cache the L new tokens follow those in it, and the cache that comes back holds
         them too.
         """
-        q_BLHK = ops.dense(x_BLD, self.query[...])
-        k_BLNK = ops.dense(x_BLD, self.key[...])
-        v_BLNK = ops.dense(x_BLD, self.value[...])
+        config = self.config
+        q_BLHK = _plus(ops.dense(x_BLD, self.query[...]), self.query_bias)
+        k_BLNK = _plus(ops.dense(x_BLD, self.key[...]), self.key_bias)
+        v_BLNK = _plus(ops.dense(x_BLD, self.value[...]), self.value_bias)
         if self.query_norm is not None and self.key_norm is not None:
             q_BLHK, k_BLNK = self.query_norm(q_BLHK), self.key_norm(k_BLNK)
-        q_BLHK = ops.rotary(q_BLHK, positions_BL, self.config.rope_theta)
-        k_BLNK = ops.rotary(k_BLNK, positions_BL, self.config.rope_theta)
+        if config.rope_theta is not None:
+            rope = config.rope_theta, config.rope_scaling
+            q_BLHK = ops.rotary(q_BLHK, positions_BL, *rope)
+            k_BLNK = ops.rotary(k_BLNK, positions_BL, *rope)
 
         B, L, _, _ = q_BLHK.shape
         new = None if cache is None else cache.append(k_BLNK, v_BLNK, document_ids_BL)
         if cache is None or new is None or cache.is_empty:
-            kernel = self.kernel
-            y_BLHK = ops.self_attention(q_BLHK, k_BLNK, v_BLNK, document_ids_BL, kernel=kernel)
+            y_BLHK = ops.self_attention(
+                q_BLHK, k_BLNK, v_BLNK, document_ids_BL, window=config.window, kernel=self.kernel
+            )
         else:
-            query_index_L = jnp.arange(L) + cache.length
-            causal_LS = query_index_L[:, None] >= jnp.arange(new.document_ids_BS.shape[1])
-            mask_BLS = causal_LS & ops.sees(document_ids_BL, new.document_ids_BS)
-            y_BLHK = ops.attend_cache(q_BLHK, new.k_BNSK, new.v_BNSK, mask_BLS, new.length)
+            y_BLHK = self._attend_cache(q_BLHK, document_ids_BL, cache.length, new)
         y_BLHK = self.gate_heads(x_BLD, y_BLHK)
         out_HKD = self.out[...]
         out = out_HKD.reshape(-1, out_HKD.shape[-1])
-        return ops.dense(y_BLHK.reshape(B, L, -1), out), new
+        return _plus(ops.dense(y_BLHK.reshape(B, L, -1), out), self.out_bias), new
+
+    def _attend_cache(
+        self, q_BLHK: jax.Array, document_ids_BL: jax.Array, before: jax.Array, cache: KVCache
+    ) -> jax.Array:
+        """Attention of the last L tokens of a cache, `before` of which were in it already."""
+        L, S = q_BLHK.shape[1], cache.document_ids_BS.shape[1]
+        window = self.config.window
+        query_index_L = jnp.arange(L) + before
+        if window is None or window + L - 1 >= S:
+            index_S, ids_BS = jnp.arange(S), cache.document_ids_BS
+        else:
+            k_BSNK, v_BSNK, ids_BS, index_S = cache.last(window + L - 1)
+        mask_BLS = ops.within(query_index_L, index_S, window) & ops.sees(document_ids_BL, ids_BS)
+        if len(index_S) == S:
+            return ops.attend_cache(q_BLHK, cache.k_BNSK, cache.v_BNSK, mask_BLS, cache.length)
+        return ops.attend(q_BLHK, k_BSNK, v_BSNK, mask_BLS)
 
 
 registry.register(AttentionConfig, Attention)

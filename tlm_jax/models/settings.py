@@ -47,5 +47,6 @@ def attention_kernel(
                 parts=parts,
                 head_dim=head_dim,
                 dtype=dtype,
+                window=layer.mixer.window,
             ).name
     return None

@@ -8,7 +8,7 @@ from tlm_jax.ops.activations import gelu_and_slope, swiglu
 from tlm_jax.ops.attention import attend, attend_cache, self_attention
 from tlm_jax.ops.backend import references, target, tracing_for
 from tlm_jax.ops.cross_entropy import logits
-from tlm_jax.ops.masks import ATTENTION, sees
+from tlm_jax.ops.masks import ATTENTION, sees, within
 from tlm_jax.ops.products import dense
 from tlm_jax.ops.rotary import rotary
 
@@ -26,4 +26,5 @@ __all__ = [
     "swiglu",
     "target",
     "tracing_for",
+    "within",
 ]

@@ -95,10 +95,16 @@ def packed_bounds(begins_BL: jax.Array, most: int) -> tuple[jax.Array, jax.Array
     return jnp.pad(offsets_BM, ((0, 0), (0, 1)), constant_values=-1), lengths_BM
 
 
-def runs_cudnn(*, target: str, head_dim: int, dtype: str, parts: int = 1, **_: Any) -> bool:
-    """On GPUs with whole rows, in bfloat16 or float16, with the head dims that cuDNN takes."""
+def runs_cudnn(
+    *, target: str, head_dim: int, dtype: str, parts: int = 1, window: int | None = None, **_: Any
+) -> bool:
+    """On GPUs with whole rows, in bfloat16 or float16, with the head dims that cuDNN takes.
+
+    It has windows too, which have not been tried on a GPU here.
+    """
     return (
         target == "gpu"
+        and window is None
         and dtype != "float32"
         and head_dim % 8 == 0
         and head_dim <= 128

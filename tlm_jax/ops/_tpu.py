@@ -17,7 +17,13 @@ _WIDE_HEAD = 128
 
 
 def splash(
-    q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BL: jax.Array, interpret: bool = False
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    document_ids_BL: jax.Array,
+    *,
+    window: int | None,
+    interpret: bool = False,
 ) -> jax.Array:
     """JAX's Pallas kernel, which never writes the L x L scores.
 
@@ -45,8 +51,13 @@ def splash(
         block_q_dq=block,
         block_kv_dq=block,
     )
+    mask = (
+        masks.CausalMask((L, L), shard_count=parts)
+        if window is None
+        else masks.LocalMask((L, L), (window - 1, 0), offset=0, shard_count=parts)
+    )
     kernel = kernels.make_splash_mha(
-        masks.MultiHeadMask([masks.CausalMask((L, L), shard_count=parts)] * H),
+        masks.MultiHeadMask([mask] * H),
         head_shards=heads,
         q_seq_shards=parts,
         block_sizes=sizes,

@@ -25,8 +25,9 @@ from jax.ad_checkpoint import checkpoint_name
 from tlm_jax.distributed.sharding import constrain, fitting_spec, sequence_shards
 from tlm_jax.ops import _gpu, _tpu
 from tlm_jax.ops.backend import REFERENCE, Op, Version, everywhere, target
-from tlm_jax.ops.masks import ATTENTION, causal_mask, sees
+from tlm_jax.ops.masks import ATTENTION, causal_mask, sees, within
 from tlm_jax.ops.products import float32_product, product
+from tlm_jax.validation import require
 
 _BLOCK_LENGTHS, _MOST_BLOCKS = (128, 512), 8
 """Queries of a block: a quarter of the row's, within these bounds unless there were more blocks.
@@ -46,13 +47,15 @@ def self_attention(
     v_BLNK: jax.Array,
     document_ids_BL: jax.Array,
     *,
+    window: int | None = None,
     kernel: str = "auto",
 ) -> jax.Array:
     """softmax(q k / sqrt(K)) v over the tokens before in the same document -> (B, L, H, K).
 
-    Query head h reads key/value head h // (H / N). Scores and softmax are float32. On a mesh
-    with a sequence axis the queries stay where they are and keys and values are gathered.
-    splash and cudnn do not know branches (see `branches`).
+    Of these tokens, with a window, the last `window` in the row, the query among them. Query head h
+    reads key/value head h // (H / N). Scores and softmax are float32. On a mesh with a sequence
+    axis the queries stay where they are and keys and values are gathered. splash and cudnn do not
+    know branches (see `branches`), and cudnn no windows.
 
     Raises:
       ValueError: no such kernel, or one that cannot do these shapes.
@@ -65,10 +68,12 @@ def self_attention(
         parts=sequence_shards(),
         head_dim=K,
         dtype=q_BLHK.dtype.name,
+        window=window,
     )
     q_BLHK = constrain(q_BLHK, "batch", "sequence", "heads", None)
     k_BLNK, v_BLNK = _gathered(k_BLNK), _gathered(v_BLNK)
-    return checkpoint_name(version.function(q_BLHK, k_BLNK, v_BLNK, document_ids_BL), ATTENTION)
+    y_BLHK = version.function(q_BLHK, k_BLNK, v_BLNK, document_ids_BL, window=window)
+    return checkpoint_name(y_BLHK, ATTENTION)
 
 
 def _gathered(x_BLNK: jax.Array) -> jax.Array:
@@ -87,12 +92,14 @@ def attend(
     mask_BLS: jax.Array,
     *,
     causal: bool = False,
+    window: int | None = None,
 ) -> jax.Array:
     """Softmax attention -> (B, L, H, K); scores and softmax in float32.
 
     Query head h reads key/value head h // G. `mask_BLS` is True where a query
     may look; a row without any True gives the mean of the values. `causal` promises
-    that query t looks at keys 0..t only: then blocks of queries leave out later keys.
+    that query t looks at keys 0..t only, the last `window` of them: then blocks of queries leave
+    out the other keys.
     """
     B, L, H, K = q_BLHK.shape
     N = k_BSNK.shape[2]
@@ -105,13 +112,14 @@ def attend(
     blocks = []
     for begin in range(0, L, block):
         end = min(begin + block, L)
-        keys = end if causal else k_BNKS.shape[-1]
+        first = max(0, begin + 1 - window) if causal and window is not None else 0
+        last = end if causal else k_BNKS.shape[-1]
         blocks.append(
             _attend_block(
                 q_BNGLK[:, :, :, begin:end],
-                k_BNKS[..., :keys],
-                v_BNSK[:, :, :keys],
-                mask_BLS[:, begin:end, :keys],
+                k_BNKS[..., first:last],
+                v_BNSK[:, :, first:last],
+                mask_BLS[:, begin:end, first:last],
             )
         )
     y_BNGLK = jnp.concatenate(blocks, axis=3)
@@ -198,8 +206,10 @@ def _softmax_backward(residuals: Any, dy: jax.Array) -> Any:
 _softmax_attention.defvjp(_softmax_forward, _softmax_backward)
 
 
-def _xla(q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BL: jax.Array) -> jax.Array:
-    return attend(q, k, v, causal_mask(document_ids_BL), causal=True)
+def _xla(
+    q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BL: jax.Array, *, window: int | None
+) -> jax.Array:
+    return attend(q, k, v, causal_mask(document_ids_BL, window), causal=True, window=window)
 
 
 def _chunks(
@@ -209,10 +219,13 @@ def _chunks(
     ids_BL: jax.Array,
     ids_BS: jax.Array,
     index_L: jax.Array,
+    *,
+    window: int | None,
 ) -> jax.Array:
     """Attention of queries number `index_L` of a row, _CHUNK at a time, in both passes."""
     L, S = q_BLHK.shape[1], k_BSNK.shape[1]
     chunk = min(_CHUNK, L)
+    read = S if window is None else min(S, window + chunk - 1)
 
     def split(x: jax.Array, axis: int) -> jax.Array:
         x = jnp.pad(x, [(0, -L % chunk if dim == axis else 0) for dim in range(x.ndim)])
@@ -224,22 +237,34 @@ def _chunks(
 
     def one(part: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q_BCHK, ids_BC, index_C = part
-        mask_BCS = (index_C[:, None] >= jnp.arange(S)) & sees(ids_BC, ids_BS)
-        k, v = k_f32.astype(k_BSNK.dtype), v_f32.astype(v_BSNK.dtype)
-        return attend(q_BCHK, k, v, mask_BCS)
+        begin = jnp.clip(index_C[0] + chunk - read, 0, S - read)
+        k, v, ids = (
+            jax.lax.dynamic_slice_in_dim(x, begin, read, 1) if read < S else x
+            for x in (k_f32, v_f32, ids_BS)
+        )
+        mask_BCS = within(index_C, begin + jnp.arange(read), window) & sees(ids_BC, ids)
+        return attend(q_BCHK, k.astype(k_BSNK.dtype), v.astype(v_BSNK.dtype), mask_BCS)
 
     parts = split(q_BLHK, 1), split(ids_BL, 1), split(index_L, 0)
     y = jax.lax.map(jax.checkpoint(one, prevent_cse=False), parts)
     return jnp.moveaxis(y, 0, 1).reshape(q_BLHK.shape[0], -1, *q_BLHK.shape[2:])[:, :L]
 
 
-def _chunked(q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BL: jax.Array) -> jax.Array:
-    return _on_each_device(_chunks, q, k, v, document_ids_BL)
+def _chunked(
+    q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BL: jax.Array, *, window: int | None
+) -> jax.Array:
+    return _on_each_device(functools.partial(_chunks, window=window), q, k, v, document_ids_BL)
 
 
-def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BL: jax.Array) -> jax.Array:
+def _cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BL: jax.Array, *, window: int | None
+) -> jax.Array:
+    require(window is None, "attention_kernel=cudnn has no windows; use chunked")
+
     def rows(q, k, v, ids_BL, ids_BS, index_L):  # type: ignore[no-untyped-def]
-        chunks = functools.partial(_chunks, ids_BL=ids_BL, ids_BS=ids_BS, index_L=index_L)
+        chunks = functools.partial(
+            _chunks, ids_BL=ids_BL, ids_BS=ids_BS, index_L=index_L, window=None
+        )
         return _gpu.cudnn(q, k, v, ids_BL, otherwise=chunks)
 
     return _on_each_device(rows, q, k, v, document_ids_BL)
@@ -269,11 +294,13 @@ def _on_each_device(
     )
 
 
-def _reference(q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BL: jax.Array) -> jax.Array:
+def _reference(
+    q: jax.Array, k: jax.Array, v: jax.Array, document_ids_BL: jax.Array, *, window: int | None
+) -> jax.Array:
     B, L, H, K = q.shape
     q_BLNGK = q.reshape(B, L, k.shape[2], -1, K)
     scores = jnp.einsum("BLNGK,BSNK->BNGLS", q_BLNGK, k, preferred_element_type=jnp.float32)
-    mask_BLL = causal_mask(document_ids_BL)[:, None, None]
+    mask_BLL = causal_mask(document_ids_BL, window)[:, None, None]
     weights = jax.nn.softmax(jnp.where(mask_BLL, scores * K**-0.5, -jnp.inf), axis=-1)
     return jnp.einsum("BNGLS,BSNK->BLNGK", weights.astype(v.dtype), v).reshape(B, L, H, K)
 
@@ -293,4 +320,4 @@ SELF_ATTENTION = Op(
     ),
 )
 """Facts: `target`, `length` (tokens of a row on one device), `parts` (devices that share a row),
-`head_dim`, `dtype` (its name)."""
+`head_dim`, `dtype` (its name), `window` (tokens that a query sees, or None)."""

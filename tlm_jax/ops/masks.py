@@ -18,7 +18,13 @@ def sees(query_ids_BL: jax.Array, key_ids_BS: jax.Array) -> jax.Array:
     return (key_ids == query_ids) | (key_ids == query_ids % BRANCH)
 
 
-def causal_mask(document_ids_BL: jax.Array) -> jax.Array:
-    """(B, L, L) bool: a token sees itself and what is before it in its document."""
+def within(query_index_L: jax.Array, key_index_S: jax.Array, window: int | None) -> jax.Array:
+    """(L, S) bool: the key is the query or before it, in a window among the last so many."""
+    back_LS = query_index_L[:, None] - key_index_S
+    return (back_LS >= 0) if window is None else (back_LS >= 0) & (back_LS < window)
+
+
+def causal_mask(document_ids_BL: jax.Array, window: int | None = None) -> jax.Array:
+    """(B, L, L) bool: a token sees itself and what is before it in its document and window."""
     index_L = jnp.arange(document_ids_BL.shape[1])
-    return (index_L[:, None] >= index_L) & sees(document_ids_BL, document_ids_BL)
+    return within(index_L, index_L, window) & sees(document_ids_BL, document_ids_BL)
