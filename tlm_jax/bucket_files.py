@@ -163,6 +163,9 @@ class Log:
         return self._path.with_name(f"{self._path.stem}.{number:06d}{self._path.suffix}")
 
 
+_held: set[Any] = set()  # owners in this process
+
+
 class Held(Exception):
     """Another process holds a lease; its name is the message."""
 
@@ -231,10 +234,12 @@ class _Lease:
                 waits(who)
                 told = True
             time.sleep(_POLL)
+        _held.add(self._about["owner"])
         threading.Thread(target=self._beat, name="lease", daemon=True).start()
 
     def release(self) -> None:
         self._ended.set()
+        _held.discard(self._about["owner"])
         with contextlib.suppress(OSError):
             found = self._read()
             if found is not None and found[1].get("owner") == self._about["owner"]:
@@ -243,6 +248,8 @@ class _Lease:
     def _is_alive(self, about: dict[str, Any], generation: str) -> bool:
         """Whether the holder is there: known at once on this machine, else by its heartbeat."""
         if about.get("machine") == _machine():
+            if about.get("process") == os.getpid():  # unless it could not be removed at the end
+                return about.get("owner") in _held
             try:
                 os.kill(int(about["process"]), 0)
             except ProcessLookupError:

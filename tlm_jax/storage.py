@@ -250,14 +250,19 @@ class BucketPath(pathlib.PosixPath):
         return found
 
     def iterdir(self) -> Iterator["BucketPath"]:
-        found = [self._of(info) for info in tried(self, lambda: self.fs.ls(self.place, True))]
+        """What is in the folder; nothing if it is not there, as after `mkdir`."""
+        try:
+            found = [self._of(info) for info in tried(self, lambda: self.fs.ls(self.place, True))]
+        except FileNotFoundError:
+            _require_bucket(self.parts[0], self.bucket)
+            return iter(())
         if any(one == self and one.is_file() for one in found):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self))
         return iter(one for one in found if one != self)
 
     def glob(self, pattern: str, **_: Any) -> Iterator["BucketPath"]:  # type: ignore[override]
         first, _slash, rest = pattern.partition("/")
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(NotADirectoryError):
             for one in self.iterdir():
                 if fnmatch.fnmatchcase(one.name, first):
                     yield from one.glob(rest) if rest else [one]
