@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from tlm_jax import output
+from tlm_jax import output, storage
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.data import Dataset, Tokenizer
 from tlm_jax.distributed import mesh as mesh_lib
@@ -138,7 +138,7 @@ class LoadedModel:
             return restore.evaluate(self.folder, self.step, self.config)
         how = SuiteConfig(
             tasks=tuple(tasks),
-            data_dir=None if data_dir is None else pathlib.Path(data_dir),
+            data_dir=None if data_dir is None else storage.path(data_dir),
             limit=limit,
         )
         outcome, _ = restore.evaluate_suites(self.folder, self.step, self.config, how)
@@ -168,7 +168,7 @@ def load(folder: str | pathlib.Path, *, step: int | None = None) -> LoadedModel:
     Raises:
       UserError: there is no such run or checkpoint, or it is damaged.
     """
-    folder = pathlib.Path(folder)
+    folder = storage.path(folder)
     step, metadata = restore.saved_metadata(folder, step)
     config = restore.saved_config(metadata)
     tokenizer = restore.model_tokenizer(config, metadata)
@@ -222,12 +222,12 @@ def train(
     """
     return loop.Trainer(
         config,
-        pathlib.Path(workdir),
+        storage.path(workdir),
         output.console(quiet=quiet),
         allow_config_change=allow_config_change,
         optimizer=optimizer,
         loss=loss,
         data=data,
         hooks=hooks,
-        init_from=None if init_from is None else pathlib.Path(init_from),
+        init_from=None if init_from is None else storage.path(init_from),
     ).run()

@@ -1,6 +1,6 @@
 """Files that survive kills and show damage: JSON with a checksum, replacement in one step, locks.
 
-Standard library only; every other module may use it.
+Paths may be local or in a bucket (`storage.path`). Nearly every other module uses this one.
 """
 
 import contextlib
@@ -15,15 +15,19 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from tlm_jax import bucket_files, storage
 from tlm_jax.validation import UserError
 
 CHECKSUM = "checksum"
 MARK = "written by tlm-jax"
 """Stands near the beginning of pictures and pages; see `refuse_foreign`."""
 _PART = ".part"
+_LAST = (storage.COMMIT, "config.json")
+"""Files without which a checkpoint, a run folder or a model's folder is none."""
 _SHOWN = 8
 _HEAD = 4096
 _SEALED = re.compile(rb'"checksum": "[0-9a-f]{16}"\s*\}\s*$')
@@ -89,7 +93,7 @@ def read_lines(path: pathlib.Path) -> list[dict[str, Any]]:
       UserError: the file cannot be read.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
+        lines = bucket_files.read_log(path).split(b"\n")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     records, damaged = [], []
@@ -126,6 +130,38 @@ def write_json(path: pathlib.Path, record: dict[str, Any], *, indent: int | None
     write_text(path, json.dumps(sealed(record), indent=indent, ensure_ascii=False) + "\n")
 
 
+def growing(path: pathlib.Path, warn: Callable[[Exception], None]) -> bucket_files.Sink:
+    """Opens a file of lines that others may read meanwhile, to append to it.
+
+    Args:
+      path: local: every line is there when `write` returns, which raises what goes wrong. In a
+        bucket: see `bucket_files.Log`; read it with `bucket_files.read_log`.
+      warn: told what goes wrong in a bucket.
+    """
+    return bucket_files.Log(path, warn) if storage.in_bucket(path) else _Appended(path)
+
+
+class _Appended:
+    """Opened for each write, so that it can be moved and a full disk can recover."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._path = path
+
+    def write(self, data: bytes) -> None:
+        with self._path.open("a+b") as file:
+            if file.tell() > 0:
+                file.seek(-1, 2)
+                if file.read(1) != b"\n":  # a killed run left half a line
+                    file.write(b"\n")
+            file.write(data)
+
+    def flush(self, seconds: float = 0.0) -> bool:
+        return True
+
+    def close(self) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def named(path: pathlib.Path | str) -> Iterator[None]:
     """Adds `path` to errors of the system that name no file, such as on a full disk."""
@@ -143,6 +179,9 @@ def write_text(path: pathlib.Path, text: str) -> None:
     Raises:
       OSError: it cannot be written; the old file is untouched.
     """
+    if storage.in_bucket(path):
+        path.write_text(text, encoding="utf-8")
+        return
     part = path.with_name(f".{path.name}.{os.getpid()}{_PART}")
     try:
         with named(path), part.open("w", encoding="utf-8") as file:
@@ -178,13 +217,19 @@ def refuse_foreign(path: pathlib.Path, mark: str = MARK) -> None:
 def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder to fill, which becomes `path` when the block ends without an error.
 
-    A kill leaves only a hidden folder beside `path`, which the next call removes.
+    A kill leaves only a hidden folder beside `path`, which the next call removes. For a bucket it
+    is filled on this machine and then copied, `_LAST` after all others.
 
     Raises:
       UserError: something other than an empty folder is at `path`, or it cannot be replaced.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} is not an empty folder; choose another --out")
+    if storage.in_bucket(path):
+        with tempfile.TemporaryDirectory(prefix="tlm-") as name:
+            yield pathlib.Path(name)
+            storage.upload(pathlib.Path(name), path, last=_LAST)
+        return
     path = path.resolve()
     if path.is_mount():
         raise UserError(f"{path} is a mount point; choose a folder in it")
@@ -204,7 +249,7 @@ def locked(path: pathlib.Path, in_use: str) -> Iterator[None]:
     """Holds an exclusive lock on the file at `path`, which is made and stays.
 
     The kernel frees it when the process ends, however it ends. File systems without locks
-    are trusted.
+    are trusted. In a bucket it is a lease (`bucket_files.lease`).
 
     Args:
       path: the lock file.
@@ -213,6 +258,14 @@ def locked(path: pathlib.Path, in_use: str) -> Iterator[None]:
     Raises:
       UserError: another process holds the lock.
     """
+    if storage.in_bucket(path):
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(bucket_files.lease(path))
+            except bucket_files.Held as held:
+                raise UserError(in_use.replace("{who}", str(held))) from None
+            yield
+        return
     with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -30,7 +30,7 @@ def main() -> int:
     )
     parser.add_argument("--pause-from-batch", type=int, help="the steps from here on are slow")
     parser.add_argument("--pause", type=float, default=0.5, help="how slow, in seconds")
-    parser.add_argument("--when-exists", type=pathlib.Path, help="the harm waits for this")
+    parser.add_argument("--when-exists", type=str, help="the harm waits for this")
     parser.add_argument(
         "--at-scored-batch",
         nargs=2,
@@ -94,8 +94,11 @@ def _digest(batch: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _wait_for(path: pathlib.Path | None) -> None:
+def _wait_for(name: str | None) -> None:
+    from tlm_jax import storage
+
     give_up = time.monotonic() + 60
+    path = None if name is None else storage.path(name)
     while path is not None and not path.exists():
         if time.monotonic() > give_up:
             raise TimeoutError(f"{path} did not appear")

@@ -3,13 +3,12 @@
 `python -m tlm_jax.analysis.plots docs/images/taper.png` draws the picture of the README.
 """
 
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tlm_jax import costs as costs_lib
-from tlm_jax import files
+from tlm_jax import files, storage
 from tlm_jax import taper as taper_lib
 from tlm_jax.analysis.plan import short_count
 from tlm_jax.analysis.style import EVAL, GRID, INK, MUTED, NARROW, TRAIN, WIDE, Path, house_figure
@@ -272,7 +271,7 @@ def series(metrics: Path, kind: str) -> list[dict[str, Any]]:
       UserError: the file cannot be read.
     """
     rows: dict[int, dict[str, Any]] = {}
-    for row in files.read_lines(pathlib.Path(metrics)):
+    for row in files.read_lines(storage.path(metrics)):
         if row.get("kind") == kind and "step" in row:
             rows[row["step"]] = row
     finite = (row for row in rows.values() if abs(row.get("loss") or float("nan")) < float("inf"))

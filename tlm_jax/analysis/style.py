@@ -1,11 +1,12 @@
 """The look of all pictures."""
 
 import contextlib
+import io
 import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from tlm_jax import files
+from tlm_jax import files, storage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +42,7 @@ def house_figure(path: Path, figsize: tuple[float, float]) -> Iterator["Figure"]
     Raises:
       OSError: it cannot be written, or a file that tlm did not write is there.
     """
-    path = pathlib.Path(path)
+    path = storage.path(path)
     files.refuse_foreign(path)
     import matplotlib as mpl  # slow to import, and few commands draw
     from matplotlib.figure import Figure
@@ -50,5 +51,10 @@ def house_figure(path: Path, figsize: tuple[float, float]) -> Iterator["Figure"]
         figure = Figure(figsize=figsize, dpi=DPI, layout="constrained")
         yield figure
         path.parent.mkdir(parents=True, exist_ok=True)
+        target = io.BytesIO() if storage.in_bucket(path) else path
         with files.named(path):
-            figure.savefig(path, facecolor="white", format="png", metadata={"Software": files.MARK})
+            figure.savefig(
+                target, facecolor="white", format="png", metadata={"Software": files.MARK}
+            )
+        if isinstance(target, io.BytesIO):
+            path.write_bytes(target.getvalue())

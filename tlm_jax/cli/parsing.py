@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from tlm_jax import storage
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.distributed.start import ProcessesConfig
 
@@ -57,7 +58,7 @@ def path_after(option: str, argv: Sequence[str], prog: str) -> pathlib.Path:
     """The value of an option that decides what the other options' defaults are."""
     value = option_value(option, argv)
     if value is not None:
-        return pathlib.Path(value)
+        return storage.path(value)
     if "-h" in argv or "--help" in argv:
         example = "--config tiny" if option == "--config" else "--checkpoint runs/tiny"
         print(
@@ -66,6 +67,26 @@ def path_after(option: str, argv: Sequence[str], prog: str) -> pathlib.Path:
         )
         raise SystemExit(0)
     raise UserError(f"{prog} needs {option} PATH")
+
+
+@functools.cache
+def _paths() -> tyro.constructors.ConstructorRegistry:
+    """How tyro makes paths: gs:// and s3:// are in buckets."""
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def rule(info: Any) -> tyro.constructors.PrimitiveConstructorSpec[pathlib.Path] | None:
+        if info.type is not pathlib.Path:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=lambda words: storage.path(words[0]),
+            is_instance=lambda value: isinstance(value, pathlib.Path),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
 
 
 def parse(command: type, argv: Sequence[str], prog: str, **defaults: Any) -> Any:
@@ -81,6 +102,7 @@ def parse(command: type, argv: Sequence[str], prog: str, **defaults: Any) -> Any
                 default=default,
                 use_underscores=True,
                 config=(tyro.conf.AvoidSubcommands,),  # a part that is None stays None
+                registry=_paths(),
             )
     except SystemExit as error:
         if error.code in (0, None):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import re
 import shlex
 from collections.abc import Sequence
 
@@ -40,10 +39,6 @@ def run(argv: Sequence[str], prog: str) -> int:
     defaults = config_io.load_config(path_after("--config", argv, prog))
     command = parse(Command, argv, prog, config=tyro.MISSING, run=defaults)
     workdir = command.workdir or pathlib.Path("runs") / command.run.name
-    if re.match(r"\w+:/", str(workdir)):
-        raise UserError(
-            f"--workdir {workdir} is not a path; mount the bucket (gcsfuse) and use the mount point"
-        )
     if not (workdir / "checkpoints").exists():  # a new run
         files.refuse_foreign(workdir / "config.json", '"tlm_jax": "')
     quiet_libraries()

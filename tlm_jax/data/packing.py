@@ -34,12 +34,21 @@ class TokenDocuments:
     """
 
     def __init__(
-        self, folder: pathlib.Path, split: store.Split, eot_id: int, skip_corrupt: bool
+        self,
+        folder: pathlib.Path,
+        split: store.Split,
+        eot_id: int,
+        skip_corrupt: bool,
+        copies: pathlib.Path | None = None,
     ) -> None:
-        self._arguments = (folder, split, eot_id, skip_corrupt)
+        self._arguments = (folder, split, eot_id, skip_corrupt, copies)
         self._eot = eot_id
         self._documents = store.DocumentReader(
-            folder, store.open_manifest(folder), split, skip_corrupt=skip_corrupt
+            folder,
+            store.open_manifest(folder),
+            split,
+            skip_corrupt=skip_corrupt,
+            copies=copies,
         )
 
     def __reduce__(self) -> Any:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tlm_jax import storage
 from tlm_jax.config import DataConfig, UserError
 from tlm_jax.data import cache, store
 from tlm_jax.data import prepare as prepare_lib
@@ -53,9 +54,9 @@ def open_dataset(config: DataConfig, vocab_size: int) -> "Dataset":
             f"is {vocab_size}; use --model.vocab_size {tokenizer.vocab_size}"
         )
     if config.mixture:
-        folders = {pathlib.Path(name).expanduser(): w for name, w in config.mixture}
-    elif config.path is not None and _is_prepared(pathlib.Path(config.path).expanduser()):
-        folders = {pathlib.Path(config.path).expanduser(): 1.0}
+        folders = {storage.path(name).expanduser(): w for name, w in config.mixture}
+    elif config.path is not None and _is_prepared(storage.path(config.path).expanduser()):
+        folders = {storage.path(config.path).expanduser(): 1.0}
     else:
         folders = {cache.prepare_cached(config, tokenizer): 1.0}
     parts = tuple(_open_part(folder, weight, tokenizer) for folder, weight in folders.items())
@@ -248,7 +249,8 @@ class Dataset:
         from tlm_jax.data import packing
 
         eot, skip = self.tokenizer.eot_id, self.config.skip_corrupt
-        return [packing.TokenDocuments(p.folder, split, eot, skip) for p in self.parts]
+        copies = cache.cache_root(self.config.cache_dir) / "shards"
+        return [packing.TokenDocuments(p.folder, split, eot, skip, copies) for p in self.parts]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,18 +10,18 @@ to the byte, however often it was interrupted and however many processes work.
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import itertools
 import multiprocessing
 import os
 import pathlib
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import rich.progress
 
-from tlm_jax import cluster, files
+from tlm_jax import cluster, files, storage
 from tlm_jax.config import UserError
 from tlm_jax.data import processes as processes_lib
 from tlm_jax.data import store
@@ -84,10 +84,13 @@ def prepare(
         ) from error
     if not store.is_complete(folder):
         (folder / PARTS).mkdir(exist_ok=True)
-        left = [i for i in range(len(units)) if not _is_done(folder, i)]
+        names = {path.name for path in (folder / PARTS).iterdir()}
+        begun = {i for i in range(len(units)) if _part_file(folder, i, 0).name in names}
+        left = [i for i in range(len(units)) if i not in begun or not _is_done(folder, i)]
         left.sort(key=lambda i: -units[i].size)  # so that no process has a long one last
         total = sum(unit.size for unit in units)
-        done = total - sum(units[i].size - _bytes_done(folder, units[i], i) for i in left)
+        done = total - sum(units[i].size for i in left)
+        done += sum(_bytes_done(folder, units[i], i) for i in left if i in begun)
         with _progress(job.source.name, total, done) as advance:
             if engine != cluster.LOCAL:
                 _share_out_over_cluster(job, folder, units, left, engine, advance)
@@ -98,7 +101,7 @@ def prepare(
             else:
                 _share_out(job, folder, units, left, min(processes, len(left)), advance)
         _finish(job, tokenizer, folder, len(units))
-    shutil.rmtree(folder / PARTS, ignore_errors=True)  # also what a run killed right here has left
+    storage.remove_tree(folder / PARTS)  # also what a run killed right here has left
     return store.open_manifest(folder)
 
 
@@ -272,7 +275,9 @@ def _finish(job: Job, tokenizer: Tokenizer, folder: pathlib.Path, num_units: int
     shards: dict[Split, list[Shard]] = {split: [] for split in SPLITS}
     skipped: dict[str, int] = {}
     places: list[str] = []
-    for part in itertools.chain.from_iterable(_parts(folder, i) for i in range(num_units)):
+    with concurrent.futures.ThreadPoolExecutor() as pool:  # a bucket answers late
+        found = list(pool.map(functools.partial(_parts, folder), range(num_units)))
+    for part in itertools.chain.from_iterable(found):
         for split in SPLITS:
             if split in part["shards"]:
                 shards[split].append(Shard(**part["shards"][split]))

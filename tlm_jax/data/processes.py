@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from rich.console import Console
 
-from tlm_jax import output
+from tlm_jax import bucket_files, output, storage
 from tlm_jax.validation import UserError
 
 
@@ -31,6 +31,15 @@ def lock(path: pathlib.Path, waiting: str | None) -> Iterator[bool]:
     Raises:
       BlockingIOError: another one has it and `waiting` is None.
     """
+    if storage.in_bucket(path):
+        say = None if waiting is None else lambda _: stderr_console().print(waiting)
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(bucket_files.lease(path, waits=say))
+            except bucket_files.Held as held:
+                raise BlockingIOError(str(held)) from None
+            yield True
+        return
     with path.open("a") as file:
         locked = True
         try:

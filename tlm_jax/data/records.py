@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from tlm_jax import storage
 from tlm_jax.config import UserError
 from tlm_jax.data import streams
 from tlm_jax.data.sources import (
@@ -231,7 +232,7 @@ class ParquetSource(FileRecordSource):
         from pyarrow import parquet
 
         try:
-            reader = parquet.ParquetFile(file)
+            reader = parquet.ParquetFile(file.open("rb") if storage.in_bucket(file) else file)
         except pyarrow.ArrowException as error:
             raise UserError(f"{file} is not Parquet, or truncated") from error
         except OSError as error:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TypedDict
 
+from tlm_jax import storage
 from tlm_jax.config import UserError
 from tlm_jax.data import streams
 from tlm_jax.data.store import Split
@@ -290,7 +291,7 @@ def files_below(path: str, suffixes: tuple[str, ...], option: str) -> dict[str, 
       UserError: nothing there, or nothing of that kind.
     """
     kinds = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}" if suffixes[1:] else suffixes[0]
-    root = pathlib.Path(path).expanduser()
+    root = storage.path(path).expanduser()
     if not root.exists():
         raise UserError(f"{option} {path} does not exist")
     if root.is_file():

@@ -17,6 +17,7 @@ import pathlib
 import re
 import struct
 import sys
+import tempfile
 import threading
 import zlib
 from collections.abc import Iterator
@@ -24,8 +25,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from tlm_jax import files
+from tlm_jax import files, storage
 from tlm_jax.config import UserError
+from tlm_jax.data import shard_cache
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -156,8 +158,9 @@ def open_manifest(folder: pathlib.Path) -> Manifest:
         manifest = Manifest(**values | {"skipped_places": tuple(values["skipped_places"])})
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); prepare the text again") from error
+    listed = {p.name: p for p in folder.iterdir()} if storage.in_bucket(folder) else {}
     for shard in [s for shards in manifest.shards.values() for s in shards]:
-        file = folder / shard.file
+        file = listed.get(shard.file, folder / shard.file)  # listed ones know their size
         try:
             size = file.stat().st_size
         except OSError as error:
@@ -191,13 +194,17 @@ def verify(folder: pathlib.Path) -> Iterator[Shard]:
 
 
 class ShardWriter:
-    """Writes one shard under a temporary name, and renames it when it is complete."""
+    """Writes one shard under a temporary name, and renames it when it is complete.
+
+    One for a bucket is written on this machine and copied then.
+    """
 
     def __init__(self, folder: pathlib.Path, file: str, vocab_size: int) -> None:
         from array_record.python import array_record_module
 
         self._path = folder / file
-        self._temporary = folder / f".{file}.{os.getpid()}.tmp"
+        here = pathlib.Path(tempfile.gettempdir()) if storage.in_bucket(folder) else folder
+        self._temporary = here / f".{file}.{os.getpid()}.tmp"
         self._vocab_size = vocab_size
         self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self._counts = {"num_documents": 0, "num_tokens": 0, "num_bytes": 0}
@@ -246,7 +253,11 @@ class ShardWriter:
                 sha256=sha256(self._temporary),
                 digest=f"{self._digest:032x}",
             )
-            self._temporary.rename(self._path)
+            if not storage.in_bucket(self._path):
+                self._temporary.rename(self._path)
+                return shard
+        storage.upload(self._temporary, self._path)
+        self._temporary.unlink()
         return shard
 
     def discard(self) -> None:
@@ -279,6 +290,7 @@ class DocumentReader:
       split: which documents.
       skip_corrupt: give None for a damaged record, count it and say so on standard
         error, instead of raising.
+      copies: folder for copies of shards that lie in a bucket; None is one for temporary files.
     """
 
     def __init__(
@@ -288,9 +300,12 @@ class DocumentReader:
         split: Split,
         *,
         skip_corrupt: bool = False,
+        copies: pathlib.Path | None = None,
     ) -> None:
         self._folder = folder
-        self._files = [shard.file for shard in manifest.shards[split]]
+        self._shards = manifest.shards[split]
+        self._copies = copies or pathlib.Path(tempfile.gettempdir()) / "tlm-shards"
+        self._opening = collections.defaultdict[int, threading.Lock](threading.Lock)
         self._ends = np.cumsum([s.num_documents for s in manifest.shards[split]], dtype=np.int64)
         self._vocab_size = manifest.vocab_size
         self._skip_corrupt = skip_corrupt
@@ -313,7 +328,7 @@ class DocumentReader:
         try:
             return self._decode(self._reader(number).read([record])[0])
         except (RuntimeError, ValueError) as error:
-            path = self._folder / self._files[number]
+            path = self._folder / self._shards[number].file
             reason = str(error) if isinstance(error, ValueError) else "it cannot be read"
             message = f"{path}, record {record}: {reason}"
             if not self._skip_corrupt:
@@ -326,14 +341,29 @@ class DocumentReader:
             return None
 
     def _reader(self, number: int) -> Any:
+        if (reader := self._opened(number)) is not None:
+            return reader
+        if not storage.in_bucket(self._folder):
+            return self._open(number)
+        with self._lock:
+            opening = self._opening[number]
+        with opening:  # one thread copies it
+            return self._opened(number) or self._open(number)
+
+    def _opened(self, number: int) -> Any:
         with self._lock:
             if number in self._readers:
                 self._readers.move_to_end(number)
                 return self._readers[number]
+        return None
+
+    def _open(self, number: int) -> Any:
         from array_record.python import array_record_module
 
+        shard = self._shards[number]
+        path = self._folder / shard.file
         reader = array_record_module.ArrayRecordReader(
-            os.fspath(self._folder / self._files[number]),
+            os.fspath(shard_cache.local(path, shard.sha256, shard.size, self._copies)),
             options="readahead_buffer_size:0",
             file_reader_buffer_size=32 * 1024,
         )
@@ -363,6 +393,9 @@ def sha256(path: pathlib.Path) -> str:
 
 def write_json(path: pathlib.Path, values: Any) -> None:
     """Writes a file and syncs it to disk before renaming it."""
+    if storage.in_bucket(path):
+        path.write_text(json.dumps(values, indent=1))
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w") as file:
         json.dump(values, file, indent=1)

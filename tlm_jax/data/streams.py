@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
+from tlm_jax import storage
 from tlm_jax.config import UserError
 
 PIECE_BYTES = 64 * 1024
@@ -59,9 +60,14 @@ class _Zstandard(io.RawIOBase):
         super().close()
 
 
+def _remote(path: pathlib.Path) -> Any:
+    """A file in a bucket, opened; None for a local one, which libraries open themselves."""
+    return path.open("rb") if storage.in_bucket(path) else None
+
+
 _OPENERS: dict[str, Callable[[pathlib.Path], Any]] = {
-    ".gz": gzip.GzipFile,
-    ".xz": lzma.LZMAFile,
+    ".gz": lambda path: gzip.GzipFile(fileobj=f) if (f := _remote(path)) else gzip.GzipFile(path),
+    ".xz": lambda path: lzma.LZMAFile(_remote(path) or path),  # noqa: SIM115
     ".zst": lambda path: io.BufferedReader(_Zstandard(path), _READ_BYTES),
 }
 PACKED = tuple(_OPENERS)

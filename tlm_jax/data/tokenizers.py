@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tlm_jax import storage
 from tlm_jax.config import UserError
 
 EMBEDDED = pathlib.Path(__file__).parent / "corpus" / "tokenizer.json"
@@ -84,7 +85,7 @@ def load_tokenizer(name: str | None) -> Tokenizer:
         return _hugging_face(EMBEDDED, "embedded")
     if name == "bytes":
         return _bytes()
-    path = pathlib.Path(name).expanduser()
+    path = storage.path(name).expanduser()
     readers = {".json": _hugging_face, ".model": _sentencepiece}
     if path.suffix not in readers:
         raise UserError(

@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from tlm_jax import files
+from tlm_jax import bucket_files, files, storage
 from tlm_jax.config import UserError
 
 
@@ -27,11 +27,14 @@ class Journal:
         self.damaged = 0
         """Whole lines that were not as they were written."""
         self._answers: dict[str, Any] = {}
-        self._file = None
+        self._file: Any = None
         if path is None:
             return
         header = _line({"about": about})
-        content = path.read_bytes() if path.is_file() else b""
+        try:
+            content = bucket_files.read_log(path)
+        except FileNotFoundError:
+            content = b""
         lines = content.split(b"\n")[:-1]  # what a kill cut off has no end
         kept = [header]
         if lines[:1] == [header]:
@@ -48,8 +51,12 @@ class Journal:
             path.parent.mkdir(parents=True, exist_ok=True)
             whole = b"\n".join([*kept, b""])
             if content != whole:
+                bucket_files.remove_log(path)
                 files.write_text(path, whole.decode())
-            self._file = path.open("ab")
+            if storage.in_bucket(path):  # a kill loses the answers of some seconds
+                self._file = bucket_files.Log(path, lambda _: None)
+            else:
+                self._file = path.open("ab", buffering=0)
 
     def __len__(self) -> int:
         return len(self._answers)
@@ -65,7 +72,6 @@ class Journal:
         self._answers[hashed] = answer
         if self._file is not None:
             self._file.write(_line({"key": hashed, "answer": answer}) + b"\n")
-            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""

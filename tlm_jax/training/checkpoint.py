@@ -5,7 +5,7 @@ position of the data iterator and, as metadata, what is needed to tell whether
 this program may continue it: the resolved config, widths, shapes, the data
 layout; and whether it is still what was saved: a checksum for each array, over
 the position and over the metadata themselves. Orbax writes into a temporary
-folder and renames it when it is complete.
+folder and renames it when it is complete; in a bucket, it writes a last file (`storage.COMMIT`).
 """
 
 import functools
@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 import tlm_jax
-from tlm_jax import config_io, files
+from tlm_jax import config_io, files, storage
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.training import checksums, damage
 from tlm_jax.training.damage import DamagedCheckpointError as DamagedCheckpointError
@@ -130,11 +130,7 @@ class Checkpoints:
         self.folder = folder.absolute()
         self._saving: int | None = None
         self._pending: Any = None
-        self.unfinished = sorted(
-            int(entry.name.split(".")[0])
-            for entry in (folder.iterdir() if folder.is_dir() else ())
-            if _TEMPORARY in entry.name and entry.name.split(".")[0].isdigit()
-        )
+        self.unfinished = _unfinished(folder)
         """Steps whose save was interrupted; their remains are removed."""
         self._open = functools.partial(
             ocp.training.Checkpointer,
@@ -303,7 +299,9 @@ class Checkpoints:
             yield
         except Exception as error:
             reason = damage.reason(error)
-            if damaged is None or not damage.is_damage(error):
+            unseen = self._unseen(damaged) if damage.is_damage(error) else ""
+            if damaged is None or unseen or not damage.is_damage(error):
+                reason = unseen or reason
                 raise UserError(f"cannot {doing} in {self.folder}: {reason}") from error
             others = [s for s in self.steps if s != damaged]
             use = f"use --step {max(others)}" if others else "there is no other"
@@ -311,14 +309,22 @@ class Checkpoints:
                 f"checkpoint {self.folder / str(damaged)} is damaged: {reason}; {use}"
             ) from error
 
+    def _unseen(self, step: int | None) -> str:
+        """Why a step in a bucket cannot be read; Orbax takes it for missing files then."""
+        try:
+            for part in ("state", CHECKSUMS) if storage.in_bucket(self.folder) else ():
+                (self.folder / str(step) / part).is_dir()
+        except OSError as error:
+            return damage.reason(error)
+        return ""
+
     @contextmanager
     def _save_reported(self) -> Iterator[None]:
         """The same for a save, with what is still there."""
         try:
             yield
         except Exception as error:
-            names = (entry.name for entry in self.folder.iterdir())
-            newest = max((int(name) for name in names if name.isdigit()), default=None)
+            newest = max(_complete(self.folder), default=None)
             kept = "no earlier checkpoint" if newest is None else f"step {newest} is complete"
             start = "starts over" if newest is None else "resumes from there"
             raise UserError(
@@ -340,6 +346,29 @@ class Checkpoints:
         except UserError:
             if kind is None:  # do not hide the error that is on its way
                 raise
+
+
+def _entries(folder: pathlib.Path) -> list[pathlib.Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def _complete(folder: pathlib.Path) -> list[int]:
+    """Steps of complete checkpoints, as the folder tells: in a bucket by a file written last."""
+    return [
+        int(entry.name)
+        for entry in _entries(folder)
+        if entry.name.isdigit()
+        and (not storage.in_bucket(folder) or (entry / storage.COMMIT).exists())
+    ]
+
+
+def _unfinished(folder: pathlib.Path) -> list[int]:
+    """Steps whose save was interrupted."""
+    if storage.in_bucket(folder):
+        names = {int(entry.name) for entry in _entries(folder) if entry.name.isdigit()}
+        return sorted(names - set(_complete(folder)))
+    names = {e.name.split(".")[0] for e in _entries(folder) if _TEMPORARY in e.name}
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def _sealed(metadata: dict[str, Any], tree: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from tlm_jax import storage
 from tlm_jax.config import UserError
 from tlm_jax.validation import causes, lacks_resources, system_errors
 
@@ -47,6 +48,7 @@ def is_damage(error: BaseException) -> bool:
         system_errors(error) - _MISSING
         or lacks_resources(error)
         or any(isinstance(e, _NOT_OF_THE_FILE) or _PASSING.match(str(e)) for e in chain)
+        or any(storage.refused(e) for e in chain)
     )
 
 
@@ -80,6 +82,8 @@ def reason(error: BaseException) -> str:
     for link in chain:
         if isinstance(link, _ElsewhereError):
             return str(link)
+        if text := storage.refused(link):
+            return text
         if number := re.search(r"os_error_code='(\d+)'", str(link)):
             return os.strerror(int(number[1]))
     cause = chain[-1]

@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from tlm_jax import storage
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.data import Dataset
 from tlm_jax.evaluation import perplexity
@@ -134,7 +135,7 @@ class Evaluations:
             SuiteConfig(
                 tasks=training.suites,
                 limit=training.suites_limit,
-                data_dir=None if folder is None else pathlib.Path(folder),
+                data_dir=None if folder is None else storage.path(folder),
             ),
             self._skeleton,
             None,  # each evaluation brings its own

@@ -19,7 +19,7 @@ import jax
 import optax
 from rich.console import Console
 
-from tlm_jax import config_io, costs, files, ops
+from tlm_jax import bucket_files, config_io, costs, files, ops
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.data import Dataset, open_dataset
 from tlm_jax.distributed import agreement
@@ -85,6 +85,7 @@ class Trainer:
         self.config, self.workdir, self.console = config, workdir, console
         self.loss, self.hooks = loss, hooks
         self.allow_config_change, self.profile = allow_config_change, profile
+        self._growing: dict[str, bucket_files.Sink] = {}
         self.began = time.perf_counter()
         agreement.require_equal("config", self._facts())  # before anything that could hang
         self.is_main = jax.process_index() == 0
@@ -224,6 +225,8 @@ class Trainer:
             profiler.close()
             log.close()
             writer.close()
+            for file in self._growing.values():
+                file.close()
             self.iterator.close()  # stops reader processes
         return Outcome(
             step=done,
@@ -235,6 +238,7 @@ class Trainer:
         self, done: int, state: Any, checkpoints: checkpoint.Checkpoints, log: metrics.TrainLog
     ) -> None:
         """Starts to save; `log` must have read the step's metrics."""
+        log.store()
         checkpoints.save(done, state, self.iterator, self.metadata | {"tokens": log.tokens})
 
     def _restore_or_init(self, checkpoints: checkpoint.Checkpoints) -> tuple[Any, int]:
@@ -342,11 +346,19 @@ class Trainer:
     def _write(self, name: str, text: str, mode: Literal["a", "w"]) -> None:
         if not self.is_main:
             return
+        path = self.workdir / name
         try:
-            with (self.workdir / name).open(mode, encoding="utf-8") as file:
-                file.write(text)
+            if mode == "w":
+                files.write_text(path, text)
+                return
+            if name not in self._growing:
+                self._growing[name] = files.growing(path, functools.partial(self._lost, name))
+            self._growing[name].write(text.encode())
         except OSError as error:  # training goes on without it
             self._say(f"cannot write {name}: {error.strerror}", "yellow")
+
+    def _lost(self, name: str, error: Exception) -> None:
+        self._say(f"cannot write {name}: {getattr(error, 'strerror', None) or error}", "yellow")
 
     def _say(self, text: str, style: str | None = None) -> None:
         if self.is_main:

@@ -17,13 +17,15 @@ from jax.sharding import Mesh, NamedSharding
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tlm_jax import costs, files
+from tlm_jax import bucket_files, costs, files, storage
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.models.settings import compute_dtype
 
 Hook = Callable[[int, dict[str, Any]], None]
 METRICS_FILE = "metrics.jsonl"
 _FLUSH_SECONDS = 30
+_STORE_SECONDS = 5.0
+"""How long a checkpoint waits for the metrics before it, in a bucket."""
 
 
 class MetricsWriter:
@@ -34,19 +36,22 @@ class MetricsWriter:
     """
 
     def __init__(self, workdir: pathlib.Path, console: Console, *, enabled: bool = True) -> None:
-        self._path = workdir / METRICS_FILE
         self._console = console
         self._enabled = enabled
         self._warned = False
         self._flushed = 0.0
         self._tensorboard: Any = None
         if enabled:
+            self._log = files.growing(workdir / METRICS_FILE, self._warn)
             try:
                 # Not SummaryWriter: its thread dies of a full disk, and then every write hangs.
                 from tensorboardX.event_file_writer import EventsWriter
+                from tensorboardX.record_writer import register_writer_factory
 
                 folder = workdir / "tensorboard"
                 folder.mkdir(exist_ok=True)
+                if storage.in_bucket(workdir):
+                    register_writer_factory(workdir.parts[0][:-1], _EventFiles(self._warn))
                 self._tensorboard = EventsWriter(str(folder / "events"))
             except Exception as error:
                 self._warn(error)
@@ -57,12 +62,9 @@ class MetricsWriter:
             return
         record = {"kind": kind, "step": step} | values
         try:
-            with self._path.open("a+b") as file:
-                if file.tell() > 0:
-                    file.seek(-1, 2)
-                    if file.read(1) != b"\n":  # a killed run left half a line
-                        file.write(b"\n")
-                file.write(json.dumps(files.sealed(record)).encode() + b"\n")
+            self._log.write(json.dumps(files.sealed(record)).encode() + b"\n")
+            if kind != "train":
+                self._log.flush()
             self._write_tensorboard(kind, step, values)
         except Exception as error:
             self._warn(error)
@@ -81,8 +83,15 @@ class MetricsWriter:
             self._tensorboard.flush()
             self._flushed = now
 
+    def flush(self) -> None:
+        """Has what was written stored, before a checkpoint makes its steps final."""
+        if self._enabled:
+            self._log.flush(_STORE_SECONDS)
+
     def close(self) -> None:
         """Flushes TensorBoard."""
+        if self._enabled:
+            self._log.close()
         try:
             if self._tensorboard is not None:
                 self._tensorboard.close()
@@ -94,6 +103,19 @@ class MetricsWriter:
             text = f"cannot write metrics: {error}"
             self._console.print(text, style="yellow", soft_wrap=True)
             self._warned = True
+
+
+class _EventFiles:
+    """Opens TensorBoard's files in a bucket, for tensorboardX."""
+
+    def __init__(self, warn: Callable[[Exception], None]) -> None:
+        self._warn = warn
+
+    def open(self, path: str) -> bucket_files.Log:
+        return bucket_files.Log(storage.path(path), self._warn)
+
+    def directory_check(self, path: str) -> None:
+        pass
 
 
 def records(workdir: pathlib.Path) -> list[dict[str, Any]]:
@@ -325,6 +347,10 @@ class TrainLog:
                 self._hooks.remove(hook)
                 text = f"hook {hook} failed at step {done} and is disabled: {error!r}"
                 self._console.print(text, style="yellow", soft_wrap=True)
+
+    def store(self) -> None:
+        """Has the records stored."""
+        self._writer.flush()
 
     def close(self) -> None:
         """Ends the progress bar."""

@@ -3,10 +3,13 @@
 import dataclasses
 import pathlib
 import re
+import shutil
+import tempfile
 from typing import Any
 
 import jax
 
+from tlm_jax import storage
 from tlm_jax.config import UserError
 
 
@@ -40,7 +43,10 @@ class Profiler:
     def before_step(self, done: int) -> None:
         """Starts the trace after `done` steps."""
         if self._span is not None and done == self._span.start:
-            jax.profiler.start_trace(str(self._folder))
+            self._written = self._folder
+            if storage.in_bucket(self._folder):
+                self._written = pathlib.Path(tempfile.mkdtemp(prefix="tlm-profile-"))
+            jax.profiler.start_trace(str(self._written))
             self._tracing = True
 
     def after_step(self, done: int, metrics: Any) -> pathlib.Path | None:
@@ -56,3 +62,6 @@ class Profiler:
         if self._tracing:
             jax.profiler.stop_trace()
             self._tracing = False
+            if self._written != self._folder:
+                storage.upload(self._written, self._folder)
+                shutil.rmtree(self._written)

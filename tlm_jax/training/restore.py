@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tlm_jax import config_io, files
+from tlm_jax import bucket_files, config_io, files
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.data import SpecialTokens, Tokenizer, chat, load_tokenizer, open_dataset
 from tlm_jax.data.tokenizers import file_fingerprint
@@ -132,7 +132,7 @@ def _answers_file(folder: pathlib.Path, name: str) -> Iterator[pathlib.Path | No
     in_use = f"{folder} is in use: {{who}} evaluates the same tasks there ({name}); wait for it"
     with files.locked(path.with_name(f".{name}.lock"), in_use):
         yield path
-        path.unlink(missing_ok=True)
+        bucket_files.remove_log(path)
 
 
 def _evaluate_suites(

@@ -1,0 +1,97 @@
+"""Runs whose folder lies in a bucket: killed, resumed, evaluated, verified."""
+
+import json
+import pathlib
+
+import pytest
+from gcs_server import Server
+from helpers import NUM_STEPS, Fails
+
+from tlm_jax import bucket_files, cli, files, storage
+from tlm_jax.training import checkpoint, damage
+
+
+def _records(folder: pathlib.Path) -> dict[tuple[str, int], float]:
+    """Loss by kind and step; the newest where steps were repeated."""
+    return {(r["kind"], r["step"]): r["loss"] for r in files.read_lines(folder / "metrics.jsonl")}
+
+
+def _checksums(folder: pathlib.Path, step: int) -> dict[str, str]:
+    with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as found:
+        assert found.steps == [NUM_STEPS // 2, NUM_STEPS]
+        return found.metadata(step)[checkpoint.CHECKSUMS]
+
+
+def test_killed_and_resumed_equals_a_local_run(
+    bucket_run: pathlib.Path, finished_run: pathlib.Path
+) -> None:
+    """Losses, parameters, moments and the position in the data are those of a straight run."""
+    assert _records(bucket_run) == _records(finished_run)
+    for step in (NUM_STEPS // 2, NUM_STEPS):
+        assert _checksums(bucket_run, step) == _checksums(finished_run, step)
+        position = pathlib.Path("checkpoints", str(step), "data", "position.json")
+        assert (bucket_run / position).read_bytes() == (finished_run / position).read_bytes()
+    metrics = bucket_run / "metrics.jsonl"
+    assert len(bucket_files.parts(metrics)) == 2  # one for each process
+    assert any("tfevents" in p.name for p in (bucket_run / "tensorboard").iterdir())
+    assert (bucket_run / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_in_a_bucket_is_read(
+    bucket_run: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["eval", "--checkpoint", str(bucket_run)]) == 0
+    score = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert score["loss"] == pytest.approx(_records(bucket_run)["eval", NUM_STEPS], abs=1e-5)
+    assert files.read_json(bucket_run / "eval.json")["loss"] == score["loss"]
+    words = ["--num_tokens", "4", "--temperature", "0"]
+    assert cli.main(["generate", "--checkpoint", str(bucket_run), *words]) == 0
+    assert capsys.readouterr().out.startswith("The ")
+    assert cli.main(["verify", str(bucket_run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    whole = ("checkpoints/10", "checkpoints/20", "config.json", "metrics.000001.jsonl")
+    assert {f"{name}: whole" for name in whole} <= set(lines)
+
+
+def test_damage_in_a_bucket_is_found_and_set_aside(
+    bucket_run: pathlib.Path, gcs: Server, fails: Fails
+) -> None:
+    copy = storage.path("gs://other/damaged")
+    for name in gcs.names("runs/killed/checkpoints"):
+        target = f"damaged/{name.removeprefix('runs/killed/')}"
+        gcs.buckets["other"][target] = gcs.buckets["bucket"][name]
+    (copy / "checkpoints/20/state/_METADATA").unlink()
+    (copy / "checkpoints/10" / storage.COMMIT).unlink()
+    complaint = fails("generate", "--checkpoint", copy, "--num_tokens", 1)
+    assert "checkpoints/20 is damaged" in complaint
+    with checkpoint.Checkpoints(copy / "checkpoints", read_only=True) as found:
+        assert (found.steps, found.unfinished) == ([20], [10])
+        aside = found.set_aside(20)
+        assert found.steps == []
+    assert str(aside) == "gs://other/damaged/damaged/20"
+    assert (aside / storage.COMMIT).is_file()
+
+
+def test_what_keeps_a_run_from_its_bucket_is_one_line(
+    gcs: Server, bucket_run: pathlib.Path, config_file: pathlib.Path, fails: Fails
+) -> None:
+    def train(folder: str) -> str:
+        return fails("train", "--config", config_file, "--workdir", folder)
+
+    assert "there is no bucket gs://nowhere" in train("gs://nowhere/run")
+    gcs.fault = lambda method, path: 403 if method != "GET" else None
+    assert train("gs://other/refused").startswith(
+        "cannot write to run folder gs://other/refused: permission denied"
+    )
+    gcs.fault = lambda method, path: None
+    assert "is not a run folder" in fails("eval", "--checkpoint", "gs://bucket/nothing")
+    with bucket_files.lease(bucket_run / ".lock"):
+        assert "is in use: process" in train(str(bucket_run))
+
+
+def test_faults_of_the_network_are_no_damage(gcs: Server, bucket_run: pathlib.Path) -> None:
+    with checkpoint.Checkpoints(bucket_run / "checkpoints", read_only=True) as found:
+        gcs.fault = lambda method, path: 403 if "/state/" in path else None
+        with pytest.raises(checkpoint.UserError) as caught:
+            found.restore_part(NUM_STEPS, {"params": None})
+        assert not isinstance(caught.value, damage.DamagedCheckpointError), caught.value

@@ -1,0 +1,228 @@
+"""Paths, growing files and leases in a bucket."""
+
+import errno
+import io
+import json
+import pathlib
+import pickle
+import threading
+import time
+
+import pytest
+from gcs_server import Server
+
+from tlm_jax import bucket_files, files, storage
+from tlm_jax.config import UserError
+
+
+def _path(name: str) -> pathlib.Path:
+    return storage.path(f"gs://bucket/{name}")
+
+
+def test_local_paths_stay_pathlibs() -> None:
+    for name in ("runs/x", "~/x", "gs", "/gs/bucket/x"):
+        assert type(storage.path(name)) is type(pathlib.Path(name))
+    for name in ("az://bucket/x", "http://host/x", "gs://", "gs:///"):
+        with pytest.raises(UserError, match="can be local, gs://BUCKET"):
+            storage.path(name)
+
+
+def test_a_path_in_a_bucket_is_a_path(gcs: Server) -> None:
+    path = _path("paths/folder/a.txt")
+    assert str(path) == "gs://bucket/paths/folder/a.txt"
+    assert storage.path(pathlib.Path("gs://bucket/x")) == _path("x")  # pathlib drops a slash
+    assert pickle.loads(pickle.dumps(path)) == path
+    assert str(path.relative_to(_path("paths"))) == "folder/a.txt"
+    assert not path.exists()
+    assert not path.parent.is_dir()
+    path.write_text("early\nlate\n")
+    assert path.is_file()
+    assert path.parent.is_dir()
+    assert not path.is_dir()
+    assert path.stat().st_size == 11
+    assert list(path.open(encoding="utf-8")) == ["early\n", "late\n"]
+    with path.open("rb") as file:
+        file.seek(6)
+        assert file.read() == b"late\n"
+    with pytest.raises(OSError, match="mode 'a' is not possible"):
+        path.open("a")
+    assert list(path.parent.iterdir()) == [path]
+    assert list(_path("paths").glob("*/*.txt")) == [path]
+    with pytest.raises(NotADirectoryError):
+        path.iterdir()
+    moved = path.parent.rename(_path("paths/moved"))
+    assert [str(p) for p in _path("paths").rglob("*")] == [f"{moved}/a.txt"]
+    storage.remove_tree(moved)
+    assert not moved.exists()
+
+
+def test_what_goes_wrong_is_one_line(gcs: Server) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no bucket gs://nowhere"):
+        storage.path("gs://nowhere/x").write_text("x")
+    with pytest.raises(FileNotFoundError, match="there is no bucket gs://nowhere"):
+        storage.path("gs://nowhere/x").is_dir()
+    gcs.fault = lambda method, path: 403
+    for work in (_path("x").is_file, _path("x").read_bytes, lambda: _path("x").write_text("x")):
+        with pytest.raises(PermissionError, match=r"permission denied \(injected\)") as caught:
+            work()
+        assert caught.value.filename == "gs://bucket/x"
+
+
+def test_passing_errors_are_tried_again(gcs: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = iter([503, "drop"])
+    gcs.fault = lambda method, path: next(faults, None)
+    with monkeypatch.context() as patch:
+        patch.setattr("random.random", lambda: 0.0)
+        _path("again.txt").write_text("x")
+    assert next(faults, None) is None
+    assert _path("again.txt").read_text() == "x"
+    calls = iter([TimeoutError, TimeoutError])
+
+    def late() -> str:
+        if error := next(calls, None):
+            raise error
+        return "in time"
+
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert storage.tried(_path("x"), late) == "in time"
+
+
+def test_a_growing_file_is_read_back_in_order(gcs: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket_files, "_PART_BYTES", 100)
+    path, lines = _path("growing/metrics.jsonl"), [f'{{"line": {i}}}\n' for i in range(30)]
+    for begin in (0, 15):  # two processes, one after the other
+        log = files.growing(path, lambda error: pytest.fail(str(error)))
+        for line in lines[begin : begin + 15]:
+            log.write(line.encode())
+            assert log.flush(10)
+        log.close()
+    assert bucket_files.read_log(path).decode() == "".join(lines)
+    assert [record["line"] for record in files.read_lines(path)] == list(range(30))
+    assert len(bucket_files.parts(path)) == 4
+    bucket_files.remove_log(path)
+    assert gcs.names("growing") == []
+
+
+def test_writing_goes_on_while_the_bucket_cannot_be_written(
+    gcs: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bucket_files, "_POLL", 0.01)
+    monkeypatch.setattr(bucket_files, "_BOUND_BYTES", 1000)
+    gcs.fault = lambda method, path: 403 if method == "POST" else None
+    warned: list[Exception] = []
+    log = bucket_files.Log(_path("refused/log.txt"), warned.append)
+    begin = time.monotonic()
+    for i in range(30):
+        log.write(f"{i:049d}\n".encode())
+        assert not log.flush()
+    assert not log.flush(0.2)
+    assert time.monotonic() - begin < 5
+    assert len(warned) == 1
+    assert log.dropped == 500
+    gcs.fault = lambda method, path: None
+    assert log.flush(10)
+    log.close()
+    kept = bucket_files.read_log(_path("refused/log.txt")).decode().split()
+    assert [int(line) for line in kept] == list(range(10, 30))
+    assert "500 bytes of it are lost" in str(warned[-1])
+
+
+def test_one_of_two_gets_the_lease(gcs: Server) -> None:
+    path = _path("leases/.lock")
+    taken: list[str] = []
+
+    def hold() -> None:
+        try:
+            with bucket_files.lease(path):
+                taken.append("held")
+                done.wait(10)
+        except bucket_files.Held as held:
+            taken.append(str(held))
+            done.set()
+
+    done = threading.Event()
+    threads = [threading.Thread(target=hold) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert taken[0] == "held"
+    assert taken[1].startswith("process ")
+    assert not path.exists()
+    with (
+        files.locked(path, "in use"),
+        pytest.raises(UserError, match=r"process \d+ .* has it"),
+        files.locked(path, "{who} has it"),
+    ):
+        pass
+
+
+def test_a_lease_without_heartbeat_is_taken_over(
+    gcs: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A holder elsewhere is gone if its lease does not change; one that lives keeps it."""
+    monkeypatch.setattr(bucket_files, "LEASE", 1.0)
+    monkeypatch.setattr(bucket_files, "_POLL", 0.1)
+    path = _path("stale/.lock")
+    about = {"owner": "x", "who": "process 7 on far", "process": 7, "machine": "far"}
+    path.write_text(json.dumps(about))
+    begin = time.monotonic()
+    with bucket_files.lease(path):
+        assert time.monotonic() - begin >= 1.0
+        assert json.loads(path.read_bytes())["owner"] != "x"
+    assert "process 7 on far; waiting up to 1 s" in capsys.readouterr().err
+    path.write_text(json.dumps(about))
+    renewing = threading.Timer(0.3, lambda: path.write_text(json.dumps(about)))
+    renewing.start()
+    with pytest.raises(bucket_files.Held, match="process 7 on far"), bucket_files.lease(path):
+        pass
+    renewing.join()
+
+
+def test_a_holder_that_lost_its_lease_ends(
+    gcs: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bucket_files, "HEARTBEAT", 0.05)
+    ended: list[int] = []
+    monkeypatch.setattr("os._exit", lambda status: ended.append(status) or time.sleep(0.5))
+    path = _path("lost/.lock")
+    with bucket_files.lease(path):
+        first = json.loads(path.read_bytes())["renewed"]
+        time.sleep(0.5)
+        assert json.loads(path.read_bytes())["renewed"] > first  # its heartbeat
+        assert not ended
+        path.write_text(json.dumps({"owner": "y", "who": "process 8 on far"}))
+        time.sleep(0.4)
+    assert ended[0] == 75
+    assert "now belongs to process 8 on far" in capsys.readouterr().err
+    assert json.loads(path.read_bytes())["owner"] == "y"
+
+
+def test_a_folder_becomes_valid_last(gcs: Server, tmp_path: pathlib.Path) -> None:
+    with files.new_folder(_path("made")) as part:
+        (part / "deep").mkdir()
+        for name in ("config.json", "weights", f"deep/{storage.COMMIT}", "deep/z"):
+            (part / name).write_text(name)
+    stored = gcs.buckets["bucket"]
+    uploads = sorted(gcs.names("made/"), key=lambda name: stored[name].generation)
+    assert set(uploads[:2]) == {"made/weights", "made/deep/z"}
+    assert uploads[2:] == [f"made/deep/{storage.COMMIT}", "made/config.json"]
+    with pytest.raises(UserError, match="is not an empty folder"), files.new_folder(_path("made")):
+        pass
+    with pytest.raises(ZeroDivisionError), files.new_folder(_path("failed")):
+        1 / 0  # noqa: B018
+    assert gcs.names("failed") == []
+    with storage.local(_path("made")) as copy:
+        assert (copy / "deep/z").read_text() == "deep/z"
+        assert not storage.in_bucket(copy)
+    with storage.local(tmp_path) as same:
+        assert same == tmp_path
+
+
+def test_what_a_library_is_told_is_no_damage() -> None:
+    from gcsfs.retry import HttpError
+
+    assert "cannot be reached" in storage.refused(HttpError({"code": 503, "message": "busy"}))
+    assert "permission denied" in storage.refused(OSError("Forbidden: x\nno right"))
+    assert storage.refused(FileNotFoundError(errno.ENOENT, "x")) == ""
+    assert storage.refused(ValueError("x")) == storage.refused(io.UnsupportedOperation()) == ""
