@@ -10,16 +10,20 @@ import os
 import pathlib
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 
+import programs
 import pytest
-from helpers import DRIVER, NUM_STEPS, Fails, only_error, run
+from helpers import CACHE, DRIVER, NUM_STEPS, Fails, only_error, run
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")  # read when jax is imported
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # compiles about 3 times as fast
 if importlib.metadata.version("jaxlib") < "0.11":  # later ones do not know it, and are faster
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")  # twice as fast
+os.environ |= CACHE
+PROGRAMS = programs.store()
 
 CONFIG = """
 from tlm_jax import config as c
@@ -63,10 +67,43 @@ def session_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _shared_cache(session_folder: pathlib.Path) -> Iterator[None]:
-    """Text is prepared once, here and in the processes that tests start."""
+    """Text is prepared once, and a program compiled once, here and in processes that tests start.
+
+    Programs are kept for later sessions too: see `programs`.
+    """
+    compiled = session_folder / "compiled"
+    with _only_once(compiled) as needed:
+        if needed:
+            programs.take(PROGRAMS, compiled)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(session_folder / "cache"))
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(compiled))
+        if "jax" in sys.modules:  # it read the environment when it was imported
+            _set_jax("jax_compilation_cache_dir", str(compiled))
         yield
+
+
+@pytest.fixture(scope="module")
+def compiled_anew() -> Iterator[None]:
+    """No compiled program is taken from earlier: for tests of what the compiler says meanwhile."""
+    _set_jax("jax_enable_compilation_cache", False)
+    yield
+    _set_jax("jax_enable_compilation_cache", True)
+
+
+def _set_jax(option: str, value: object) -> None:
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update(option, value)
+    compilation_cache.reset_cache()  # it may have been asked for a program before
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Keeps what was compiled, once all workers are done."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        base: pathlib.Path = session.config._tmp_path_factory.getbasetemp()
+        programs.keep(base / "session" / "compiled", PROGRAMS)
 
 
 @pytest.fixture(scope="session")

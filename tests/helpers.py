@@ -11,6 +11,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 DRIVER = ROOT / "tests" / "training" / "driver.py"
 NUM_STEPS = 20
 """Of the run that `config_file` describes; it saves at half of them and at the end."""
+CACHE = {
+    "JAX_COMPILATION_CACHE_DIR": "",  # set for each session
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+"""Variables by which every compiled program is kept, however small."""
 Fails = Callable[..., str]
 """Runs `tlm` with these words, which are wrong, and returns its only line of complaint."""
 
@@ -23,16 +29,13 @@ def command(script: pathlib.Path | str, *words: object) -> list[str]:
 def environment(devices: int = 1, *, cache: bool = True) -> dict[str, str]:
     """Variables of a process with so many simulated devices that can import the package.
 
-    With `cache`, what one process of this test session compiled is not compiled again.
+    With `cache`, what a process of this test session compiled is not compiled again.
     """
-    variables = {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
-    if cache:
-        variables |= {
-            "JAX_COMPILATION_CACHE_DIR": os.path.join(os.environ["XDG_CACHE_HOME"], "jax"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        }
-    return os.environ | variables
+    variables = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+    if not cache:
+        for name in CACHE:
+            del variables[name]
+    return variables
 
 
 def run(

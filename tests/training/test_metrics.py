@@ -1,6 +1,9 @@
 """The lines of metrics.jsonl: what they count, and damage to them."""
 
+import importlib
+import json
 import pathlib
+import sys
 
 import jax.numpy as jnp
 import pytest
@@ -88,3 +91,11 @@ def test_tokens_count_the_targets_of_the_run(tmp_path: pathlib.Path) -> None:
     logged = [(r["step"], r["tokens"]) for r in metrics.records(tmp_path)]
     assert logged == [(10, 1300), (20, 1325)]
     assert log.tokens == 1325
+
+
+def test_what_is_not_used_is_not_imported() -> None:
+    """tensorboardX would import PyTorch where it is installed, which takes seconds."""
+    with metrics._unused("tabnanny", "json"), pytest.raises(ImportError):  # json is there already
+        importlib.import_module("tabnanny")
+    assert importlib.import_module("tabnanny")
+    assert sys.modules["json"] is json

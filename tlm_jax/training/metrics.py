@@ -3,11 +3,13 @@
 Only process 0 writes, and a logger that fails never stops a run.
 """
 
+import contextlib
 import json
 import math
 import pathlib
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -28,6 +30,21 @@ _STORE_SECONDS = 5.0
 """How long a checkpoint waits for the metrics before it, in a bucket."""
 
 
+@contextlib.contextmanager
+def _unused(*modules: str) -> Iterator[None]:
+    """What is imported inside takes these as not installed, which saves seconds.
+
+    tensorboardX imports them for what nothing here uses.
+    """
+    hidden = [name for name in modules if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(hidden))
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+
+
 class MetricsWriter:
     """Appends records to `metrics.jsonl` and to TensorBoard.
 
@@ -45,8 +62,9 @@ class MetricsWriter:
             self._log = files.growing(workdir / METRICS_FILE, self._warn)
             try:
                 # Not SummaryWriter: its thread dies of a full disk, and then every write hangs.
-                from tensorboardX.event_file_writer import EventsWriter
-                from tensorboardX.record_writer import register_writer_factory
+                with _unused("torch", "boto3", "google.cloud.storage"):
+                    from tensorboardX.event_file_writer import EventsWriter
+                    from tensorboardX.record_writer import register_writer_factory
 
                 folder = workdir / "tensorboard"
                 folder.mkdir(exist_ok=True)
@@ -238,7 +256,7 @@ def peak_flops(dtype: str) -> tuple[float, str]:
     known = costs.peak_flops(devices[0].device_kind, dtype)
     if known is not None:
         return known * len(devices), f"{devices[0].device_kind} datasheet"
-    n = 2048 if len(mine) == 1 else 1024
+    n = 1024 if len(mine) == 1 else 512  # larger ones are no faster, and take seconds
     mesh, best = Mesh(np.asarray(mine), ("device",)), math.inf
     with jax.set_mesh(mesh):
         ones = jnp.ones((len(mine), n, n), dtype)

@@ -5,6 +5,7 @@ Shapes: B batch, L length. A batch has int32 (B, L) arrays `inputs`, `targets`,
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -100,7 +101,7 @@ def abstract_state(
     """Shape, dtype and sharding of each leaf of the training state."""
     return jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-        jax.eval_shape(lambda: init_state(skeleton, tx, jax.random.key(0))),
+        jax.eval_shape(functools.partial(first_state, tx), skeleton.shapes),
         state_shardings(skeleton, tx, mesh),
     )
 
