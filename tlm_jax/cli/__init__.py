@@ -26,6 +26,7 @@ from tlm_jax.cli import (
     plan,
     prepare,
     report,
+    retaper,
     sweep,
     train,
     verify,
@@ -48,9 +49,10 @@ VERBS: dict[str, ModuleType] = {
     "export": export,
     "align": align,
     "importance": importance,
+    "retaper": retaper,
     "verify": verify,
 }
-_LOGGING = frozenset({"train", "sweep", "prepare", "import", "export"})
+_LOGGING = frozenset({"train", "sweep", "prepare", "import", "export", "retaper"})
 """Verbs whose results are files: what they print is a log, and losing it is no reason to stop."""
 
 
