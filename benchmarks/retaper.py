@@ -4,15 +4,16 @@
         [--steps 300] [--work FOLDER] [--precision bfloat16]
 
 RUN is a run folder or an imported model with equal MLP widths. Each arm is `tlm retaper`, then
-`tlm train --init_from` on the training text with RUN as the teacher. Losses are those of the same
-rows for all: held-out rows of RUN's own text (for an imported model, the package's prose), and
-with --wikitext rows of the pages in lm-eval's JSON lines. Writes docs/results/retaper.json and the
-tables of docs/retaper.md. The same command resumes: finished arms are not repeated, an interrupted
-one goes on from its checkpoint.
+training as by `tlm train --init_from` on RUN's text, with RUN as the teacher. Losses are those of
+the same rows for all: held-out rows of RUN's own text (for an imported model, the package's prose),
+and with --wikitext rows of the pages in lm-eval's JSON lines. Writes docs/results/retaper.json and
+the tables of docs/retaper.md. The same command resumes: finished arms are not repeated, an
+interrupted one goes on from its checkpoint.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import pathlib
 import subprocess
@@ -23,10 +24,11 @@ from typing import Any
 import jax
 import numpy as np
 
+import tlm_jax
 from benchmarks import report
 from tlm_jax import files
-from tlm_jax.config import RunConfig
-from tlm_jax.data import open_dataset
+from tlm_jax.config import RUN_AGAIN, OptimizerConfig, RunConfig
+from tlm_jax.data import Dataset, open_dataset
 from tlm_jax.data.tokenizers import Tokenizer
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.evaluation import perplexity
@@ -116,52 +118,73 @@ def losses(folder: pathlib.Path, sets: dict[str, Rows], precision: str) -> dict[
     return found
 
 
-def tlm(*words: object) -> float:
-    """Seconds of a command."""
+def retaper(arm: Arm, original: pathlib.Path, config: RunConfig, out: pathlib.Path) -> None:
+    """`tlm retaper`, unless it was done before."""
+    if out.exists():
+        return
+    width = round(arm.budget * config.model.base_mlp_width)
+    words = ["retaper", original, "--out", out, *SHAPES[arm.shape], "--base_width", width]
+    command = [sys.executable, "-m", "tlm_jax", *map(str, words), "--rows", "16"]
+    subprocess.run(command, check=True, cwd=ROOT)
+
+
+class FewRows(Dataset):
+    """A dataset whose validation split is one batch: losses are measured here, on other rows."""
+
+    def validation_batches(self, *, batch_size: int | None = None) -> Any:
+        return list(itertools.islice(super().validation_batches(batch_size=batch_size), 1))
+
+
+def train(
+    start: pathlib.Path, out: pathlib.Path, options: argparse.Namespace, teacher: str | None
+) -> float:
+    """Seconds of the training from a run folder's parameters, of this call.
+
+    Raises:
+      SystemExit: a signal stopped it.
+    """
+    _, saved = restore.saved_metadata(start, None)
+    config = shortened(restore.saved_config(saved), options)
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, compute_dtype=options.precision),
+        optimizer=OptimizerConfig(
+            learning_rate=options.rate,
+            final_learning_rate=options.rate / 10,
+            warmup_steps=min(20, options.steps // 5),
+            weight_decay=0.0,
+        ),
+        training=dataclasses.replace(
+            config.training,
+            num_steps=options.steps,
+            log_every=5,
+            eval_every=0,
+            sample_tokens=0,
+            checkpoint_every=options.checkpoint_every,
+            keep_last=1,
+            teacher=teacher,
+        ),
+    )
     begin = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "tlm_jax", *map(str, words)], check=True, cwd=ROOT)
+    data = FewRows(**vars(open_dataset(config.data, config.model.vocab_size)))
+    outcome = tlm_jax.train(config, out, data=data, init_from=start)
+    if outcome.stopped_by:
+        sys.exit(RUN_AGAIN)
     return time.perf_counter() - begin
 
 
-def retaper(arm: Arm, original: pathlib.Path, config: RunConfig, out: pathlib.Path) -> float:
-    """Seconds of `tlm retaper`; 0 if it was done before."""
-    if out.exists():
-        return 0.0
-    width = round(arm.budget * config.model.base_mlp_width)
-    words = ["retaper", original, "--out", out, *SHAPES[arm.shape], "--base_width", width]
-    return tlm(*words, "--rows", 16)
-
-
-def heal(
-    start: pathlib.Path,
-    original: pathlib.Path,
-    out: pathlib.Path,
-    options: argparse.Namespace,
-    teacher: bool = True,
-) -> float:
-    """Seconds of the training, of this call."""
-    words = ["train", "--config", start / "config.json", "--init_from", start, "--workdir", out]
-    words += ["--data.seq_len", options.length, "--data.batch_size", options.batch]
-    words += ["--training.num_steps", options.steps, "--training.sample_tokens", 0]
-    words += ["--training.eval_every", 0, "--training.eval_batches", 1]
-    words += ["--training.checkpoint_every", options.checkpoint_every, "--training.keep_last", 1]
-    words += ["--training.loss_chunk", min(128, options.length)]
-    words += ["--optimizer.learning_rate", options.rate, "--optimizer.warmup_steps", 20]
-    words += ["--optimizer.final_learning_rate", options.rate / 10]
-    words += ["--optimizer.weight_decay", 0, "--model.compute_dtype", options.precision]
-    if teacher:
-        words += ["--training.teacher", original]
-    return tlm(*words)
+def shortened(config: RunConfig, options: argparse.Namespace) -> RunConfig:
+    """The config with rows and batches of the benchmark."""
+    data = dataclasses.replace(config.data, seq_len=options.length, batch_size=options.batch)
+    training = dataclasses.replace(config.training, loss_chunk=min(128, options.length))
+    return dataclasses.replace(config, data=data, training=training)
 
 
 def run(options: argparse.Namespace, record: dict[str, Any]) -> None:
     """Fills the record, which is written after each arm."""
     original, work = options.model.resolve(), options.work.resolve()
     _, saved = restore.saved_metadata(original, None)
-    config = restore.saved_config(saved)
-    data = dataclasses.replace(config.data, seq_len=options.length, batch_size=options.batch)
-    training = dataclasses.replace(config.training, loss_chunk=min(128, options.length))
-    config = dataclasses.replace(config, data=data, training=training)
+    config = shortened(restore.saved_config(saved), options)
     sets = {"prose": prose_rows(config, options.rows)}
     if options.wikitext is not None:
         tokenizer = restore.model_tokenizer(config, saved)
@@ -189,21 +212,20 @@ def run(options: argparse.Namespace, record: dict[str, Any]) -> None:
     wanted = arms(options.budgets)
     for arm in wanted:  # all of them before the first is healed
         folder = work / arm.name
-        seconds = retaper(arm, original, config, folder)
+        retaper(arm, original, config, folder)
         if "pruned" not in record.get(arm.name, {}):
             origin = restore.saved_metadata(folder, None)[1]
             keep(
                 arm.name,
                 parameters=origin["num_params"],
                 widths=[origin["mlp_widths"][0], origin["mlp_widths"][-1]],
-                retaper_seconds=round(seconds),
                 pruned=losses(folder, sets, options.precision),
             )
     if options.steps:
         for arm in wanted:
             if "healed" not in record[arm.name]:
                 out = work / f"{arm.name}-healed"
-                seconds = heal(work / arm.name, original, out, options)
+                seconds = train(work / arm.name, out, options, str(original))
                 keep(
                     arm.name,
                     healed=losses(out, sets, options.precision),
@@ -242,11 +264,11 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 1.0])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--rate", type=float, default=2e-4)
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--checkpoint_every", type=int, default=50)
+    parser.add_argument("--checkpoint_every", type=int, default=25)
     parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("runs/retaper"))
     options = parser.parse_args()
     record = (files.read_json(RECORD) if RECORD.exists() else {}).get(options.name, {})
