@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from helpers import Fails
 
+import tlm_jax
 from tlm_jax import cli
 from tlm_jax import config as c
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed.sharding import to_devices
 from tlm_jax.models import skeleton
-from tlm_jax.training import checkpoint, restore, step
+from tlm_jax.training import checkpoint, distillation, restore, step
 from tlm_jax.training.updates import About, make_optimizer
 
 MODEL = c.ModelConfig(
@@ -157,3 +158,11 @@ def test_what_cannot_teach_is_one_line(
         "--model.mlp.online_in_training",
     )
     assert message.startswith("training.teacher does not work with mlp.online_in_training")
+    config = restore.saved_config(restore.saved_metadata(finished, 20)[1])
+    taught = dataclasses.replace(config.training, teacher=str(finished))
+    config = dataclasses.replace(config, training=taught)
+    with pytest.raises(c.UserError, match="a custom loss exclude each other"):
+        tlm_jax.train(config, tmp_path / "new", loss=lambda model, batch: 0.0, quiet=True)
+    other = {"teacher": {"params": "0", "step": 3}}
+    with pytest.raises(c.UserError, match=r"learned from so far \(those of step 3\)"):
+        distillation.require_same(distillation.find(config), other)

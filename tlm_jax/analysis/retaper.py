@@ -108,6 +108,8 @@ def retaper(
 ) -> Outcome:
     """Writes a run folder with the model of another one at other MLP widths, all or nothing.
 
+    On one device, whatever mesh the run has.
+
     Args:
       folder: a run, or an imported model.
       out: the new run folder; it may be there if it is empty.
@@ -131,7 +133,7 @@ def retaper(
     if target.mlp_widths == run.model.mlp_widths:
         raise UserError(f"{folder} has these widths already: {_brief(target.mlp_widths)}")
     config = _measuring(run, text)
-    mesh = mesh_lib.make_mesh(config)
+    mesh = mesh_lib.single_device_mesh()
     old, new = (
         skeleton(dataclasses.replace(model, compute_dtype="float32"))
         for model in (config.model, target)

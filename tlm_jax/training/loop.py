@@ -107,7 +107,7 @@ class Trainer:
         self.teacher = distillation.find(config)
         if self.teacher is not None:
             if loss is not None:
-                raise UserError("training.teacher and a loss of one's own exclude each other")
+                raise UserError("training.teacher and a custom loss exclude each other")
             self.metadata[distillation.KEY] = self.teacher.origin
         self.evaluations = Evaluations(
             config,
