@@ -215,6 +215,11 @@ class TrainingConfig(Checked):
     """Positions whose float32 logits exist at a time; 0 is the whole sequence."""
     z_loss: Fraction = 0.0
     """Weight of log(Z)^2, which keeps logits from drifting."""
+    teacher: str | None = None
+    """Run folder, of a run or an imported model, whose distributions the model learns
+    (distillation), such as the original of one that tlm retaper made."""
+    teacher_weight: Fraction = 1.0
+    """Share of KL(teacher || model) in what training descends on; the rest is the loss itself."""
     log_every: Count = _may_change(10)
     """Steps between log lines."""
     eval_every: NaturalNumber = _may_change(200)
@@ -315,3 +320,7 @@ class RunConfig(Checked):
             f"use one of {divisors(length)}, or 0",
         )
         self.model.mlp.check_length(length)
+        require(
+            self.training.teacher is None or not self.model.mlp.online_in_training,
+            "training.teacher does not work with mlp.online_in_training; leave one of them out",
+        )

@@ -28,6 +28,7 @@ from tlm_jax.cli import (
     plan,
     prepare,
     report,
+    retaper,
     sweep,
     train,
     verify,
@@ -50,9 +51,10 @@ VERBS: dict[str, ModuleType] = {
     "export": export,
     "align": align,
     "importance": importance,
+    "retaper": retaper,
     "verify": verify,
 }
-_LOGGING = frozenset({"train", "sweep", "prepare", "import", "export"})
+_LOGGING = frozenset({"train", "sweep", "prepare", "import", "export", "retaper"})
 """Verbs whose results are files: what they print is a log, and losing it is no reason to stop."""
 
 

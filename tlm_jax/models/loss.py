@@ -3,6 +3,7 @@
 Shapes: B batch, L length.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,7 +11,17 @@ import jax.numpy as jnp
 
 from tlm_jax.models import online
 from tlm_jax.models.skeleton import Skeleton
-from tlm_jax.ops.cross_entropy import token_losses, total_loss
+from tlm_jax.ops.cross_entropy import distillation_losses, token_losses, total_loss
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """A model whose distributions another one learns."""
+
+    skeleton: Skeleton
+    params: Any
+    weight: float
+    """Share of the divergence from it in what training descends on."""
 
 
 def training_loss(
@@ -41,6 +52,46 @@ def training_loss(
     )
     weights_BL = (batch["document_ids"] > 0) / tokens
     return total_loss(hidden_BLD, model.head_DV, batch["targets"], weights_BL, chunk, z_loss)
+
+
+def distillation_loss(
+    skeleton: Skeleton,
+    params: Any,
+    batch: dict[str, jax.Array],
+    tokens: jax.Array,
+    teacher: Teacher,
+    *,
+    chunk: int,
+    z_loss: float,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """What training descends on with a teacher; the two means in it, in nats per token.
+
+    The first is weight * KL(teacher || model) + (1 - weight) * negative log-likelihood, plus z_loss
+    times the mean of log_z^2; then the negative log-likelihood and the divergence. Temperature 1
+    (arXiv 2407.14679 heals pruned models so).
+
+    Args: see `training_loss`. Rows update no MLP levels here, in model and teacher.
+    """
+
+    def hidden(of: Skeleton, values: Any) -> tuple[jax.Array, jax.Array]:
+        model = of.merge(values)
+        hidden_BLD, _ = model(
+            batch["inputs"], positions_BL=batch["positions"], document_ids_BL=batch["document_ids"]
+        )
+        return hidden_BLD, model.head_DV
+
+    with jax.named_scope("teacher"):
+        teacher_BLE, teacher_head_EV = hidden(teacher.skeleton, teacher.params)
+    hidden_BLD, head_DV = hidden(skeleton, params)
+    losses = distillation_losses(
+        hidden_BLD, head_DV, batch["targets"], teacher_BLE, teacher_head_EV, chunk=chunk
+    )
+    weights_BL = (batch["document_ids"] > 0) / tokens
+    nll_BL, log_z_BL, divergence_BL = losses
+    nll, divergence = jnp.sum(weights_BL * nll_BL), jnp.sum(weights_BL * divergence_BL)
+    total = teacher.weight * divergence + (1.0 - teacher.weight) * nll
+    total += z_loss * jnp.sum(weights_BL * jnp.square(log_z_BL))
+    return total, (nll, divergence)
 
 
 def updates_online(skeleton: Skeleton, *, training: bool) -> bool:

@@ -124,6 +124,45 @@ def token_scores(
     return _in_chunks(one_chunk, hidden_BLD, head_DV, targets_BL, chunk)
 
 
+def distillation_losses(
+    hidden_BLD: jax.Array,
+    head_DV: jax.Array,
+    targets_BL: jax.Array,
+    teacher_BLE: jax.Array,
+    teacher_head_EV: jax.Array,
+    *,
+    chunk: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What `token_losses` gives, and the divergence KL(teacher || model) of each distribution.
+
+    Args:
+      hidden_BLD, head_DV, targets_BL, chunk: see `token_losses`.
+      teacher_BLE: the teacher's final hidden states (E is its width), not differentiated.
+      teacher_head_EV: its output matrix, likewise.
+
+    Returns:
+      nll_BL, log_z_BL and divergence_BL in nats, float32.
+    """
+    teacher_BLE, teacher_head_EV = jax.lax.stop_gradient((teacher_BLE, teacher_head_EV))
+    head_DV = head_DV.astype(hidden_BLD.dtype)
+    teacher_head_EV = teacher_head_EV.astype(teacher_BLE.dtype)
+
+    def one_chunk(
+        hidden_BCD: jax.Array, targets_BC: jax.Array, teacher_BCE: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        with jax.named_scope("head"):
+            logits_BCV = logits(hidden_BCD, head_DV)
+            log_z_BC = jax.nn.logsumexp(logits_BCV, axis=-1)
+            log_p_BCV = jax.nn.log_softmax(logits(teacher_BCE, teacher_head_EV), axis=-1)
+            apart_BCV = log_p_BCV - (logits_BCV - log_z_BC[..., None])
+            divergence_BC = jnp.sum(jnp.exp(log_p_BCV) * apart_BCV, axis=-1)
+            return log_z_BC - _pick(logits_BCV, targets_BC), log_z_BC, divergence_BC
+
+    arrays = hidden_BLD, targets_BL, teacher_BLE
+    nll_BL, log_z_BL, divergence_BL = _scan_chunks(one_chunk, arrays, chunk)
+    return nll_BL, log_z_BL, divergence_BL
+
+
 def logits(hidden_BLD: jax.Array, head_DV: jax.Array) -> jax.Array:
     """float32 logits (B, L, V) of hidden states; the product runs in their dtype."""
     return float32_product(hidden_BLD, head_DV.astype(hidden_BLD.dtype))
@@ -147,14 +186,29 @@ def _in_chunks(
             logits_BCV = logits(hidden_BCD, head_DV)
             return of_logits(logits_BCV, targets_BC)
 
-    if chunk == 0 or chunk >= hidden_BLD.shape[1]:
-        return one_chunk(hidden_BLD, targets_BL)
-    _, (first, second) = jax.lax.scan(
+    first, second = _scan_chunks(one_chunk, (hidden_BLD, targets_BL), chunk)
+    return first, second
+
+
+def _scan_chunks(
+    one_chunk: Callable[..., tuple[jax.Array, ...]], arrays: tuple[jax.Array, ...], chunk: int
+) -> tuple[jax.Array, ...]:
+    """`one_chunk(*arrays)` for `chunk` positions at a time, computed again in the backward pass.
+
+    Args:
+      one_chunk: takes (B, C, ...) and gives arrays (B, C).
+      arrays: (B, L, ...).
+      chunk: positions at a time; divides L. 0 takes all at once.
+    """
+    shape = arrays[0].shape[:2]
+    if chunk == 0 or chunk >= shape[1]:
+        return one_chunk(*arrays)
+    _, results = jax.lax.scan(
         lambda _, xs: (None, jax.checkpoint(one_chunk, prevent_cse=False)(*xs)),
         None,
-        (_split(hidden_BLD, chunk), _split(targets_BL, chunk)),
+        tuple(_split(x, chunk) for x in arrays),
     )
-    return _join(first, targets_BL.shape), _join(second, targets_BL.shape)
+    return tuple(_join(x, shape) for x in results)
 
 
 def _split(x_BL: jax.Array, chunk: int) -> jax.Array:

@@ -18,7 +18,7 @@ from tlm_jax.distributed.products import product_flops
 from tlm_jax.evaluation import perplexity
 from tlm_jax.models import Skeleton, skeleton
 from tlm_jax.models.settings import attention_kernel
-from tlm_jax.training import step
+from tlm_jax.training import distillation, step
 from tlm_jax.training.updates import About, make_optimizer
 
 STEPS = ("train", "evaluation")
@@ -182,7 +182,10 @@ def _lower_train(config: RunConfig, model: Skeleton, mesh: Mesh) -> jax.stages.L
     tx = make_optimizer(
         config.optimizer, config.training.num_steps, About.of(model), config.model.mlp
     )
-    return step.lower_train_step(config, model, tx, mesh)
+    teacher = distillation.find(config)
+    return step.lower_train_step(
+        config, model, tx, mesh, teacher=None if teacher is None else teacher.skeleton
+    )
 
 
 def _lower_evaluation(config: RunConfig, model: Skeleton, mesh: Mesh) -> jax.stages.Lowered:

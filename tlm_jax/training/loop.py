@@ -27,7 +27,7 @@ from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed.sharding import to_devices
 from tlm_jax.models import skeleton
 from tlm_jax.models.settings import attention_kernel, compute_dtype
-from tlm_jax.training import checkpoint, faults, metrics, step, warm_start
+from tlm_jax.training import checkpoint, distillation, faults, metrics, step, warm_start
 from tlm_jax.training.allocator import release_freed_memory
 from tlm_jax.training.evaluations import Evaluations
 from tlm_jax.training.profiling import Profiler, ProfileSpan
@@ -105,6 +105,11 @@ class Trainer:
         layout = self.dataset.layout()
         agreement.require_equal("data", {f"data, {k}": repr(v) for k, v in layout.items()})
         self.metadata = checkpoint.metadata(config, self.skeleton.shapes, layout)
+        self.teacher = distillation.find(config)
+        if self.teacher is not None:
+            if loss is not None:
+                raise UserError("training.teacher and a custom loss exclude each other")
+            self.metadata[distillation.KEY] = self.teacher.origin
         self.evaluations = Evaluations(
             config,
             workdir,
@@ -255,6 +260,7 @@ class Trainer:
             try:
                 saved = checkpoints.metadata(newest)
                 self._compare(saved)
+                distillation.require_same(self.teacher, saved)
                 state = checkpoints.restore(newest, self.shapes, self.iterator)
             except checkpoint.DamagedCheckpointError as error:
                 damaged[newest] = error
@@ -330,11 +336,18 @@ class Trainer:
         if kernel is not None:
             self._say(f"Attention: {kernel} ({self.config.model.attention_kernel}).")
         begin = time.perf_counter()
-        lowered = step.lower_train_step(self.config, self.skeleton, self.tx, self.mesh, self.loss)
+        teacher = None if self.teacher is None else self.teacher.skeleton
+        lowered = step.lower_train_step(
+            self.config, self.skeleton, self.tx, self.mesh, self.loss, teacher
+        )
         compiled = lowered.compile()
         release_freed_memory()
         self._say(f"Compiled the train step in {time.perf_counter() - begin:.1f} s.")
-        return compiled
+        if self.teacher is None:
+            return compiled
+        taught = self.teacher.load(self.dataset.tokenizer, self.mesh)
+        self._say(f"Learning from step {self.teacher.step} in {self.teacher.folder}.")
+        return lambda state, batch: compiled(state, batch, taught)
 
     def _write_config(self) -> None:
         if self.is_main:

@@ -16,7 +16,6 @@ from tlm_jax.config import RunConfig, UserError
 from tlm_jax.data import SpecialTokens, Tokenizer, chat, load_tokenizer, open_dataset
 from tlm_jax.data.tokenizers import file_fingerprint
 from tlm_jax.distributed import mesh as mesh_lib
-from tlm_jax.distributed import sharding
 from tlm_jax.evaluation import perplexity, result_files, suites
 from tlm_jax.evaluation.evaluator import Evaluator, progress
 from tlm_jax.evaluation.journal import Journal
@@ -24,6 +23,7 @@ from tlm_jax.evaluation.options import SuiteConfig
 from tlm_jax.models import Skeleton, sampling, skeleton
 from tlm_jax.models.settings import compute_dtype
 from tlm_jax.training import checkpoint
+from tlm_jax.training import step as step_lib
 from tlm_jax.training.checkpoint import CHECKPOINTS
 from tlm_jax.training.faults import make_writable
 
@@ -72,11 +72,7 @@ def load_params(
     changed = checkpoint.shape_differences(saved, model.shapes)
     if changed:
         raise UserError(f"the parameters in {folder} do not fit: {'; '.join(changed[:4])}")
-    shapes = jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-        model.shapes,
-        sharding.param_shardings(model.shapes, model.logical_axes, mesh),
-    )
+    shapes = step_lib.abstract_params(model, mesh)
     with checkpoint.Checkpoints(folder / CHECKPOINTS, read_only=True) as found:
         return found.restore_params(step, shapes)
 

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from tlm_jax.config import RunConfig
 from tlm_jax.distributed import sharding
 from tlm_jax.models import LanguageModel, Skeleton
-from tlm_jax.models.loss import training_loss
+from tlm_jax.models.loss import Teacher, distillation_loss, training_loss
 from tlm_jax.training.updates import global_norm, learning_rate, updates_made
 
 _NORM_STEPS = 100
@@ -106,6 +106,15 @@ def abstract_state(
     )
 
 
+def abstract_params(skeleton: Skeleton, mesh: Mesh | AbstractMesh) -> Any:
+    """Shape, dtype and sharding of each parameter."""
+    return jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+        skeleton.shapes,
+        sharding.param_shardings(skeleton.shapes, skeleton.logical_axes, mesh),
+    )
+
+
 def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape, dtype and sharding of the arrays of a batch."""
     where = sharding.token_sharding(mesh)
@@ -119,22 +128,25 @@ def lower_train_step(
     tx: optax.GradientTransformation,
     mesh: Mesh,
     loss: TokenLoss | None = None,
+    teacher: Skeleton | None = None,
 ) -> jax.stages.Lowered:
     """The train step for a mesh, to be compiled; the mesh's devices need not be here.
 
-    The old state is donated: the new one takes its place.
+    The old state is donated: the new one takes its place. With a teacher the step takes its
+    parameters, sharded like others, as a third argument.
     """
     state = abstract_state(skeleton, tx, mesh)
     batch = abstract_batch(config.data.batch_size, config.data.seq_len, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
+    more = () if teacher is None else (abstract_params(teacher, mesh),)
     train_step = jax.jit(
-        make_train_step(config, skeleton, tx, loss),
+        make_train_step(config, skeleton, tx, loss, teacher),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated),
         compiler_options=_COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
     )
     with jax.set_mesh(mesh):
-        return train_step.lower(state, batch)
+        return train_step.lower(state, batch, *more)
 
 
 def make_train_step(
@@ -142,13 +154,17 @@ def make_train_step(
     skeleton: Skeleton,
     tx: optax.GradientTransformation,
     loss: TokenLoss | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    teacher: Skeleton | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The function (state, batch) -> (state, metrics), not yet compiled.
+
+    With a teacher it is (state, batch, teacher's parameters) -> (state, metrics).
 
     Metrics: `loss` (nats per token), `grad_norm` (before clipping), `tokens`
     (scored in this step), `learning_rate` (what this update is multiplied by, or would have been
     if it is skipped: the schedule counts updates that were made; absent with an optimizer that
-    has no schedule), `skipped` and `skipped_in_a_row`.
+    has no schedule), `skipped` and `skipped_in_a_row`; with a teacher `divergence`, the mean
+    KL(teacher || model) in nats per token.
 
     Args:
       config: the run.
@@ -162,36 +178,50 @@ def make_train_step(
     spike = config.training.skip_spikes
     rate = learning_rate(config.optimizer, config.training.num_steps)
 
-    def gradients(params: Any, batch: Batch, tokens: jax.Array) -> tuple[jax.Array, Any]:
-        def objective(params: Any) -> tuple[jax.Array, jax.Array]:
+    def gradients(params: Any, batch: Batch, tokens: jax.Array, taught: Any) -> tuple[Metrics, Any]:
+        def objective(params: Any) -> tuple[jax.Array, Metrics]:
             if loss is not None:
                 loss_BL = loss(skeleton.merge(params), batch)
                 mean = jnp.sum(jnp.where(batch["document_ids"] > 0, loss_BL, 0.0)) / tokens
-                return mean, mean
-            return training_loss(skeleton, params, batch, tokens, chunk=chunk, z_loss=z_loss)
+                return mean, {"loss": mean}
+            if teacher is not None:
+                whole = Teacher(
+                    skeleton=teacher, params=taught, weight=config.training.teacher_weight
+                )
+                value, (nll, divergence) = distillation_loss(
+                    skeleton, params, batch, tokens, whole, chunk=chunk, z_loss=z_loss
+                )
+                return value, {"loss": nll, "divergence": divergence}
+            value, nll = training_loss(skeleton, params, batch, tokens, chunk=chunk, z_loss=z_loss)
+            return value, {"loss": nll}
 
-        (_, nll), grads = jax.value_and_grad(objective, has_aux=True)(params)
-        return nll, grads
+        (_, means), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        return means, grads
 
-    def accumulated(params: Any, batch: Batch, tokens: jax.Array) -> tuple[jax.Array, Any]:
+    def accumulated(
+        params: Any, batch: Batch, tokens: jax.Array, taught: Any
+    ) -> tuple[Metrics, Any]:
         if parts == 1:
-            return gradients(params, batch, tokens)
+            return gradients(params, batch, tokens, taught)
         # Part i takes rows i, i + parts, ...: each device keeps its own rows.
         split = jax.tree.map(
             lambda a: a.reshape(a.shape[0] // parts, parts, *a.shape[1:]).swapaxes(0, 1), batch
         )
 
         def add(total: Any, part: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradients(params, part, tokens)), None
+            return jax.tree.map(jnp.add, total, gradients(params, part, tokens, taught)), None
 
-        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        names = ("loss",) if teacher is None else ("loss", "divergence")
+        zeros = ({name: jnp.zeros(()) for name in names}, jax.tree.map(jnp.zeros_like, params))
         return jax.lax.scan(add, zeros, split)[0]
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def train_step(
+        state: TrainState, batch: Batch, taught: Any = None
+    ) -> tuple[TrainState, Metrics]:
         tokens = jnp.sum(batch["document_ids"] > 0)
-        value, grads = accumulated(state.params, batch, jnp.maximum(tokens, 1))
+        means, grads = accumulated(state.params, batch, jnp.maximum(tokens, 1), taught)
         grad_norm = global_norm(grads)
-        good = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+        good = jnp.isfinite(means["loss"]) & jnp.isfinite(grad_norm)
         made = state.step - state.skipped
         if spike:
             # While the mean is young, steps differ too much to tell.
@@ -216,8 +246,7 @@ def make_train_step(
             skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
             typical_norm=keep(typical_norm, state.typical_norm),
         )
-        metrics = {
-            "loss": value,
+        metrics = means | {
             "grad_norm": grad_norm,
             "tokens": tokens,
             "skipped": state.skipped,
