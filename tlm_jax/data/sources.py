@@ -4,14 +4,16 @@ import abc
 import concurrent.futures
 import dataclasses
 import functools
+import glob
 import hashlib
+import itertools
 import json
 import lzma
 import math
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypedDict
 
 from tlm_jax.config import UserError
@@ -216,11 +218,8 @@ class FilesSource(Source):
 
     def content_identity(self) -> dict[str, Any]:
         """Like `identity`, of what the files say: reads all of them."""
-        hashes = {}
-        for file in self._files:
-            with file.path.open("rb") as content:
-                hashes[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
-        return hashes | {"validation_fraction": self._fraction}
+        found = hashes({file.name: file.path for file in self._files})
+        return found | {"validation_fraction": self._fraction}
 
     def units(self, size: int) -> list[Unit]:
         """Ranges of large files and groups of small ones, as [file, start, end]."""
@@ -278,11 +277,20 @@ class FilesSource(Source):
         return Document(place=place, split=split, text=piece.decode(), num_bytes=len(piece))
 
 
+def hashes(files: Mapping[str, pathlib.Path]) -> dict[str, Any]:
+    """SHA-256 of each file by name."""
+    found = {}
+    for name, path in files.items():
+        with path.open("rb") as content:
+            found[name] = hashlib.file_digest(content, "sha256").hexdigest()
+    return found
+
+
 def files_below(path: str, suffixes: tuple[str, ...], option: str) -> dict[str, pathlib.Path]:
     """A file, or those below a folder whose kind is one of `suffixes`, by name in order.
 
     Args:
-      path: the file or folder.
+      path: the file or folder; or a pattern of files, whose ** is any folders.
       suffixes: without those of compression.
       option: what to call the path in messages.
 
@@ -291,12 +299,24 @@ def files_below(path: str, suffixes: tuple[str, ...], option: str) -> dict[str, 
     """
     kinds = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}" if suffixes[1:] else suffixes[0]
     root = pathlib.Path(path).expanduser()
+    if not root.exists() and glob.has_magic(str(root)):
+        matches = [pathlib.Path(name) for name in glob.glob(str(root), recursive=True)]
+        above = pathlib.Path(
+            *itertools.takewhile(lambda part: not glob.has_magic(part), root.parts)
+        )
+        found = {
+            p.relative_to(above).as_posix(): p
+            for p in matches
+            if p.is_file() and streams.kind(p) in suffixes
+        }
+        if not found:
+            raise UserError(f"{option} {path} matches no text files ({kinds})")
+        return dict(sorted(found.items()))
     if not root.exists():
         raise UserError(f"{option} {path} does not exist")
     if root.is_file():
         if streams.kind(root) not in suffixes:
-            more = "; tlm prepare reads other kinds" if suffixes == TEXT_SUFFIXES else ""
-            raise UserError(f"{option} {path} is not a text file ({kinds}){more}")
+            raise UserError(f"{option} {path} is not a text file ({kinds})")
         return {root.name: root}
     found = {
         p.relative_to(root).as_posix(): p
