@@ -158,7 +158,8 @@ class DataConfig(Checked):
     """Text, tokenizer and batches."""
 
     path: str | None = None
-    """Text file, folder of them, or one of `tlm prepare`; None is the package's own prose."""
+    """Text, JSONL or Parquet: a file, a folder of one kind, or a quoted pattern ('a/*.jsonl'); or
+    a folder of `tlm prepare`. None is the package's own prose."""
     mixture: tuple[tuple[str, float], ...] = ()
     """Instead of a path: folders of `tlm prepare`, each with its share of the training rows."""
     tokenizer: str | None = None

@@ -263,8 +263,12 @@ class BucketPath(pathlib.PosixPath):
     def glob(self, pattern: str, **_: Any) -> Iterator["BucketPath"]:  # type: ignore[override]
         first, _slash, rest = pattern.partition("/")
         with contextlib.suppress(NotADirectoryError):
+            if first == "**":  # this folder, or any below
+                yield from self.glob(rest or "*")
             for one in self.iterdir():
-                if fnmatch.fnmatchcase(one.name, first):
+                if first == "**" and one.is_dir():
+                    yield from one.glob(pattern)
+                elif fnmatch.fnmatchcase(one.name, first):
                     yield from one.glob(rest) if rest else [one]
 
     def rglob(self, pattern: str, **_: Any) -> Iterator["BucketPath"]:  # type: ignore[override]

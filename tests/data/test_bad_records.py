@@ -98,7 +98,7 @@ def test_bad_rows_of_parquet(tmp_path: pathlib.Path, capsys: pytest.CaptureFixtu
     )
     assert prepare(source, tmp_path / "2", "--column", "n") == 1
     said = only_error(capsys.readouterr().err)
-    assert said == f"{source} has no text column 'n'; use --column with one of text"
+    assert said == f"{source} has no text column 'n'; tlm prepare --column can name one of text"
     content = source.read_bytes()
     source.write_bytes(content[:-10])
     assert prepare(source, tmp_path / "3") == 1
@@ -155,8 +155,9 @@ def test_sources_that_cannot_be_opened(
 
     assert fails(tmp_path / "gone") == f"source {tmp_path / 'gone'} does not exist"
     assert fails(both) == (
-        f"{both} has files of several kinds (.jsonl, .txt); prepare each kind separately, and mix "
-        "the results with data.mixture"
+        f"source {both} has files of several kinds (.jsonl, .txt); name one kind by a pattern such "
+        "as 'FOLDER/**/*.jsonl', or prepare each kind with tlm prepare and mix the results with "
+        "data.mixture"
     )
     assert fails("tfds:no_such_data_set").startswith("tfds:no_such_data_set cannot be opened: ")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -120,13 +120,13 @@ def check_error(path: pathlib.Path, message: str, cache: pathlib.Path) -> None:
 
 def test_bad_paths(tmp_path: pathlib.Path) -> None:
     cache = tmp_path / "cache"
-    gone, folder, data = tmp_path / "gone", tmp_path / "folder", tmp_path / "a.jsonl"
+    gone, folder, data = tmp_path / "gone", tmp_path / "folder", tmp_path / "a.csv"
     folder.mkdir()
     data.write_text("{}")
     check_error(gone, f"data.path {gone} does not exist", cache)
-    check_error(folder, f"data.path {folder} has no text files (.txt or .md)", cache)
-    more = "; tlm prepare reads other kinds"
-    check_error(data, f"data.path {data} is not a text file (.txt or .md)" + more, cache)
+    kinds = "(.txt, .md, .jsonl, .ndjson or .parquet)"
+    check_error(folder, f"data.path {folder} has no text files {kinds}", cache)
+    check_error(data, f"data.path {data} is not a text file {kinds}", cache)
 
 
 def test_empty_and_small_texts(tmp_path: pathlib.Path) -> None:

@@ -13,10 +13,11 @@ from tlm_jax.config import MeshConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
-    """Make a run folder of a Llama-like model from a Hugging Face folder or a GGUF file."""
+    """Make a run folder of a Llama-like model from Hugging Face or a GGUF file."""
 
-    model: pathlib.Path
-    """Folder with config.json and safetensors, or a GGUF file (it is dequantised)."""
+    model: str
+    """Folder with config.json and safetensors, a GGUF file (it is dequantised), or a name on the
+    hub, hf:ORG/NAME or hf:ORG/NAME@REVISION."""
     out: pathlib.Path
     """Run folder to make; evaluate it, continue a prompt with it, export it."""
     tokenizer: pathlib.Path | None = None
@@ -37,7 +38,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     )
     model, length = metadata["config"]["model"], metadata["config"]["data"]["seq_len"]
     output.console().print(
-        f"{command.out} holds {command.model.name}: {metadata['num_params']:,} "
+        f"{command.out} holds {metadata['source']['file']}: {metadata['num_params']:,} "
         f"parameters, {model['num_layers']} layers, d_model {model['d_model']}, vocabulary "
         f"{model['vocab_size']:,}, texts of up to {length:,} tokens\n"
         f"  evaluate: tlm eval --checkpoint {command.out}\n"

@@ -10,8 +10,8 @@ from typing import Any
 
 from tlm_jax.config import DataConfig, UserError
 from tlm_jax.data import prepare as prepare_lib
-from tlm_jax.data import processes, store
-from tlm_jax.data.sources import EmbeddedSource, FilesSource
+from tlm_jax.data import processes, records, store
+from tlm_jax.data.sources import EmbeddedSource, Source
 from tlm_jax.data.tokenizers import Tokenizer
 
 
@@ -32,12 +32,14 @@ def prepare_cached(config: DataConfig, tokenizer: Tokenizer) -> pathlib.Path:
     Raises:
       UserError: the cache folder cannot be written, or the source has a fault.
     """
-    source: EmbeddedSource | FilesSource
+    source: Source
     if config.path is None:
-        source, content = EmbeddedSource(), EmbeddedSource().identity
+        source = EmbeddedSource()
+        content = source.identity
     else:
-        source = FilesSource(config.path, config.validation_fraction)
-        content = source.content_identity()
+        rules = records.Rules(validation_fraction=config.validation_fraction)
+        source = files = records.open_files(config.path, rules, "data.path")
+        content = files.content_identity()
     job = prepare_lib.Job(source=source, tokenizer=config.tokenizer)
     root = cache_root(config.cache_dir)
     folder = root / _key(content, tokenizer)

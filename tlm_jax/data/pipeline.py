@@ -59,6 +59,13 @@ def open_dataset(config: DataConfig, vocab_size: int) -> "Dataset":
         folders = {storage.path(config.path).expanduser(): 1.0}
     else:
         folders = {cache.prepare_cached(config, tokenizer): 1.0}
+        statistics = store.open_manifest(next(iter(folders))).statistics
+        if empty := [split for split, found in statistics.items() if not found.num_documents]:
+            raise UserError(
+                f"data.path {config.path} has no {empty[0]} documents at "
+                f"validation_fraction={config.validation_fraction}, by which a hash of their text "
+                "chooses; use another --data.validation_fraction"
+            )
     parts = tuple(_open_part(folder, weight, tokenizer) for folder, weight in folders.items())
     return Dataset(config=config, tokenizer=tokenizer, parts=parts)
 

@@ -22,6 +22,7 @@ from tlm_jax.data.sources import (
     Unit,
     fault_in,
     files_below,
+    hashes,
 )
 
 LINES_SUFFIXES = (".jsonl", ".ndjson")
@@ -58,17 +59,34 @@ def open_source(name: str, rules: Rules) -> Source:
         return TFDSSource(rest, rules)
     if scheme == "hf":
         return HuggingFaceSource(rest, rules)
+    return open_files(name, rules, _SOURCE)
+
+
+def open_files(name: str, rules: Rules, option: str) -> "FilesSource | FileRecordSource":
+    """Text files, JSON lines or Parquet: a file, those below a folder, or those of a pattern.
+
+    Args:
+      name: the file, folder or pattern.
+      rules: how records become documents.
+      option: what to call the name in messages.
+
+    Raises:
+      UserError: nothing there, or files of several kinds.
+    """
     kinds = (*TEXT_SUFFIXES, *LINES_SUFFIXES, *PARQUET_SUFFIXES)
-    found = {streams.kind(file) for file in files_below(name, kinds, _SOURCE).values()}
+    found = {streams.kind(file) for file in files_below(name, kinds, option).values()}
     readers = {TEXT_SUFFIXES: None, LINES_SUFFIXES: LinesSource, PARQUET_SUFFIXES: ParquetSource}
     chosen = [suffixes for suffixes in readers if found & set(suffixes)]
     if len(chosen) > 1:
         raise UserError(
-            f"{name} has files of several kinds ({', '.join(sorted(found))}); prepare each kind "
-            "separately, and mix the results with data.mixture"
+            f"{option} {name} has files of several kinds ({', '.join(sorted(found))}); name one "
+            "kind by a pattern such as 'FOLDER/**/*.jsonl', or prepare each kind with tlm prepare "
+            "and mix the results with data.mixture"
         )
     reader = readers[chosen[0]]
-    return reader(name, rules) if reader else FilesSource(name, rules.validation_fraction, _SOURCE)
+    if reader is None:
+        return FilesSource(name, rules.validation_fraction, option)
+    return reader(name, rules, option)
 
 
 class RecordSource(Source):
@@ -113,13 +131,17 @@ class FileRecordSource(RecordSource):
 
     suffixes: tuple[str, ...]
 
-    def __init__(self, name: str, rules: Rules) -> None:
+    def __init__(self, name: str, rules: Rules, option: str = _SOURCE) -> None:
         super().__init__(name, rules)
-        self._files = list(files_below(name, self.suffixes, _SOURCE).items())
+        self._files = list(files_below(name, self.suffixes, option).items())
 
     @property
     def identity(self) -> dict[str, Any]:
         return {name: [f.stat().st_size, f.stat().st_mtime_ns] for name, f in self._files}
+
+    def content_identity(self) -> dict[str, Any]:
+        """Like `identity`, of what the files say: reads all of them."""
+        return hashes(dict(self._files)) | {"rules": dataclasses.asdict(self.rules)}
 
 
 class LinesSource(FileRecordSource):
@@ -247,8 +269,8 @@ class ParquetSource(FileRecordSource):
         ]
         if self.rules.column not in texts:
             raise UserError(
-                f"{file} has no text column {self.rules.column!r}; use --column with one of "
-                f"{', '.join(texts) or 'none'}"
+                f"{file} has no text column {self.rules.column!r}; tlm prepare --column can name "
+                f"one of {', '.join(texts) or 'none'}"
             )
         return reader
 

@@ -4,6 +4,7 @@ import abc
 import concurrent.futures
 import dataclasses
 import functools
+import glob
 import hashlib
 import json
 import lzma
@@ -11,7 +12,7 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypedDict
 
 from tlm_jax import storage
@@ -217,11 +218,8 @@ class FilesSource(Source):
 
     def content_identity(self) -> dict[str, Any]:
         """Like `identity`, of what the files say: reads all of them."""
-        hashes = {}
-        for file in self._files:
-            with file.path.open("rb") as content:
-                hashes[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
-        return hashes | {"validation_fraction": self._fraction}
+        found = hashes({file.name: file.path for file in self._files})
+        return found | {"validation_fraction": self._fraction}
 
     def units(self, size: int) -> list[Unit]:
         """Ranges of large files and groups of small ones, as [file, start, end]."""
@@ -279,11 +277,20 @@ class FilesSource(Source):
         return Document(place=place, split=split, text=piece.decode(), num_bytes=len(piece))
 
 
+def hashes(files: Mapping[str, pathlib.Path]) -> dict[str, Any]:
+    """SHA-256 of each file by name."""
+    found = {}
+    for name, path in files.items():
+        with path.open("rb") as content:
+            found[name] = hashlib.file_digest(content, "sha256").hexdigest()
+    return found
+
+
 def files_below(path: str, suffixes: tuple[str, ...], option: str) -> dict[str, pathlib.Path]:
     """A file, or those below a folder whose kind is one of `suffixes`, by name in order.
 
     Args:
-      path: the file or folder.
+      path: the file or folder; or a pattern of files, whose ** is any folders.
       suffixes: without those of compression.
       option: what to call the path in messages.
 
@@ -292,22 +299,25 @@ def files_below(path: str, suffixes: tuple[str, ...], option: str) -> dict[str, 
     """
     kinds = f"{', '.join(suffixes[:-1])} or {suffixes[-1]}" if suffixes[1:] else suffixes[0]
     root = storage.path(path).expanduser()
-    if not root.exists():
-        raise UserError(f"{option} {path} does not exist")
+    above, candidates, verb = root, root.rglob("*"), "has"
     if root.is_file():
         if streams.kind(root) not in suffixes:
-            more = "; tlm prepare reads other kinds" if suffixes == TEXT_SUFFIXES else ""
-            raise UserError(f"{option} {path} is not a text file ({kinds}){more}")
+            raise UserError(f"{option} {path} is not a text file ({kinds})")
         return {root.name: root}
+    if not root.exists():
+        if not glob.has_magic(str(root)):
+            raise UserError(f"{option} {path} does not exist")
+        above = next(p for p in root.parents if not glob.has_magic(str(p)))
+        candidates, verb = above.glob(root.relative_to(above).as_posix()), "matches"
     found = {
-        p.relative_to(root).as_posix(): p
-        for p in root.rglob("*")
+        p.relative_to(above).as_posix(): p
+        for p in candidates
         if streams.kind(p) in suffixes
         and p.is_file()
-        and not any(part.startswith(".") for part in p.relative_to(root).parts)
+        and not any(part.startswith(".") for part in p.relative_to(above).parts)
     }
     if not found:
-        raise UserError(f"{option} {path} has no text files ({kinds})")
+        raise UserError(f"{option} {path} {verb} no text files ({kinds})")
     return dict(sorted(found.items()))
 
 

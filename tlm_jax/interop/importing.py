@@ -16,6 +16,7 @@ from tlm_jax.interop import (
     digests,
     families,
     gguf_tokenizer,
+    hub,
     llama,
     own_exports,
     parameters,
@@ -34,7 +35,7 @@ _BATCH_TOKENS = 8192
 
 
 def import_model(
-    model: pathlib.Path, out: pathlib.Path, tokenizer: pathlib.Path | None, mesh: Mesh
+    model: pathlib.Path | str, out: pathlib.Path, tokenizer: pathlib.Path | None, mesh: Mesh
 ) -> dict[str, Any]:
     """Writes a run folder from a model, all or nothing; returns the metadata saved with it.
 
@@ -42,7 +43,7 @@ def import_model(
     left as it is.
 
     Args:
-      model: a Hugging Face folder, or a GGUF file.
+      model: a Hugging Face folder, a GGUF file, or hf:ORG/NAME (see `hub.fetch`).
       out: the run folder; it may be there if it is empty.
       tokenizer: a tokenizer.json or .model to use in place of the model's own.
       mesh: where the parameters lie while they are written.
@@ -50,7 +51,11 @@ def import_model(
     Raises:
       UserError: the model cannot be imported exactly, or `out` is not empty.
     """
-    opened = _open(model)
+    named = None
+    if str(model).startswith(hub.PREFIX):
+        model, named = hub.fetch(str(model))
+    model = pathlib.Path(model)
+    opened = _open(model, named)
     structure = skeleton(opened.run.model)
     parameters.check(structure, opened.source, native=opened.native, spell=opened.spell)
     found = _find_tokenizer(opened, model, tokenizer)
@@ -142,7 +147,13 @@ class _Opened:
     """Names of the tensors, if not `native`."""
 
 
-def _open(model: pathlib.Path) -> _Opened:
+def _open(model: pathlib.Path, named: str | None) -> _Opened:
+    """Opens a model.
+
+    Args:
+      model: its folder or file.
+      named: what it is called elsewhere, ORG/NAME@COMMIT.
+    """
     source: SafetensorsFolder | GgufFile
     if model.is_dir():
         values = read_config(model)
@@ -153,13 +164,14 @@ def _open(model: pathlib.Path) -> _Opened:
     else:
         raise UserError(f"{model} does not exist; give a Hugging Face folder or a GGUF file")
     parameters.check_sizes(values, source)
+    called = named or model.name
     if own_exports.KEY not in values:
         return _Opened(
-            run=_run_config(families.model_config(values, source.where), values, model),
+            run=_run_config(families.model_config(values, source.where), values, model, named),
             source=source,
             native=False,
             data_layout={},
-            provenance={"file": model.name, "config": values},
+            provenance={"file": called, "config": values},
             files=source.files,
             values=values,
         )
@@ -171,7 +183,7 @@ def _open(model: pathlib.Path) -> _Opened:
         else own_exports.Trimmed(source, ours.run.model.mlp_widths),
         native=ours.native,
         data_layout=ours.data_layout,
-        provenance=ours.source or {"file": model.name, "config": {}},
+        provenance=ours.source or {"file": called, "config": {}},
         files=source.files,
         values=values,
         special_tokens=ours.special_tokens,
@@ -232,13 +244,18 @@ def _special_tokens(
     return {"document_prefix": list(found.prefix)}, special
 
 
-def _run_config(config: ModelConfig, values: dict[str, Any], model: pathlib.Path) -> RunConfig:
+def _run_config(
+    config: ModelConfig, values: dict[str, Any], model: pathlib.Path, named: str | None
+) -> RunConfig:
     """A run of this model: for evaluation, on sequences as long as it knows."""
+    name = model.stem if model.suffix == ".gguf" else model.resolve().name
+    if named is not None:
+        name = named.partition("@")[0].rpartition("/")[2]
     seq_len = families.max_positions(values, str(model))
     most = min(TrainingConfig().loss_chunk, seq_len)
     chunk = next(n for n in range(most, 0, -1) if seq_len % n == 0)
     return RunConfig(
-        name=model.stem if model.suffix == ".gguf" else model.resolve().name,
+        name=name,
         model=config,
         data=DataConfig(seq_len=seq_len, batch_size=max(1, _BATCH_TOKENS // seq_len)),
         training=TrainingConfig(loss_chunk=chunk),
