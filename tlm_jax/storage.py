@@ -268,7 +268,7 @@ class BucketPath(pathlib.PosixPath):
             for one in self.iterdir():
                 if first == "**" and one.is_dir():
                     yield from one.glob(pattern)
-                elif fnmatch.fnmatchcase(one.name, first):
+                elif first != "**" and fnmatch.fnmatchcase(one.name, first):
                     yield from one.glob(rest) if rest else [one]
 
     def rglob(self, pattern: str, **_: Any) -> Iterator["BucketPath"]:  # type: ignore[override]
