@@ -235,7 +235,7 @@ def test_what_no_code_for_transformers_computes(
     from tlm_jax.interop import tapered
 
     own = dataclasses.replace(TAPERED, mixer=OwnConfig(slope=2.0))
-    assert tapered.why_not(own) == "attention, 4 heads of 8"
+    assert tapered.why_not(own) == own.mixer.describe(32)
     with monkeypatch.context() as patch:  # a field that a kind of attention gains later
         patch.setattr(tapered, "_MIXERS", (OwnConfig,))
         assert tapered.why_not(own) == "mixer.slope=2.0"
@@ -244,7 +244,7 @@ def test_what_no_code_for_transformers_computes(
     words = ["export", "--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
     assert cli.main([*words, "--format", "compact"]) == 1
     error = only_error(capsys.readouterr().err)
-    assert "--format compact cannot express attention, 4 heads of 8" in error
+    assert "--format compact cannot express attention, 4 heads (2 key/value) of 8" in error
     assert error.endswith("use --format native")
     assert exporting.export_model(tmp_path / "run", tmp_path / "out") == "native"
 

@@ -75,6 +75,15 @@ def _remote_code_in_a_folder_of_its_own(tmp_path_factory: pytest.TempPathFactory
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Any:
+    """Operations are tiny; threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @dataclasses.dataclass(frozen=True)
 class Exported:
     """A model on both sides."""

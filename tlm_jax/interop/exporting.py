@@ -164,8 +164,8 @@ def _checked_format(config: RunConfig, form: Format | None) -> Format:
         return next(f for f in ("llama", "compact", "native") if reasons[f] is None)
     if reason := reasons[form]:
         *works, last = (name for name, problem in reasons.items() if problem is None)
-        works = f"{', '.join(works)} or {last}" if works else last
-        raise UserError(f"--format {form} cannot express {reason}; use --format {works}")
+        use = f"{', '.join(works)} or {last}" if works else last
+        raise UserError(f"--format {form} cannot express {reason}; use --format {use}")
     return form
 
 

@@ -39,5 +39,6 @@ class TaperedConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.max_position_embeddings = max_position_embeddings
         self.use_cache = use_cache
+        kwargs["tie_word_embeddings"] = tie_word_embeddings
         kwargs.pop("num_hidden_layers", None)
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(**kwargs)

@@ -32,7 +32,12 @@ class TaperedCache(Cache):
 
     def __init__(self, num_layers: int) -> None:
         super().__init__(layers=[])
-        self.states: list[State] = [{} for _ in range(num_layers)]
+        self.num_layers = num_layers
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.states: list[State] = [{} for _ in range(self.num_layers)]
         self.online: State = {}
         """Of updates inside the text."""
         self.columns = 0
@@ -54,15 +59,13 @@ class TaperedCache(Cache):
         """Takes the given rows (beam search)."""
         self.change(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
-    batch_select_indices = reorder_cache
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Takes the given rows."""
+        self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row."""
         self.change(lambda x: x.repeat_interleave(repeats, dim=0))
-
-    def reset(self) -> None:
-        """Forgets everything."""
-        self.__init__(len(self.states))
 
     def crop(self, *_: Any) -> None:
         """A memory cannot go back."""
@@ -93,7 +96,7 @@ class TaperedForCausalLM(PreTrainedModel, GenerationMixin):
     """Embedding, blocks, norm and head."""
 
     config_class = TaperedConfig
-    _no_split_modules = ("Block",)
+    _no_split_modules = ["Block"]  # noqa: RUF012
     _is_stateful = True  # no candidates of an assistant can be taken back
     _supports_sdpa = True
 
@@ -156,6 +159,8 @@ class TaperedForCausalLM(PreTrainedModel, GenerationMixin):
           logits_to_keep: of the last tokens alone; 0 is all.
         """
         given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None:
+            raise ValueError("forward needs input_ids")
         cache = past_key_values if cache is None else cache
         keeps = cache is not None or (self.config.use_cache if use_cache is None else use_cache)
         if cache is None:
@@ -164,8 +169,7 @@ class TaperedForCausalLM(PreTrainedModel, GenerationMixin):
         tokens = self.place(given, attention_mask, cache)
         if online := self.config.online:
             if not cache.online:
-                mlps = [layer.mlp for layer in self.layers]
-                cache.online = start(mlps, online["chunks"], len(given))
+                cache.online = start(self.layers, online["chunks"], len(given))
             logits_BLV = advance(
                 self.run, given, tokens, before, cache.states, cache.online, **online
             )[:, -logits_to_keep:]
@@ -175,7 +179,7 @@ class TaperedForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits_BLV, labels, vocab_size=self.config.vocab_size)
-        found = {CACHE: cache} if keeps else {}
+        found: dict[str, Any] = {CACHE: cache} if keeps else {}
         return CausalLMOutputWithPast(loss=loss, logits=logits_BLV, **found)
 
     def run(

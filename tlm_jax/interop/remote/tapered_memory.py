@@ -86,8 +86,10 @@ class Gates:
     """(B, L), False at padding."""
 
     def __getitem__(self, columns: slice) -> "Gates":
-        parts = (getattr(self, field.name) for field in dataclasses.fields(self))
-        return Gates(*(None if x is None else x[:, columns] for x in parts))
+        keep, momentum = (
+            None if x is None else x[:, columns] for x in (self.log_keep, self.log_momentum)
+        )
+        return Gates(keep, momentum, self.rate[:, columns], self.real[:, columns])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,8 +219,8 @@ class Learner(nn.Module):
                 fresh, rows_B = self.start(len(q)), restarts_BL[:, piece.start]
                 state |= {name: where(rows_B, fresh[name], state[name]) for name in state}
             state["start"] = where(begins_BL[:, piece.start], state["now"], state["start"])
-            part = (x[:, :, piece] for x in (q, k, v))
-            out.append(self.piece(*part, gates[piece], state))
+            part_q, part_k, part_v = (x[:, :, piece] for x in (q, k, v))
+            out.append(self.piece(part_q, part_k, part_v, gates[piece], state))
         return torch.cat(out, 2).transpose(1, 2).to(q_BLHK.dtype)
 
     def piece(self, q: Tensor, k: Tensor, v: Tensor, gates: Gates, state: State) -> Tensor:
@@ -230,10 +232,8 @@ class Learner(nn.Module):
         c = coefficients(gates, last=self.reads_start)
         mix, step_mix = c.mix, c.step_mix
         if self.clip is not None:  # n -> n / sqrt(1 + (n / clip)^2), n the norm of a gradient
-            squares = sum(
-                x.square().sum(-1) * y.square().sum(-1) for x, y in zip(a, g, strict=True)
-            )
-            shrink_BHC = torch.rsqrt(1.0 + squares / self.clip**2)
+            squares = [x.square().sum(-1) * y.square().sum(-1) for x, y in zip(a, g, strict=True)]
+            shrink_BHC = torch.rsqrt(1.0 + torch.stack(squares).sum(0) / self.clip**2)
             mix = mix * shrink_BHC[..., None, :]
             step_mix = None if step_mix is None else step_mix * shrink_BHC[..., None]
 
@@ -251,7 +251,7 @@ class Learner(nn.Module):
         factors = list(zip(a, g, strict=True))
         learned = [(mix[..., -1, :, None] * x).transpose(-1, -2) @ y for x, y in factors]
         new = [c.keep[..., -1:, :] * w + dw for w, dw in zip(now, learned, strict=True)]
-        if c.carry is not None:
+        if c.carry is not None and step_mix is not None:
             new = [w + c.carry[..., -1:, :] * s for w, s in zip(new, state["step"], strict=True)]
             learned = [(step_mix * x).transpose(-1, -2) @ y for x, y in factors]
             state["step"] = [
@@ -307,7 +307,8 @@ class Memory(Learner):
             before = torch.zeros_like(y_BL3HK[:, :1]).expand(-1, W - 1, -1, -1, -1)
         x = torch.cat([before, y_BL3HK], 1)
         state[tail] = x[:, L:]
-        return sum(filters_W3HK[w] * x[:, W - 1 - w :][:, :L] for w in range(W))
+        parts = [filters_W3HK[w] * x[:, W - 1 - w :][:, :L] for w in range(W)]
+        return torch.stack(parts).sum(0)
 
 
 def unit(x: Tensor) -> Tensor:

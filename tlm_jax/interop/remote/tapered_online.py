@@ -33,7 +33,7 @@ def changed(level: nn.Module, x_BLD: Tensor, changes: dict[str, Tensor]) -> Tens
     return torch.func.vmap(lambda w, x: torch.func.functional_call(level, w, (x,)))(weights, x_BLD)
 
 
-def start(mlps: list[nn.ModuleList], chunks: list[int], batch: int) -> State:
+def start(layers: Any, chunks: list[int], batch: int) -> State:
     """What a cache holds of the updates before the first token."""
 
     def none() -> list[Changes]:
@@ -41,12 +41,12 @@ def start(mlps: list[nn.ModuleList], chunks: list[int], batch: int) -> State:
             {
                 str(index): {
                     name: p.detach().new_zeros(batch, *p.shape)
-                    for name, p in levels[index].named_parameters()
+                    for name, p in layer.mlp[index].named_parameters()
                 }
                 for index, chunk in enumerate(chunks)
                 if chunk
             }
-            for levels in mlps
+            for layer in layers
         ]
 
     return {"used": none(), "ahead": none()}

@@ -108,12 +108,14 @@ class Titans(nn.Module):
         """Mixes the tokens; the state then holds them too."""
         if not state:
             state |= {"memory": {}, "local": [{} for _ in self.local], "window": {}}
-        qkv = self.memory.project(x_BLD, tokens, state, "tail")
-        learners = [(self.memory, state["memory"])]
-        learners += zip(self.local, state["local"], strict=True)
-        y_BLHK = sum(m.learn(*qkv, m.gate(x_BLD, tokens), tokens, s) for m, s in learners)
-        y_BLHK = self.memory_norm(y_BLHK)
-        if self.attention is not None:
+        q, k, v = self.memory.project(x_BLD, tokens, state, "tail")
+        learners: list[Any] = [self.memory, *self.local]
+        reads = [
+            learner.learn(q, k, v, learner.gate(x_BLD, tokens), tokens, its)
+            for learner, its in zip(learners, [state["memory"], *state["local"]], strict=True)
+        ]
+        y_BLHK = self.memory_norm(torch.stack(reads).sum(0))
+        if self.attention is not None and self.attention_norm is not None:
             mal = self.variant == "mal"
             inputs = y_BLHK.flatten(2) if mal else x_BLD
             a_BLHK = self.attention(inputs, tokens, self.window, state["window"])
@@ -159,10 +161,10 @@ class MemoryAsContext(nn.Module):
             state |= {"memory": memory, "retrieved": memory["now"], "kept": {}, "kept_h": {}}
         (ask_BLHK,) = self.memory.project(x_BLD, tokens, state, "ask_tail", first=1)
         qkv = self.attention.project(x_BLD, tokens)
-        out = [
-            self.piece(*(x[:, piece] for x in (ask_BLHK, *qkv)), tokens[piece], state)
-            for piece in tokens.pieces(self.window)
-        ]
+        out = []
+        for piece in tokens.pieces(self.window):
+            ask, q, k, v = (x[:, piece] for x in (ask_BLHK, *qkv))
+            out.append(self.piece(ask, q, k, v, tokens[piece], state))
         return self.output(torch.cat(out, 1), x_BLD)
 
     def piece(
@@ -184,9 +186,9 @@ class MemoryAsContext(nn.Module):
         forget(state["kept_h"], self.window)
 
         y_BLD = self.attention_out(a_BLHK.flatten(2))
-        qkv = self.memory.project(y_BLD, tokens, state, "tail")
+        q, k, v = self.memory.project(y_BLD, tokens, state, "tail")
         gates = self.memory.gate(y_BLD, tokens)
-        m_BLHK = self.memory.learn(*qkv, gates, tokens, state["memory"])
+        m_BLHK = self.memory.learn(q, k, v, gates, tokens, state["memory"])
         return self.attention_norm(a_BLHK) * self.memory_norm(m_BLHK).sigmoid()
 
 
