@@ -227,6 +227,8 @@ class TrainingConfig(Checked):
     """Steps between evaluations (also at the end); 0 is only at the end."""
     eval_batches: Count | None = _may_change(None)
     """Validation batches while training, spread evenly; None is all, as at the end."""
+    tracker: Literal["wandb", "trackio"] | None = _may_change(None)
+    """Experiment tracker that gets the records of metrics.jsonl too, in the background."""
     suites: tuple[str, ...] = _may_change(())
     """Suites and tasks (see tlm eval --help) evaluated while training, such as lambada piqa."""
     suites_every: NaturalNumber = _may_change(1000)

@@ -27,7 +27,7 @@ from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed.sharding import to_devices
 from tlm_jax.models import skeleton
 from tlm_jax.models.settings import attention_kernel, compute_dtype
-from tlm_jax.training import checkpoint, distillation, faults, metrics, step, warm_start
+from tlm_jax.training import checkpoint, distillation, faults, metrics, step, tracker, warm_start
 from tlm_jax.training.allocator import release_freed_memory
 from tlm_jax.training.evaluations import Evaluations
 from tlm_jax.training.profiling import Profiler, ProfileSpan
@@ -89,6 +89,7 @@ class Trainer:
         self.began = time.perf_counter()
         agreement.require_equal("config", self._facts())  # before anything that could hang
         self.is_main = jax.process_index() == 0
+        tracker.check(config.training.tracker)
         costs.assert_matched(config.model)
         self.mesh = mesh_lib.make_mesh(config)
         faults.make_writable(workdir)
@@ -173,7 +174,13 @@ class Trainer:
         self._write_config()
         train_step = self._compile_train_step() if start < training.num_steps else None
         self.evaluations.prepare(start, self.shapes.params)
-        writer = metrics.MetricsWriter(self.workdir, self.console, enabled=self.is_main)
+        name = training.tracker if self.is_main else None
+        writer = metrics.MetricsWriter(
+            self.workdir,
+            self.console,
+            enabled=self.is_main,
+            tracker=tracker.Tracker(name, self.config, self.console) if name else None,
+        )
         log = metrics.TrainLog(
             self.config,
             self.workdir,

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: a progress bar, JSON lines and TensorBoard.
+"""Where a run's numbers go: a progress bar, JSON lines, TensorBoard and perhaps a tracker.
 
 Only process 0 writes, and a logger that fails never stops a run.
 """
@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tlm_jax import bucket_files, costs, files, storage
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.models.settings import compute_dtype
+from tlm_jax.training.tracker import Tracker
 
 Hook = Callable[[int, dict[str, Any]], None]
 METRICS_FILE = "metrics.jsonl"
@@ -46,13 +47,21 @@ def _unused(*modules: str) -> Iterator[None]:
 
 
 class MetricsWriter:
-    """Appends records to `metrics.jsonl` and to TensorBoard.
+    """Appends records to `metrics.jsonl`, to TensorBoard and to a tracker, if there is one.
 
     A record has `kind` (train, eval or suites), `step`, numbers, and a checksum over all these
     (`files.sealed`). A run that was killed and resumed can repeat steps: the later line counts.
     """
 
-    def __init__(self, workdir: pathlib.Path, console: Console, *, enabled: bool = True) -> None:
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        console: Console,
+        *,
+        enabled: bool = True,
+        tracker: Tracker | None = None,
+    ) -> None:
+        self._tracker = tracker
         self._console = console
         self._enabled = enabled
         self._warned = False
@@ -79,6 +88,8 @@ class MetricsWriter:
         if not self._enabled:
             return
         record = {"kind": kind, "step": step} | values
+        if self._tracker is not None:
+            self._tracker.log(kind, step, values)
         try:
             self._log.write(json.dumps(files.sealed(record)).encode() + b"\n")
             if kind != "train":
@@ -107,9 +118,11 @@ class MetricsWriter:
             self._log.flush(_STORE_SECONDS)
 
     def close(self) -> None:
-        """Flushes TensorBoard."""
+        """Flushes TensorBoard and lets the tracker finish."""
         if self._enabled:
             self._log.close()
+        if self._tracker is not None:
+            self._tracker.close()
         try:
             if self._tensorboard is not None:
                 self._tensorboard.close()
