@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from tlm_jax import files
+from tlm_jax import files, storage
 from tlm_jax.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, UserError
 from tlm_jax.data import Tokenizer, load_tokenizer
 from tlm_jax.data.tokenizers import file_fingerprint
@@ -41,6 +41,13 @@ def import_model(
     Raises:
       UserError: the model cannot be imported exactly, or `out` is not empty.
     """
+    with storage.local(model) as here:
+        return _import(here, out, tokenizer, mesh)
+
+
+def _import(
+    model: pathlib.Path, out: pathlib.Path, tokenizer: pathlib.Path | None, mesh: Mesh
+) -> dict[str, Any]:
     opened = _open(model)
     structure = skeleton(opened.run.model)
     parameters.check(structure, opened.source, native=opened.native)
@@ -108,6 +115,8 @@ def _fill(
         metadata |= special | {"source": opened.provenance}
         with checkpoint.Checkpoints(part / CHECKPOINTS) as checkpoints:
             checkpoints.save_params(0, params, metadata)
+    if storage.in_bucket(out):
+        checkpoint.mark_complete(part / CHECKPOINTS / "0")
     files.write_json(part / "config.json", metadata)
     return metadata
 

@@ -348,6 +348,12 @@ class Checkpoints:
                 raise
 
 
+def mark_complete(step: pathlib.Path) -> None:
+    """Makes a complete checkpoint on this machine one that is complete in a bucket, once copied."""
+    for folder in (*(entry for entry in step.iterdir() if entry.is_dir()), step):
+        (folder / storage.COMMIT).write_text(f"written by tlm-jax {tlm_jax.__version__}\n")
+
+
 def _entries(folder: pathlib.Path) -> list[pathlib.Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
