@@ -29,7 +29,7 @@ def get_sweep():
 @pytest.mark.parametrize("form", ["native", "gguf"])
 def test_exported_and_imported(
     form: exporting.Format,
-    bucket_run: pathlib.Path,
+    gs_run: pathlib.Path,
     finished_run: pathlib.Path,
     gcs: Server,
     tmp_path: pathlib.Path,
@@ -37,31 +37,29 @@ def test_exported_and_imported(
     """The export is to the byte that of a local run, and its import has the same parameters."""
     out = storage.path(f"gs://bucket/exports/{form}")
     words = ["--format", form]
-    assert cli.main(["export", "--checkpoint", str(bucket_run), "--out", str(out), *words]) == 0
+    assert cli.main(["export", "--checkpoint", str(gs_run), "--out", str(out), *words]) == 0
     here = tmp_path / "export"
     exporting.export_model(finished_run, here, form=form)
     storage.download(out, tmp_path / "copy")
     names = ("README.md",)  # it names the run folder
     assert contents(tmp_path / "copy", but=names) == contents(here, but=names)
     old = dict(gcs.buckets["bucket"])
-    assert cli.main(["export", "--checkpoint", str(bucket_run), "--out", str(out), *words]) == 0
+    assert cli.main(["export", "--checkpoint", str(gs_run), "--out", str(out), *words]) == 0
     assert gcs.buckets["bucket"] == old  # made before
     if form == "native":
         imported = storage.path("gs://bucket/imported")
         assert cli.main(["import", "--model", str(out), "--out", str(imported)]) == 0
         step, metadata = restore.saved_metadata(imported, None)
         assert step == 0
-        _, trained = restore.saved_metadata(bucket_run, None)
+        _, trained = restore.saved_metadata(gs_run, None)
         assert checkpoint.params_id(metadata) == checkpoint.params_id(trained)
         assert cli.main(["verify", str(imported)]) == 0
         assert cli.main(["import", "--model", str(out), "--out", str(imported)]) == 0  # made before
 
 
-def test_an_interrupted_copy_is_no_model(
-    bucket_run: pathlib.Path, gcs: Server, fails: Fails
-) -> None:
+def test_an_interrupted_copy_is_no_model(gs_run: pathlib.Path, gcs: Server, fails: Fails) -> None:
     out = storage.path("gs://bucket/exports/cut")
-    words = ("export", "--checkpoint", bucket_run, "--out", out, "--format", "native")
+    words = ("export", "--checkpoint", gs_run, "--out", out, "--format", "native")
     gcs.fault = lambda method, path: 403 if method == "POST" and _tensors(gcs) else None
     assert "permission denied" in fails(*words)
     assert _tensors(gcs)

@@ -16,7 +16,7 @@ from tlm_jax.interop import digests, gguf_tokenizer, llama, own_exports, paramet
 from tlm_jax.interop.gguf_file import GgufFile
 from tlm_jax.interop.tensors import SafetensorsFolder, TensorSource
 from tlm_jax.models import Skeleton, skeleton
-from tlm_jax.training import checkpoint
+from tlm_jax.training import bucket_checkpoints, checkpoint
 from tlm_jax.training.checkpoint import CHECKPOINTS
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -116,7 +116,7 @@ def _fill(
         with checkpoint.Checkpoints(part / CHECKPOINTS) as checkpoints:
             checkpoints.save_params(0, params, metadata)
     if storage.in_bucket(out):
-        checkpoint.mark_complete(part / CHECKPOINTS / "0")
+        bucket_checkpoints.mark_complete(part / CHECKPOINTS / "0")
     files.write_json(part / "config.json", metadata)
     return metadata
 
