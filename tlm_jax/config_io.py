@@ -18,7 +18,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tlm_jax import files, mixer_costs
+from tlm_jax import files, mixer_costs, storage
 from tlm_jax.config import ModelConfig, RunConfig, UserError
 from tlm_jax.mixers import MixerConfig
 from tlm_jax.mlp import MLPConfig
@@ -47,7 +47,7 @@ def load_config(path: str | pathlib.Path) -> RunConfig:
     Raises:
       UserError: the file is missing, fails, or has no `get_config`.
     """
-    path = pathlib.Path(path)
+    path = storage.path(path)
     if path.suffix != ".json":
         return load(path, CONFIG_FUNCTION, RunConfig)
     values = files.read_json(path)
@@ -69,7 +69,9 @@ def load(
       UserError: the file is missing, fails, or returns something else.
     """
     file, _, argument = str(path).partition(".py:")
-    path = pathlib.Path(f"{file}.py" if argument else path)
+    path = storage.path(f"{file}.py" if argument else path)
+    if storage.in_bucket(path):
+        raise UserError(f"config {path} is code, which must be on this machine; copy it")
     name, _, word = str(path).partition(":")
     if name.isidentifier():
         path, argument = shipped / f"{name}.py", word

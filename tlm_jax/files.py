@@ -28,6 +28,7 @@ MARK = "written by tlm-jax"
 _PART = ".part"
 _LAST = (storage.COMMIT, "config.json")
 """Files without which a checkpoint, a run folder or a model's folder is none."""
+_UNFINISHED = ".unfinished"
 _SHOWN = 8
 _HEAD = 4096
 _SEALED = re.compile(rb'"checksum": "[0-9a-f]{16}"\s*\}\s*$')
@@ -218,17 +219,22 @@ def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """A folder to fill, which becomes `path` when the block ends without an error.
 
     A kill leaves only a hidden folder beside `path`, which the next call removes. For a bucket it
-    is filled on this machine and then copied, `_LAST` after all others.
+    is filled on this machine and then copied, `_LAST` after all others; a file in it says that
+    this is not finished, and then the next call removes it.
 
     Raises:
       UserError: something other than an empty folder is at `path`, or it cannot be replaced.
     """
+    if storage.in_bucket(path) and (path / _UNFINISHED).exists():
+        storage.remove_tree(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} is not an empty folder; choose another --out")
     if storage.in_bucket(path):
         with tempfile.TemporaryDirectory(prefix="tlm-") as name:
             yield pathlib.Path(name)
+            (path / _UNFINISHED).write_text(f"{MARK}; a copy is under way, or was interrupted\n")
             storage.upload(pathlib.Path(name), path, last=_LAST)
+            (path / _UNFINISHED).unlink()
         return
     path = path.resolve()
     if path.is_mount():

@@ -378,14 +378,15 @@ def upload(source: pathlib.Path, target: pathlib.Path, *, last: Sequence[str] = 
     Args:
       source: on this machine.
       target: in a bucket.
-      last: names of files that make the folder valid: they come last, in this order.
+      last: names of files that make a folder valid: they come last, in this order, and those of
+        folders inside first.
     """
     assert isinstance(target, BucketPath)
     if source.is_file():
         tried(target, lambda: target.fs.put_file(str(source), target.place), writes=True)
         return
     found = [f for f in sorted(source.rglob("*")) if f.is_file()]
-    found.sort(key=lambda f: last.index(f.name) + 1 if f.name in last else 0)
+    found.sort(key=lambda f: (last.index(f.name) if f.name in last else -1, -len(f.parts)))
     ready = [f for f in found if f.name not in last]
     for group in ([ready] if ready else []) + [[f] for f in found if f.name in last]:
         to = [(target / f.relative_to(source)).place for f in group]

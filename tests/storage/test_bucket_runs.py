@@ -8,6 +8,7 @@ from gcs_server import Server
 from helpers import NUM_STEPS, Fails
 
 from tlm_jax import bucket_files, cli, files, storage
+from tlm_jax.config import UserError
 from tlm_jax.training import checkpoint, damage
 
 
@@ -22,6 +23,10 @@ def _checksums(folder: pathlib.Path, step: int) -> dict[str, str]:
         return found.metadata(step)[checkpoint.CHECKSUMS]
 
 
+BOTH = pytest.mark.parametrize("bucket_run", ["gs_run", "s3_run"], indirect=True)
+
+
+@BOTH
 def test_killed_and_resumed_equals_a_local_run(
     bucket_run: pathlib.Path, finished_run: pathlib.Path
 ) -> None:
@@ -37,6 +42,7 @@ def test_killed_and_resumed_equals_a_local_run(
     assert (bucket_run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@BOTH
 def test_a_run_in_a_bucket_is_read(
     bucket_run: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,7 +60,7 @@ def test_a_run_in_a_bucket_is_read(
 
 
 def test_damage_in_a_bucket_is_found_and_set_aside(
-    bucket_run: pathlib.Path, gcs: Server, fails: Fails
+    gs_run: pathlib.Path, gcs: Server, fails: Fails
 ) -> None:
     copy = storage.path("gs://other/damaged")
     for name in gcs.names("runs/killed/checkpoints"):
@@ -73,7 +79,7 @@ def test_damage_in_a_bucket_is_found_and_set_aside(
 
 
 def test_what_keeps_a_run_from_its_bucket_is_one_line(
-    gcs: Server, bucket_run: pathlib.Path, config_file: pathlib.Path, fails: Fails
+    gcs: Server, gs_run: pathlib.Path, config_file: pathlib.Path, fails: Fails
 ) -> None:
     def train(folder: str) -> str:
         return fails("train", "--config", config_file, "--workdir", folder)
@@ -85,13 +91,40 @@ def test_what_keeps_a_run_from_its_bucket_is_one_line(
     )
     gcs.fault = lambda method, path: None
     assert "is not a run folder" in fails("eval", "--checkpoint", "gs://bucket/nothing")
-    with bucket_files.lease(bucket_run / ".lock"):
-        assert "is in use: process" in train(str(bucket_run))
+    with bucket_files.lease(gs_run / ".lock"):
+        assert "is in use: process" in train(str(gs_run))
 
 
-def test_faults_of_the_network_are_no_damage(gcs: Server, bucket_run: pathlib.Path) -> None:
-    with checkpoint.Checkpoints(bucket_run / "checkpoints", read_only=True) as found:
+def test_faults_of_the_network_are_no_damage(gcs: Server, gs_run: pathlib.Path) -> None:
+    with checkpoint.Checkpoints(gs_run / "checkpoints", read_only=True) as found:
         gcs.fault = lambda method, path: 403 if "/state/" in path else None
-        with pytest.raises(checkpoint.UserError) as caught:
+        with pytest.raises(UserError) as caught:
             found.restore_part(NUM_STEPS, {"params": None})
         assert not isinstance(caught.value, damage.DamagedCheckpointError), caught.value
+
+
+def test_checkpoints_on_s3_are_kept_as_elsewhere(
+    s3: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted uploads are no checkpoints; old ones are removed; several processes refused."""
+    import jax.numpy as jnp
+
+    folder = s3 / "kept"
+    params = {"w": jnp.arange(5.0)}
+    (folder / "3/state/_METADATA").write_text("{}")
+    with checkpoint.Checkpoints(folder, keep_last=1, keep_every=4) as found:
+        assert found.unfinished == [3]
+        for step in (4, 5, 6):
+            found.save_params(step, params, {"data_layout": {}})
+        assert found.steps == [4, 6]
+    assert sorted(p.name for p in folder.iterdir()) == ["4", "6"]
+    with checkpoint.Checkpoints(folder, read_only=True) as found:
+        assert found.restore_params(4, params)["w"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+        (folder / "6/checksums/checksums.json").unlink()
+        with pytest.raises(damage.DamagedCheckpointError, match="use --step 4"):
+            found.restore_params(6, params)
+        assert found.set_aside(6) == s3 / "damaged/6"
+        assert found.steps == [4]
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    with pytest.raises(UserError, match="saved by one process only"):
+        checkpoint.Checkpoints(folder)

@@ -13,13 +13,14 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 
-from tlm_jax import cluster, config_io, files
+from tlm_jax import cluster, config_io, files, storage
 from tlm_jax.config import RUN_AGAIN, RunConfig, UserError
 
 LOG = "log.txt"
@@ -185,7 +186,7 @@ def _run(task: Task, stop: Stop, place: Place) -> int:
     files.write_text(written, task.config)
     command = [sys.executable, "-m", "tlm_jax", "train", "--config", str(written), *task.trust]
     shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if place.shares_device else {}
-    with (task.folder / LOG).open("a") as log:
+    with _appended(task.folder / LOG) as log:
         process = subprocess.Popen(
             [*command, "--workdir", str(task.folder)],
             env=shared | os.environ,
@@ -195,19 +196,35 @@ def _run(task: Task, stop: Stop, place: Place) -> int:
             start_new_session=True,  # Ctrl-C comes through us, once
             preexec_fn=functools.partial(_settle, os.getpid(), place.cores),
         )
-    stop.processes.add(process)
-    if stop.told:  # the signal came while the process was being started
-        process.terminate()
-    try:
-        while True:  # in short waits: a task that Ray cancels is told between them
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return process.wait(_WAIT)
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
-    finally:
-        stop.processes.discard(process)
+        stop.processes.add(process)
+        if stop.told:  # the signal came while the process was being started
+            process.terminate()
+        try:
+            while True:  # in short waits: a task that Ray cancels is told between them
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return process.wait(_WAIT)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+        finally:
+            stop.processes.discard(process)
+
+
+@contextlib.contextmanager
+def _appended(path: pathlib.Path) -> Iterator[IO[Any]]:
+    """A file to append to; one in a bucket grows at the end."""
+    if not storage.in_bucket(path):
+        with path.open("a") as file:
+            yield file
+        return
+    with tempfile.TemporaryFile() as file:
+        try:
+            yield file
+        finally:
+            file.seek(0)
+            old = path.read_bytes() if path.is_file() else b""
+            path.write_bytes(old + file.read())
 
 
 def _wait_until_free(folder: pathlib.Path, console: Console, stop: Stop) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 import tokenizers
 
 import tlm_jax
-from tlm_jax import files
+from tlm_jax import files, storage
 from tlm_jax.config import ModelConfig, RunConfig, UserError
 from tlm_jax.data import Tokenizer
 from tlm_jax.data.tokenizers import EMBEDDED
@@ -286,7 +286,7 @@ def _tokenizer_path(name: str | None) -> pathlib.Path | None:
     """The tokenizer's file; None for bytes."""
     if name == "bytes":
         return None
-    return EMBEDDED if name is None else pathlib.Path(name).expanduser()
+    return EMBEDDED if name is None else storage.path(name).expanduser()
 
 
 def _write_tokenizer(
@@ -305,7 +305,7 @@ def _write_tokenizer(
     path = _tokenizer_path(name)
     if path is None:
         return
-    shutil.copyfile(path, out / f"tokenizer{path.suffix}")
+    (out / f"tokenizer{path.suffix}").write_bytes(path.read_bytes())
     prefix = restore.document_prefix(metadata, tokenizer)
     reader = None
     if path.suffix == ".model":

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tlm_jax import storage
 from tlm_jax.config import ModelConfig, RunConfig, UserError
 from tlm_jax.interop import gguf_file, gguf_header, llama
 from tlm_jax.interop.tensors import needs_extra
@@ -40,7 +41,8 @@ def why_not(model: ModelConfig) -> str | None:
 def record(path: pathlib.Path) -> str | None:
     """The digest that `write` was given, of a whole GGUF file; else None."""
     try:
-        found = gguf_header.read(path).fields.get(_RECORD)
+        with storage.local(path) as here:
+            found = gguf_header.read(here).fields.get(_RECORD)
     except (OSError, gguf_header.DamagedError):
         return None
     return found.decode(errors="replace") if isinstance(found, bytes) else None

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from tlm_jax import files
+from tlm_jax import files, storage
 from tlm_jax.config import DataConfig, ModelConfig, RunConfig, TrainingConfig, UserError
 from tlm_jax.data import Tokenizer, load_tokenizer
 from tlm_jax.data.tokenizers import file_fingerprint
@@ -26,7 +26,7 @@ from tlm_jax.interop import (
 from tlm_jax.interop.gguf_file import GgufFile
 from tlm_jax.interop.tensors import SafetensorsFolder, TensorSource
 from tlm_jax.models import Skeleton, skeleton
-from tlm_jax.training import checkpoint
+from tlm_jax.training import bucket_checkpoints, checkpoint
 from tlm_jax.training.checkpoint import CHECKPOINTS
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
@@ -54,7 +54,17 @@ def import_model(
     named = None
     if str(model).startswith(hub.PREFIX):
         model, named = hub.fetch(str(model))
-    model = pathlib.Path(model)
+    with storage.local(storage.path(model)) as here:
+        return _import(here, named, out, tokenizer, mesh)
+
+
+def _import(
+    model: pathlib.Path,
+    named: str | None,
+    out: pathlib.Path,
+    tokenizer: pathlib.Path | None,
+    mesh: Mesh,
+) -> dict[str, Any]:
     opened = _open(model, named)
     structure = skeleton(opened.run.model)
     parameters.check(structure, opened.source, native=opened.native, spell=opened.spell)
@@ -124,6 +134,8 @@ def _fill(
         metadata |= special | {"source": opened.provenance}
         with checkpoint.Checkpoints(part / CHECKPOINTS) as checkpoints:
             checkpoints.save_params(0, params, metadata)
+    if storage.in_bucket(out):
+        bucket_checkpoints.mark_complete(part / CHECKPOINTS / "0")
     files.write_json(part / "config.json", metadata)
     return metadata
 

@@ -6,6 +6,7 @@ this program may continue it: the resolved config, widths, shapes, the data
 layout; and whether it is still what was saved: a checksum for each array, over
 the position and over the metadata themselves. Orbax writes into a temporary
 folder and renames it when it is complete; in a bucket, it writes a last file (`storage.COMMIT`).
+On s3://, where Orbax does not save, see `bucket_checkpoints.Staging`.
 """
 
 import functools
@@ -23,12 +24,11 @@ from orbax.checkpoint import v1 as ocp
 import tlm_jax
 from tlm_jax import config_io, files, storage
 from tlm_jax.config import RunConfig, UserError
-from tlm_jax.training import checksums, damage
+from tlm_jax.training import bucket_checkpoints, checksums, damage
 from tlm_jax.training.damage import DamagedCheckpointError as DamagedCheckpointError
 from tlm_jax.training.position import Position
 from tlm_jax.training.step import TrainState
 
-_TEMPORARY = ".orbax-checkpoint-tmp"
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints in a run folder."""
 _METADATA = "_CHECKPOINT_METADATA"
@@ -130,11 +130,17 @@ class Checkpoints:
         self.folder = folder.absolute()
         self._saving: int | None = None
         self._pending: Any = None
-        self.unfinished = _unfinished(folder)
+        self.unfinished = bucket_checkpoints.unfinished(folder)
         """Steps whose save was interrupted; their remains are removed."""
+        self._staging = None
+        if storage.in_bucket(self.folder) and self.folder.parts[0] == "s3:":
+            self._staging = bucket_checkpoints.Staging(
+                self.folder, keep_last=keep_last, keep_every=keep_every, read_only=read_only
+            )
+            kept = [policies.LatestN(1)]
         self._open = functools.partial(
             ocp.training.Checkpointer,
-            self.folder,
+            self._staging.local if self._staging else self.folder,
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=not read_only,
@@ -145,7 +151,13 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """Steps of complete checkpoints, oldest first."""
+        if self._staging:
+            return bucket_checkpoints.complete(self.folder)
         return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    def readable(self, step: int) -> pathlib.Path:
+        """Where Orbax finds a step."""
+        return self._staging.readable(step) if self._staging else self.folder / str(step)
 
     def save(self, step: int, state: TrainState, iterator: Any, metadata: dict[str, Any]) -> None:
         """Starts to save; returns when the arrays are copied, before they are written.
@@ -163,6 +175,8 @@ class Checkpoints:
                 custom_metadata=_sealed(metadata, tree),
                 force=True,
             )
+            if self._staging:
+                self._pending = self._staging.upload(step, self._pending.result)
 
     def save_params(self, step: int, params: Any, metadata: dict[str, Any]) -> None:
         """Saves parameters alone, and waits until they are written.
@@ -179,6 +193,8 @@ class Checkpoints:
                 custom_metadata=_sealed(metadata | {"parameters_only": True}, tree),
                 force=True,
             )
+            if self._staging:
+                self._staging.upload(step, lambda: None).result()
 
     def check(self) -> None:
         """Raises what `wait` would if it is known by now; does not wait."""
@@ -261,7 +277,7 @@ class Checkpoints:
 
         def load() -> Any:
             with context:
-                return ocp.load_checkpointables(self.folder / str(step), wanted)["state"]
+                return ocp.load_checkpointables(self.readable(step), wanted)["state"]
 
         with self._reported(f"load step {step}", damaged=step):
             state = damage.together(load)
@@ -271,7 +287,7 @@ class Checkpoints:
             return state
 
     def _shapes(self, step: int) -> dict[str, str]:
-        return checksums.shapes(ocp.metadata(self.folder / str(step), "state").metadata)
+        return checksums.shapes(ocp.metadata(self.readable(step), "state").metadata)
 
     def set_aside(self, step: int) -> pathlib.Path:
         """Moves a damaged checkpoint out of the way; returns where it is now."""
@@ -324,7 +340,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            newest = max(_complete(self.folder), default=None)
+            newest = max(bucket_checkpoints.complete(self.folder), default=None)
             kept = "no earlier checkpoint" if newest is None else f"step {newest} is complete"
             start = "starts over" if newest is None else "resumes from there"
             raise UserError(
@@ -334,8 +350,14 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the last save and frees the threads."""
-        with self._save_reported():
-            self._checkpointer.close()
+        try:
+            with self._save_reported():
+                if self._staging and self._pending is not None:
+                    self._pending.result()
+                self._checkpointer.close()
+        finally:
+            if self._staging:
+                self._staging.close()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -346,29 +368,6 @@ class Checkpoints:
         except UserError:
             if kind is None:  # do not hide the error that is on its way
                 raise
-
-
-def _entries(folder: pathlib.Path) -> list[pathlib.Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
-
-
-def _complete(folder: pathlib.Path) -> list[int]:
-    """Steps of complete checkpoints, as the folder tells: in a bucket by a file written last."""
-    return [
-        int(entry.name)
-        for entry in _entries(folder)
-        if entry.name.isdigit()
-        and (not storage.in_bucket(folder) or (entry / storage.COMMIT).exists())
-    ]
-
-
-def _unfinished(folder: pathlib.Path) -> list[int]:
-    """Steps whose save was interrupted."""
-    if storage.in_bucket(folder):
-        names = {int(entry.name) for entry in _entries(folder) if entry.name.isdigit()}
-        return sorted(names - set(_complete(folder)))
-    names = {e.name.split(".")[0] for e in _entries(folder) if _TEMPORARY in e.name}
-    return sorted(int(name) for name in names if name.isdigit())
 
 
 def _sealed(metadata: dict[str, Any], tree: Any) -> dict[str, Any]:

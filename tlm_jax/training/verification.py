@@ -77,7 +77,7 @@ def _checkpoint(checkpoints: checkpoint.Checkpoints, step: int, tokenizers: set[
         tokenizers.add(saved["data_layout"]["tokenizer"])
         if checkpoint.CHECKSUMS not in saved:
             return _found(name, [], "it was saved without checksums")
-        tree = ocp.metadata(checkpoints.folder / str(step), "state").metadata
+        tree = ocp.metadata(checkpoints.readable(step), "state").metadata
     except Exception as error:
         if not damage.is_damage(error):
             raise

@@ -1,0 +1,105 @@
+"""Models and sweeps in a bucket: exported, imported, trained and reported."""
+
+import json
+import pathlib
+
+import pytest
+from gcs_server import Server
+from helpers import NUM_STEPS, Fails, contents
+
+from tlm_jax import cli, files, storage
+from tlm_jax.interop import exporting
+from tlm_jax.training import checkpoint, restore
+
+SWEEP = """
+from tlm_jax import config_io
+from tlm_jax.analysis.sweep import Arm, Sweep
+
+
+def get_sweep():
+    return Sweep(
+        name="one",
+        base=config_io.load_config({config!r}),
+        arms=(Arm(name="uniform", changes={{"training.num_steps": 2}}),),
+        seeds=(3,),
+    )
+"""
+
+
+@pytest.mark.parametrize("form", ["native", "gguf"])
+def test_exported_and_imported(
+    form: exporting.Format,
+    gs_run: pathlib.Path,
+    finished_run: pathlib.Path,
+    gcs: Server,
+    tmp_path: pathlib.Path,
+) -> None:
+    """The export is to the byte that of a local run, and its import has the same parameters."""
+    out = storage.path(f"gs://bucket/exports/{form}")
+    words = ["--format", form]
+    assert cli.main(["export", "--checkpoint", str(gs_run), "--out", str(out), *words]) == 0
+    here = tmp_path / "export"
+    exporting.export_model(finished_run, here, form=form)
+    storage.download(out, tmp_path / "copy")
+    names = ("README.md",)  # it names the run folder
+    assert contents(tmp_path / "copy", but=names) == contents(here, but=names)
+    old = dict(gcs.buckets["bucket"])
+    assert cli.main(["export", "--checkpoint", str(gs_run), "--out", str(out), *words]) == 0
+    assert gcs.buckets["bucket"] == old  # made before
+    if form == "native":
+        imported = storage.path("gs://bucket/imported")
+        assert cli.main(["import", "--model", str(out), "--out", str(imported)]) == 0
+        step, metadata = restore.saved_metadata(imported, None)
+        assert step == 0
+        _, trained = restore.saved_metadata(gs_run, None)
+        assert checkpoint.params_id(metadata) == checkpoint.params_id(trained)
+        assert cli.main(["verify", str(imported)]) == 0
+        assert cli.main(["import", "--model", str(out), "--out", str(imported)]) == 0  # made before
+
+
+def test_an_interrupted_copy_is_no_model(gs_run: pathlib.Path, gcs: Server, fails: Fails) -> None:
+    out = storage.path("gs://bucket/exports/cut")
+    words = ("export", "--checkpoint", gs_run, "--out", out, "--format", "native")
+    gcs.fault = lambda method, path: 403 if method == "POST" and _tensors(gcs) else None
+    assert "permission denied" in fails(*words)
+    assert _tensors(gcs)
+    assert not (out / "config.json").exists()
+    gcs.fault = lambda method, path: None
+    assert cli.main([str(word) for word in words]) == 0
+    assert ".unfinished" not in {path.name for path in out.iterdir()}
+    assert (out / "config.json").exists()
+    (out / "config.json").write_text("{}")
+    assert "is not an empty folder" in fails(*words)
+
+
+def _tensors(gcs: Server) -> list[str]:
+    return [n for n in gcs.names("exports/cut") if n.endswith("safetensors")]
+
+
+def test_a_sweep_in_a_bucket(
+    config_file: pathlib.Path,
+    gcs: Server,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    fails: Fails,
+) -> None:
+    file, out = tmp_path / "sweep.py", storage.path("gs://bucket/sweep")
+    file.write_text(SWEEP.format(config=str(config_file)))
+    assert cli.main(["sweep", str(file), "--out", str(out)]) == 0
+    record = files.read_json(out / "uniform-3" / "result.json")
+    assert [step for step, _ in record["train"]] == [1, 2]
+    assert "complete at step 2" in (out / "uniform-3" / "log.txt").read_text()
+    assert gcs.names("sweep/.lock") == []
+    capsys.readouterr()
+    assert cli.main(["sweep", str(file), "--out", str(out)]) == 0
+    assert "0 to run" in capsys.readouterr().out
+    assert cli.main(["report", str(out), "--out", str(out / "report")]) == 0
+    assert (out / "report" / "index.html").read_text().startswith("<!doctype html>")
+    assert {p.suffix for p in (out / "report").iterdir()} == {".html", ".md", ".png"}
+    assert json.loads((out / "results.jsonl").read_text())["arm"] == "uniform"
+    cell = storage.path("gs://bucket/sweep/uniform-3/cell.json")
+    words = ("--workdir", "gs://bucket/sweep/uniform-3", "--training.num_steps", "2")
+    assert cli.main(["train", "--config", str(cell), *words]) == 0  # nothing is left to do
+    complaint = fails("train", "--config", "gs://bucket/x.py", "--workdir", "gs://bucket/x")
+    assert "gs://bucket/x.py is code" in complaint
+    assert NUM_STEPS > 2
