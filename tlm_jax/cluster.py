@@ -7,6 +7,7 @@ same paths.
 """
 
 import concurrent.futures
+import logging
 import os
 import pathlib
 from collections.abc import Callable
@@ -55,7 +56,7 @@ class RayExecutor(concurrent.futures.Executor):
         if not ray.is_initialized():
             address = engine if engine.startswith(_SCHEME) else None
             try:
-                ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             except Exception as error:  # of many types, by what answers at the address
                 reason = str(error).strip().partition("\n")[0] or type(error).__name__
                 raise UserError(

@@ -38,7 +38,7 @@ def _unused(*modules: str) -> Iterator[None]:
     tensorboardX imports them for what nothing here uses.
     """
     hidden = [name for name in modules if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(hidden))
+    sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
     try:
         yield
     finally:
