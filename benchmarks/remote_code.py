@@ -65,6 +65,8 @@ def in_transformers(folder: pathlib.Path, read: list[int]) -> tuple[np.ndarray, 
 
 def measure(run: pathlib.Path, out: pathlib.Path, options: argparse.Namespace) -> dict[str, Any]:
     """What both sides compute, compared."""
+    import torch
+
     words = ["export", "--checkpoint", str(run), "--out", str(out), "--format", "compact"]
     assert cli.main(words) == 0
     ours = llama_cpp.ours(run, (ROOT / "docs" / "concepts.md").read_text())
@@ -73,6 +75,7 @@ def measure(run: pathlib.Path, out: pathlib.Path, options: argparse.Namespace) -
     model = our_model(run)
     our_answers, our_metrics = answers(model, options.data_dir, options.limit)
     model = their_model(out, 16, model.max_length, "float64", remote_code=True)
+    torch.set_num_threads(1)  # operations are so small that threads wait for each other
     their_answers, their_metrics = answers(model, options.data_dir, options.limit)
     apart = [abs(a - b) for a, b in zip(our_answers, their_answers, strict=True)]
     return {
