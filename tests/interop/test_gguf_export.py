@@ -295,6 +295,7 @@ def test_special_tokens_and_chat_template(bpe: pathlib.Path, tmp_path: pathlib.P
         (mixers.GatedAttentionConfig(num_heads=4), "elementwise gated attention"),
         (mixers.TitansConfig(num_heads=2), "Titans MAG"),
         (dataclasses.replace(ATTENTION, qk_norm=True), "mixer.qk_norm in unlike layers"),
+        (dataclasses.replace(ATTENTION, qk_norm=True, rope_scaling=LLAMA3), "rope_scaling llama3"),
         (dataclasses.replace(ATTENTION, window=8), "mixer.window"),
         (dataclasses.replace(ATTENTION, rope_theta=None), "layers without positions"),
         (
