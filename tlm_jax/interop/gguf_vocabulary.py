@@ -1,7 +1,7 @@
 """A tokenizer as the metadata of a GGUF file: the way back of `gguf_tokenizer`.
 
 Byte-level BPE whose text is cut as GPT-2, SmolLM, Llama 3 or Qwen2 cut it, SentencePiece BPE that
-takes text as it is, and bytes. llama.cpp knows ways to cut by name only, so that others are refused.
+takes text as it is, and bytes. llama.cpp knows ways to cut by name only, so others are refused.
 """
 
 import json

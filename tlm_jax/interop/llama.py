@@ -137,6 +137,11 @@ def _why_not_attention(mixers: list[AttentionConfig], model: ModelConfig, form: 
     return None if first.bias in known else f"mixer.bias={first.bias}"
 
 
+def class_name(model: ModelConfig) -> str:
+    """What transformers calls models of this graph: Llama, Qwen2 and so on."""
+    return str(config_json(model)["architectures"][0]).removesuffix("ForCausalLM")
+
+
 def config_json(model: ModelConfig) -> dict[str, Any]:
     """config.json of a class of transformers with this model's graph, at its widest MLP."""
     return families.config_json(model, attention(model))
