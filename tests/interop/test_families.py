@@ -111,6 +111,8 @@ def test_a_family_there_and_back(kind: str, bpe: pathlib.Path, tmp_path: pathlib
         after["model_type"],
         after["architectures"],
     )
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"ny tool that reads {FAMILIES[kind][0]} reads this folder" in card
     assert np.abs(_theirs(tmp_path / "out", tokens) - theirs).max() < 1e-5
     importing.import_model(tmp_path / "out", tmp_path / "back", None, mesh)
     again, back = read_run(tmp_path / "back")

@@ -303,6 +303,11 @@ def test_special_tokens_and_chat_template(bpe: pathlib.Path, tmp_path: pathlib.P
             "mixer.qk_norm in unlike layers",
             "llama, compact or native",
         ),
+        (
+            dataclasses.replace(ATTENTION, qk_norm=True, rope_scaling=LLAMA3),
+            "rope_scaling llama3",
+            "llama or native",
+        ),
         (dataclasses.replace(ATTENTION, window=8), "mixer.window", "llama or native"),
         (
             dataclasses.replace(ATTENTION, rope_theta=None),

@@ -71,7 +71,9 @@ def _write_gguf(
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
         field = next((field for key, field in heads.items() if key in name), None)
         rows = array
-        if field:  # as LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py
+        if (
+            field and architecture == "llama"
+        ):  # as LlamaModel.permute of llama.cpp's convert_hf_to_gguf.py
             rows = array.reshape(LLAMA[field], 2, -1, array.shape[1]).swapaxes(1, 2)
             rows = rows.reshape(array.shape)
         target = names.get_name(name, try_suffixes=(".weight",))
@@ -114,6 +116,53 @@ def test_gguf_equals_the_same_weights_from_hugging_face(
     assert one.vocab_size == two.vocab_size
     assert one.eot_id == 0
     assert one.decode([0, 1]) == ""  # special tokens stay special
+
+
+def test_qwen2_in_gguf(bpe: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Biases, rows of q and k in Hugging Face's order, and the tokenizer's way to cut text."""
+    from safetensors.numpy import save_file
+
+    rng = np.random.default_rng(3)
+    stored, tensors = {}, llama_tensors(LLAMA)
+    for layer in range(LLAMA["num_hidden_layers"]):
+        for name, size in (("q", 64), ("k", 32), ("v", 32)):
+            array = rng.normal(size=size).astype(np.float32)
+            stored[f"blk.{layer}.attn_{name}.bias"] = array
+            tensors[f"model.layers.{layer}.self_attn.{name}_proj.bias"] = array
+    _write_gguf(tmp_path / "a.gguf", bpe, pre="qwen2", extra=stored, architecture="qwen2")
+    folder = write_llama(tmp_path / "hf", bpe, model_type="qwen2")
+    save_file(tensors, folder / "model.safetensors")
+    first, params = _import(tmp_path / "a.gguf", tmp_path / "a")
+    second, others = _import(folder, tmp_path / "b")
+    assert first.model == second.model
+    assert_bit_equal(params, others)
+    reader = load_tokenizer(first.data.tokenizer)
+    assert reader.decode(reader.encode(TEXT)) == TEXT
+    mesh = mesh_lib.device_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    importing.import_model(folder, tmp_path / "sharded", None, mesh)
+    assert_bit_equal(params, read_run(tmp_path / "sharded")[1])
+
+
+def test_every_type_that_gguf_knows(tmp_path: pathlib.Path) -> None:
+    """Rows in the middle of a tensor of each quantised type are those of gguf's own reading."""
+    rng = np.random.default_rng(0)
+    kinds = [kind for kind in gguf.quants._type_traits if "F" not in kind.name]
+    writer = gguf.GGUFWriter(tmp_path / "all.gguf", "llama")
+    expected = {}
+    for kind in kinds:
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        packed = rng.integers(0, 60, (6, 512 // block * size), np.uint8)  # no float16 that is NaN
+        writer.add_tensor(kind.name, packed, raw_dtype=kind)
+        expected[kind.name] = gguf.quants.dequantize(packed, kind)[2:5]
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = gguf_file.GgufFile(tmp_path / "all.gguf")
+    for name, rows in expected.items():
+        assert file.shapes[name] == (6, 512)
+        np.testing.assert_array_equal(file.read(name, 2, 5), rows)
+    assert {"Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"} <= expected.keys()
 
 
 def test_sentencepiece_inside_gguf(tmp_path: pathlib.Path) -> None:

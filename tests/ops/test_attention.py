@@ -173,12 +173,14 @@ def test_heads_that_do_not_divide_are_not_split() -> None:
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("kernel", ["chunked", "splash"])
-def test_on_a_mesh(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "window"), [("chunked", None), ("splash", None), ("chunked", 100), ("splash", 100)]
+)
+def test_on_a_mesh(kernel: str, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows, heads and the queries of a row on different devices."""
     monkeypatch.setattr(attention_ops, "SELF_ATTENTION", INTERPRETED)
-    attention = functools.partial(self_attention, kernel=kernel)
-    expected = values_and_gradients(plain, *inputs())
+    attention = functools.partial(self_attention, kernel=kernel, window=window)
+    expected = values_and_gradients(functools.partial(plain, window=window), *inputs())
     axes = ("data", "fsdp", "sequence", "tensor")
     mesh = jax.make_mesh((2, 1, 2, 2), axes, axis_types=(AxisType.Auto,) * 4)
     with jax.set_mesh(mesh):

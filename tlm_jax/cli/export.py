@@ -22,8 +22,9 @@ class Command:
     step: int | None = None
     """Step of the checkpoint; None is the newest."""
     format: Literal["llama", "compact", "deci", "gguf", "native"] | None = None
-    """llama: MLPs zero-padded to the widest, for any tool. Every layer at its own width: compact
-    for transformers with remote code (any architecture), deci for vLLM, gguf for llama.cpp (tapered
+    """llama: MLPs zero-padded to the widest, for any tool, as Llama or the relative of it that the
+    model is (Mistral, Qwen2, Qwen3, SmolLM3). Every layer at its own width: compact for
+    transformers with remote code (any architecture), deci for vLLM, gguf for llama.cpp (tapered
     heads too). native: our names, for any model. None: llama where possible, else compact, else
     native."""
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32"

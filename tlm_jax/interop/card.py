@@ -6,11 +6,11 @@ from typing import Any
 
 from tlm_jax import config_io, costs
 from tlm_jax.config import RunConfig
-from tlm_jax.interop import gguf_export
+from tlm_jax.interop import gguf_export, llama
 
 _LOAD = {
     "llama": """
-{padding}ny tool that reads Llama reads this folder.
+{padding}ny tool that reads {family} reads this folder.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -65,6 +65,7 @@ def text(
       dtype: of the tensors.
     """
     config: RunConfig = config_io.from_dict(metadata["config"])
+    family = llama.class_name(config.model) if form == "llama" else ""
     library = {"native": "tlm-jax", "deci": "vllm", "gguf": "llama.cpp"}.get(form, "transformers")
     source = f"FOLDER/{gguf_export.FILE}" if form == "gguf" else "FOLDER"
     parts = [
@@ -76,7 +77,7 @@ def text(
         "## Results\n",
         _results(folder, step),
         "## Loading\n",
-        _LOAD[form].strip().format(padding=_padding(config.model.mlp_widths)) + "\n",
+        _LOAD[form].strip().format(padding=_padding(config.model.mlp_widths), family=family) + "\n",
         _tokenizer(config, metadata, form, out),
         f"With tlm-jax itself: `tlm import --model {source} --out runs/NAME`"
         + (

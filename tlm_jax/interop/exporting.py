@@ -1,10 +1,11 @@
 """A run's model as a folder for other tools.
 
 Five formats. `llama`: every MLP zero-padded to the widest layer, so that any tool
-that knows Llama computes the same. `compact`: each layer as it is, any architecture,
-with modeling code for transformers. `deci`: Llama at each layer's width, for vLLM.
-`gguf`: the same for llama.cpp, heads included. `native`: our own names, for what none
-of them can express. In config.json, `tlm_jax` says what the way back needs.
+that knows Llama, or its relative that the model is (`families`), computes the
+same. `compact`: each layer as it is, any architecture, with modeling code for
+transformers. `deci`: Llama at each layer's width, for vLLM. `gguf`: the same for
+llama.cpp, heads included. `native`: our own names, for what none of them can
+express. In config.json, `tlm_jax` says what the way back needs.
 """
 
 import hashlib

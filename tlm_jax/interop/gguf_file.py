@@ -167,7 +167,8 @@ class GgufFile:
             return found
         factor = float(self._rope_freqs.data.max(initial=1))
         length = self._number("rope.scaling.original_context_length", _LLAMA3_LENGTH)
-        if kind == "none" and self._rope_freqs.type.name == "F32" and math.isfinite(factor):
+        known = kind == "none" and self._architecture in INTERLEAVED  # others ignore the tensor
+        if known and self._rope_freqs.type.name == "F32" and math.isfinite(factor):
             scaling = RopeScaling(method="llama3", factor=factor, original_length=length)
             expected = scaling.divisors(theta, head_dim)
             freqs = self._rope_freqs.data

@@ -8,13 +8,14 @@ from typing import Any
 from tlm_jax.config import UserError
 from tlm_jax.interop.gguf_file import GgufFile
 
-PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe")
+PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe", "qwen2")
 """Values of tokenizer.ggml.pre that are known here."""
 _CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace("{1,3}", "")  # digits one by one
 
 
 def tokenizer_file(file: GgufFile) -> tuple[str, bytes]:
@@ -137,10 +138,11 @@ def pre_tokenizer(name: str) -> tuple[Any, bool]:
             return gpt2, False
         case "smollm":
             return pre.Sequence([pre.Digits(individual_digits=True), gpt2]), False
-        case "llama-bpe":
-            split = pre.Split(Regex(_LLAMA3_SPLIT), behavior="isolated")
+        case "llama-bpe" | "qwen2":
+            pattern = _LLAMA3_SPLIT if name == "llama-bpe" else _QWEN2_SPLIT
+            split = pre.Split(Regex(pattern), behavior="isolated")
             whole = pre.ByteLevel(add_prefix_space=False, use_regex=False)
-            return pre.Sequence([split, whole]), True
+            return pre.Sequence([split, whole]), name == "llama-bpe"
     raise ValueError(f"pre-tokenizer {name!r} is not one of {PRE_TOKENIZERS}")
 
 

@@ -1,7 +1,7 @@
 """A tokenizer as the metadata of a GGUF file: the way back of `gguf_tokenizer`.
 
-Byte-level BPE whose text is cut as GPT-2, SmolLM or Llama 3 cut it, SentencePiece BPE that takes
-text as it is, and bytes. llama.cpp knows ways to cut by name only, so that others are refused.
+Byte-level BPE whose text is cut as GPT-2, SmolLM, Llama 3 or Qwen2 cut it, SentencePiece BPE that
+takes text as it is, and bytes. llama.cpp knows ways to cut by name only, so others are refused.
 """
 
 import json
@@ -95,7 +95,7 @@ def _pre(content: dict[str, Any], path: pathlib.Path) -> str:
         pre_tokenizer, whole_words = gguf_tokenizer.pre_tokenizer(name)
         if wanted == (_cutting(json.loads(pre_tokenizer.__getstate__())), whole_words):
             return name
-    raise _refusal(path, "its way to cut text is not GPT-2's, SmolLM's or Llama 3's")
+    raise _refusal(path, "its way to cut text is not GPT-2's, SmolLM's, Llama 3's or Qwen2's")
 
 
 def _cutting(spec: Any) -> Any:
