@@ -212,9 +212,6 @@ class BucketPath(pathlib.PosixPath):
     def expanduser(self) -> "BucketPath":
         return self
 
-    def is_mount(self) -> bool:
-        return False
-
     def _info(self) -> dict[str, Any] | None:
         if self._listed is not None:
             return self._listed
