@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "faults")]
 import gcs_server  # noqa: E402
 from kills import losses, write_inputs  # noqa: E402
 
-RATES = {503: 0.02, "drop": 0.01, "hang": 0.002}
+RATES = {503: 0.01, "drop": 0.005, "hang": 0.001}
 PATIENCE = 2.0
 """Seconds that clients wait for a byte; a late answer takes three times as long."""
 CLIENT = f"""
@@ -92,7 +92,7 @@ def start(folder: pathlib.Path, run: str, bucket: Bucket | None) -> subprocess.P
     }
     slowly = [] if bucket is None else ["--pause-from-batch", "1", "--pause", "0.05"]
     words = ["train", "--config", str(folder / "config.py"), "--workdir", run]
-    words += ["--training.num_steps", "4000", "--training.checkpoint_every", "5"]
+    words += ["--training.num_steps", "4000", "--training.checkpoint_every", "10"]
     return subprocess.Popen(
         [sys.executable, "-c", CLIENT, *slowly, *words],
         env=os.environ | variables | ({} if bucket is None else bucket.server.environment),
@@ -113,7 +113,7 @@ def kill_once(folder: pathlib.Path, bucket: Bucket, rng: random.Random) -> str:
             process.kill()
             return f"the run did not start:\n{(folder / 'out').read_text()[-800:]}"
         time.sleep(0.1)
-    time.sleep(rng.uniform(0, 4))
+    time.sleep(rng.uniform(0, 15))
     if process.poll() is not None:
         return f"the run ended by itself:\n{(folder / 'out').read_text()[-800:]}"
     process.send_signal(signal.SIGKILL)
