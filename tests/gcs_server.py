@@ -4,7 +4,8 @@ Uploads (media, multipart, resumable), reads with ranges and generation headers,
 prefix, delimiter, offsets and pages, deletions, copies, moves, and preconditions on generations:
 what gcsfs and TensorStore's driver ask for. Faults are injected by `Server.fault`.
 
-    python tests/gcs_server.py     serves until it is killed; prints its address
+    python tests/gcs_server.py [SECONDS]     serves until it is killed, each answer so late;
+                                             prints its address
 """
 
 import base64
@@ -14,6 +15,7 @@ import hashlib
 import http.server
 import json
 import re
+import sys
 import threading
 import time
 import urllib.parse
@@ -48,7 +50,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.buckets: dict[str, dict[str, Stored]] = {bucket: {} for bucket in buckets}
         self.fault: Callable[[str, str], Fault] = lambda method, path: None
-        """Called with the method and path of each request."""
+        """Called with the method and path of each request; the path of an upload has a name."""
         self.requests: list[tuple[str, str]] = []
         self.lock = threading.RLock()
         self.uploads: dict[str, dict[str, Any]] = {}
@@ -104,7 +106,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         self.query = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
         self.server.requests.append((self.command, self.path))
-        fault = self.server.fault(self.command, urllib.parse.unquote(self.path))
+        shown = urllib.parse.unquote(self.path)
+        if self.query.get("uploadType") == "multipart":
+            shown += f"&name={_parts(self.headers['Content-Type'], body)[0]['name']}"
+        fault = self.server.fault(self.command, shown)
         try:
             if fault == "hang":
                 time.sleep(HANG)
@@ -331,5 +336,7 @@ def _parts(content_type: str, body: bytes) -> tuple[dict[str, Any], bytes]:
 
 if __name__ == "__main__":
     served = Server("bucket")
+    if late := float((*sys.argv[1:], "0")[0]):
+        served.fault = lambda method, path: time.sleep(late)  # type: ignore[func-returns-value]
     print(served.url, flush=True)
     threading.Event().wait()

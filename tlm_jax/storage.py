@@ -8,7 +8,6 @@ renaming or appending: making a folder does nothing, renaming copies, and what g
 What fails raises `OSError` with one line of text, after the libraries' own tries with backoff.
 """
 
-import asyncio
 import contextlib
 import errno
 import fnmatch
@@ -26,7 +25,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from tlm_jax.validation import UserError
 
@@ -112,7 +111,7 @@ def tried(path: pathlib.Path, work: Callable[[], _T], *, writes: bool = False) -
         try:
             return work()
         except Exception as error:
-            if isinstance(error, TimeoutError | asyncio.TimeoutError) and attempt + 1 < _TRIES:
+            if isinstance(error, TimeoutError) and attempt + 1 < _TRIES:
                 time.sleep(random.uniform(0.5, 1) * 2**attempt)
                 continue
             found = _translated(error, path, writes=writes)
@@ -203,17 +202,14 @@ class BucketPath(pathlib.PosixPath):
     def fs(self) -> Any:
         return filesystem(self)
 
-    def absolute(self) -> "BucketPath":
+    def absolute(self) -> Self:
         return self
 
-    def resolve(self, strict: bool = False) -> "BucketPath":
+    def resolve(self, strict: bool = False) -> Self:
         return self
 
-    def expanduser(self) -> "BucketPath":
+    def expanduser(self) -> Self:
         return self
-
-    def is_mount(self) -> bool:
-        return False
 
     def _info(self) -> dict[str, Any] | None:
         if self._listed is not None:
@@ -244,12 +240,12 @@ class BucketPath(pathlib.PosixPath):
             st_size=info.get("size") or 0, st_mtime=seconds, st_mtime_ns=int(seconds * 1e9)
         )
 
-    def _of(self, info: dict[str, Any]) -> "BucketPath":
+    def _of(self, info: dict[str, Any]) -> Self:
         found = type(self)(f"{self.parts[0]}//{info['name'].rstrip('/')}")
         found._listed = info
         return found
 
-    def iterdir(self) -> Iterator["BucketPath"]:
+    def iterdir(self) -> Iterator[Self]:  # type: ignore[override]
         """What is in the folder; nothing if it is not there, as after `mkdir`."""
         try:
             found = [self._of(info) for info in tried(self, lambda: self.fs.ls(self.place, True))]
@@ -260,7 +256,7 @@ class BucketPath(pathlib.PosixPath):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self))
         return iter(one for one in found if one != self)
 
-    def glob(self, pattern: str, **_: Any) -> Iterator["BucketPath"]:  # type: ignore[override]
+    def glob(self, pattern: str, **_: Any) -> Iterator[Self]:  # type: ignore[override]
         first, _slash, rest = pattern.partition("/")
         with contextlib.suppress(NotADirectoryError):
             if first == "**":  # this folder, or any below
@@ -271,7 +267,7 @@ class BucketPath(pathlib.PosixPath):
                 elif first != "**" and fnmatch.fnmatchcase(one.name, first):
                     yield from one.glob(rest) if rest else [one]
 
-    def rglob(self, pattern: str, **_: Any) -> Iterator["BucketPath"]:  # type: ignore[override]
+    def rglob(self, pattern: str, **_: Any) -> Iterator[Self]:  # type: ignore[override]
         """Files below, however deep, whose names match."""
         found = tried(self, lambda: self.fs.find(self.place, detail=True))
         for info in found.values():

@@ -9,6 +9,7 @@ folder and renames it when it is complete; in a bucket, it writes a last file (`
 On s3://, where Orbax does not save, see `bucket_checkpoints.Staging`.
 """
 
+import errno
 import functools
 import json
 import pathlib
@@ -145,8 +146,13 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=not read_only,
         )
+        checks = storage.in_bucket(self.folder) and not read_only
+        whole = set(bucket_checkpoints.complete(self.folder)) if checks else set()
         with self._reported("open the checkpoints"):
             self._checkpointer = self._open()
+            if lost := whole - set(self.steps):
+                # gcsfs takes a folder that it cannot reach for one that is not there.
+                raise OSError(errno.ENETUNREACH, f"step {max(lost)} cannot be reached; try again")
 
     @property
     def steps(self) -> list[int]:
