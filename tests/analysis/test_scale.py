@@ -67,6 +67,6 @@ def test_plan_prints_the_slices(
     config = str(ROOT / "configs" / "tiny.py")
     assert cli.main(["plan", "--config", config, "--scale", "--data.batch_size", "64"]) == 0
     out = capsys.readouterr().out
-    assert "tiny on v5e:4x4\n  chips             16\n" in out
-    assert "tiny on v5p:8x8x16\n  chips             1,024\n" in out
+    assert "tiny on v5e:4x4\n  chips                    16\n" in out
+    assert "tiny on v5p:8x8x16\n  chips                    1,024\n" in out
     assert "leave out --topology" in fails("plan", "--config", config, "--scale", "--devices", "2")

@@ -166,35 +166,39 @@ def scale(config: RunConfig, name: str) -> Scale:
 HEADER = (
     "slice",
     "chips",
-    "mesh",
-    "tokens per step",
+    "data x fsdp x tensor",
+    "batch",
     "GiB per chip",
-    "collectives, GiB",
-    "step, s",
-    "bound by",
+    "collectives: data, GiB",
+    "fsdp, GiB",
+    "tensor, GiB",
+    "products, ms",
+    "collectives, ms",
     "reading, MB/s",
-    "checkpoint",
-    "a lost host",
+    "checkpoint, GB",
+    "saving, s",
+    "lost host, minutes",
+    "lost host, chip-hours",
 )
 
 
 def row(found: Scale) -> list[str]:
     """The numbers of a slice as words, in the order of `HEADER`."""
-    used, limit = found.memory() / 2**30, topology.memory_limit(found.slice.chip) / 2**30
-    sizes = {axis: n for axis, n in found.config.mesh.sizes.items() if n > 1}
+    used, limit = found.memory(), topology.memory_limit(found.slice.chip)
+    mesh, bytes_ = found.config.mesh, found.communication()
     lost = found.loss_of_a_host()
-    compute, communication = found.compute_seconds(), found.communication_seconds()
     return [
         found.slice.name,
         f"{found.chips:,}",
-        " ".join(f"{axis}={n}" for axis, n in sizes.items()),
-        f"{found.tokens:,}",
-        f"{used:.1f} of {limit:.1f}" + ("" if used <= limit else ": too much"),
-        ", ".join(f"{axis} {size / 2**30:.2f}" for axis, size in found.communication().items()),
-        f"{found.seconds():.3g}",
-        f"{'products' if compute >= communication else 'communication'} "
-        f"({compute:.3g} and {communication:.3g})",
+        f"{mesh.data}x{mesh.fsdp}x{mesh.tensor}",
+        f"{found.config.data.batch_size:,}",
+        f"{used / 2**30:.1f}" + ("" if used <= limit else f", too much for {limit / 2**30:.1f}"),
+        *(f"{bytes_.get(axis, 0) / 2**30:.2f}" for axis in ("data", "fsdp", "tensor")),
+        f"{1e3 * found.compute_seconds():,.0f}",
+        f"{1e3 * found.communication_seconds():,.0f}",
         f"{found.reading_rate() / 1e6:,.1f}",
-        f"{found.checkpoint() / 1e9:.1f} GB, {found.save_seconds():.2g} s",
-        f"{lost / 60:.1f} min, {lost / 3600 * found.chips:.1f} chip-hours",
+        f"{found.checkpoint() / 1e9:.1f}",
+        f"{found.save_seconds():.2f}",
+        f"{lost / 60:.1f}",
+        f"{lost / 3600 * found.chips:.1f}",
     ]

@@ -87,4 +87,4 @@ def _scale(config: RunConfig, console: Console) -> None:
         words = scale.row(scale.scale(config, name))
         console.print(f"{config.name} on {words[0]}", style="bold", highlight=False)
         for label, value in zip(scale.HEADER[1:], words[1:], strict=True):
-            console.print(f"  {label:17} {value}", highlight=False, markup=False)
+            console.print(f"  {label:24} {value}", highlight=False, markup=False)
