@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import tyro
+from rich.console import Console
 
 from tlm_jax import config_io, output
 from tlm_jax.cli.parsing import Run, parse, path_after, quiet_libraries
-from tlm_jax.config import UserError
+from tlm_jax.config import RunConfig, UserError
 from tlm_jax.distributed import topology
 from tlm_jax.validation import require
 
@@ -30,6 +31,8 @@ class Command:
     """Hardware that memory is estimated for."""
     topology: str | None = None
     """TPU slice, such as v5e:4x4: memory on each of its chips, and whether that fits."""
+    scale: bool = False
+    """Instead: a table of TPU slices from 16 to 2,048 chips, by formula (docs/pods.md)."""
     png: pathlib.Path | None = None
     """Where to draw the widths; None is NAME_plan.png in the current folder."""
 
@@ -43,6 +46,10 @@ class Command:
             f"--topology {self.topology} says which devices there are; leave out --devices and "
             "--target",
         )
+        require(
+            not self.scale or (self.topology is None and self.devices is None),
+            "--scale has its own slices; leave out --topology and --devices",
+        )
 
 
 def run(argv: Sequence[str], prog: str) -> int:
@@ -55,6 +62,9 @@ def run(argv: Sequence[str], prog: str) -> int:
     from tlm_jax.analysis import plots
 
     console = output.console()
+    if command.scale:
+        _scale(command.run, console)
+        return 0
     devices, limit = command.devices, None
     if command.topology is not None:
         wanted = topology.parse(command.topology)
@@ -67,3 +77,14 @@ def run(argv: Sequence[str], prog: str) -> int:
         raise UserError(f"cannot write {png}: {error.strerror}") from error
     console.print(f"Drawn in {png}", highlight=False)
     return 0
+
+
+def _scale(config: RunConfig, console: Console) -> None:
+    """One block per slice: the table is too wide for a terminal."""
+    from tlm_jax.analysis import scale
+
+    for name in scale.SLICES:
+        words = scale.row(scale.scale(config, name))
+        console.print(f"{config.name} on {words[0]}", style="bold", highlight=False)
+        for label, value in zip(scale.HEADER[1:], words[1:], strict=True):
+            console.print(f"  {label:24} {value}", highlight=False, markup=False)
