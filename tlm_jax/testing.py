@@ -68,21 +68,24 @@ def check_mixer(config: MixerConfig, *, d_model: int = 32, mlp_width: int = 64) 
             raise AssertionError(f"{check.__name__}: {what} {error}") from error
 
 
-def tokens(rows: int, length: int, seed: int = 0) -> jax.Array:
-    """Random token ids."""
-    return jax.random.randint(jax.random.key(seed), (rows, length), 0, VOCAB)
+def tokens(rows: int, length: int, seed: int = 0) -> np.ndarray:
+    """Random int32 token ids (rows, length)."""
+    return np.asarray(jax.random.randint(jax.random.key(seed), (rows, length), 0, VOCAB))
 
 
-def forward(config: ModelConfig) -> tuple[Callable[..., jax.Array], Any]:
+@functools.lru_cache(maxsize=2)  # the checks of a model share what they compile
+def forward(config: ModelConfig) -> tuple[Callable[..., np.ndarray], Any]:
     """Compiled (params, ids, document_ids, positions) -> logits, and fresh parameters."""
     model = skeleton(config)
 
+    @jax.jit
     def run(params: Any, ids: Any, document_ids: Any = None, positions: Any = None) -> jax.Array:
         built = model.merge(params)
         hidden, _ = built(ids, document_ids_BL=document_ids, positions_BL=positions)
         return built.logits(hidden)
 
-    return jax.jit(run), jax.jit(model.init)(jax.random.key(0))
+    # Compared by NumPy: operation by operation, JAX compiles each.
+    return lambda *inputs: np.asarray(run(*inputs)), model.init(jax.random.key(0))
 
 
 def check_budget(config: ModelConfig) -> None:
@@ -98,10 +101,12 @@ def check_causality(config: ModelConfig) -> None:
     """A token changes nothing before it, in other rows, or in other documents of its row."""
     run, params = forward(config)
     ids = tokens(2, 40)
-    documents = jnp.array([[1] * 25 + [2] * 15] * 2)
-    positions = jnp.array([[*range(25), *range(15)]] * 2)
+    documents = np.array([[1] * 25 + [2] * 15] * 2, np.int32)
+    positions = np.array([[*range(25), *range(15)]] * 2, np.int32)
     base = run(params, ids, documents, positions)
-    late = run(params, ids.at[0, 10].add(1) % VOCAB, documents, positions)
+    other = ids.copy()
+    other[0, 10] = (other[0, 10] + 1) % VOCAB
+    late = run(params, other, documents, positions)
     np.testing.assert_array_equal(base[0, :10], late[0, :10], "tokens before it changed")
     np.testing.assert_array_equal(base[1], late[1], "another row changed")
     np.testing.assert_array_equal(base[0, 25:], late[0, 25:], "another document changed")
@@ -118,8 +123,8 @@ def check_documents(config: ModelConfig) -> None:
         return
     run, params = forward(config)
     ids = tokens(1, 40)
-    documents = jnp.array([[1] * 17 + [2] * 19 + [0] * 4])
-    positions = jnp.array([[*range(17), *range(19), *range(4)]])
+    documents = np.array([[1] * 17 + [2] * 19 + [0] * 4], np.int32)
+    positions = np.array([[*range(17), *range(19), *range(4)]], np.int32)
     packed = run(params, ids, documents, positions)
     for begin, end in ((0, 17), (17, 36)):
         alone = run(params, ids[:, begin:end])
@@ -148,7 +153,7 @@ def check_scans(config: ModelConfig) -> None:
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(plain), strict=True
     ):
-        name, scale = jax.tree_util.keystr(path), float(jnp.abs(b).max())
+        name, scale = jax.tree_util.keystr(path), float(np.abs(b).max())
         assert np.isfinite(scale), f"gradient of {name} is not finite"
         assert scale > 0, f"{name} gets no gradient"
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5 * scale, err_msg=name)
@@ -169,11 +174,11 @@ def check_decoding(config: ModelConfig) -> None:
 
     empty = model.merge(params).init_cache(2, length)
     first, cache = advance(ids[:, :prompt], 0, empty, prefill=True)
-    parts = [first]
+    parts = [np.asarray(first)]
     for index in range(prompt, length):
         part, cache = advance(ids[:, index : index + 1], index, cache)
-        parts.append(part)
-    decoded, full = jnp.concatenate(parts, axis=1), run(params, ids)
+        parts.append(np.asarray(part))
+    decoded, full = np.concatenate(parts, axis=1), run(params, ids)
     np.testing.assert_allclose(decoded, full, rtol=_TOLERANCE, atol=_TOLERANCE)
 
 
@@ -190,7 +195,7 @@ def check_training(config: ModelConfig) -> None:
     assert int(state.skipped) == 0, "updates were skipped"
     assert np.isfinite(history).all(), "the loss is not finite"
     assert history[-1] < 0.5 * history[0], f"the loss went from {history[0]} to {history[-1]}"
-    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
+    assert all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
 
 
 def check_sharding(config: ModelConfig) -> None:
@@ -198,7 +203,7 @@ def check_sharding(config: ModelConfig) -> None:
     if len(jax.devices()) < 8:
         raise RuntimeError("this check needs 8 devices; set JAX_NUM_CPU_DEVICES=8")
     model, ids = skeleton(config), tokens(4, 32)
-    params = jax.jit(model.init)(jax.random.key(0))
+    params = model.init(jax.random.key(0))
 
     def loss(params: Any, ids: jax.Array) -> jax.Array:
         built = model.merge(params)
@@ -213,7 +218,7 @@ def check_sharding(config: ModelConfig) -> None:
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(many), jax.tree.leaves(one), strict=True
     ):
-        scale = max(float(jnp.abs(b).max()), 1e-6)
+        scale = max(float(np.abs(b).max()), 1e-6)
         np.testing.assert_allclose(
             np.asarray(a), np.asarray(b), rtol=1e-3, atol=1e-4 * scale,
             err_msg=jax.tree_util.keystr(path),
@@ -243,9 +248,9 @@ def train(model: ModelConfig, num_steps: int) -> tuple[Any, np.ndarray]:
     structure = skeleton(model)
     tx = make_optimizer(config.optimizer, num_steps, About.of(structure), model.mlp)
     ids = tokens(4, 33)
-    positions = jnp.broadcast_to(jnp.arange(32), (4, 32))
+    positions = np.tile(np.arange(32, dtype=np.int32), (4, 1))
     batch = {"inputs": ids[:, :-1], "targets": ids[:, 1:], "positions": positions}
-    batch["document_ids"] = jnp.ones_like(positions)
+    batch["document_ids"] = np.ones_like(positions)
     update = jax.jit(step.make_train_step(config, structure, tx), donate_argnums=0)
     state = jax.jit(lambda key: step.init_state(structure, tx, key))(jax.random.key(0))
     losses = []

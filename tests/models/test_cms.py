@@ -74,7 +74,7 @@ def _forward(config: ModelConfig):
 
 def logits(ids: jax.Array) -> jax.Array:
     out = _forward(CONFIG)(parameters(CONFIG), ids)
-    assert jnp.isfinite(out).all()
+    assert np.isfinite(out).all()
     return out
 
 
@@ -214,7 +214,7 @@ def test_scanned_equals_unrolled():
     for (path, x), y in zip(
         jax.tree_util.tree_leaves_with_path(grads_a), jax.tree.leaves(grads_b), strict=True
     ):
-        scale = float(jnp.abs(y).max())
+        scale = float(np.abs(y).max())
         assert scale > 0, f"{path} gets no gradient"
         np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4 * scale, err_msg=str(path))
 
@@ -243,8 +243,8 @@ def test_decoding_with_a_cache_equals_the_full_pass():
         return built.logits(built(ids)[0])
 
     expected = full(params, ids)
-    assert jnp.std(expected) > 0.3
-    scale = float(jnp.abs(expected).max())
+    assert np.std(expected) > 0.3
+    scale = float(np.abs(expected).max())
     np.testing.assert_allclose(decode(params, ids), expected, rtol=0, atol=5e-5 * scale)
 
 
@@ -278,7 +278,7 @@ def test_bfloat16_training_with_periods_stays_finite():
     assert np.isfinite(metrics["loss"]).all()
     assert np.isfinite(metrics["grad_norm"]).all()
     assert metrics["loss"][-1] < 0.1 * metrics["loss"][0]
-    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
+    assert all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,11 @@ MODELS: dict[str, ModelConfig] = {
 }
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+# One worker runs the tests of a model, for they share compiled programs.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in MODELS],
+)
 def config(request) -> ModelConfig:
     return MODELS[request.param]
 
