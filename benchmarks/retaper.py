@@ -19,7 +19,7 @@ import pathlib
 import subprocess
 import sys
 import time
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -31,6 +31,7 @@ from tlm_jax.config import RUN_AGAIN, OptimizerConfig, RunConfig
 from tlm_jax.data import Dataset, open_dataset
 from tlm_jax.data.tokenizers import Tokenizer
 from tlm_jax.distributed import mesh as mesh_lib
+from tlm_jax.distributed.sharding import to_devices
 from tlm_jax.evaluation import perplexity
 from tlm_jax.models import skeleton
 from tlm_jax.training import restore
@@ -44,6 +45,7 @@ SHAPES = {
     "uniform": ("--schedule", "uniform"),
 }
 Rows = list[dict[str, np.ndarray]]
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,7 @@ def wikitext_rows(path: pathlib.Path, tokenizer: Tokenizer, length: int, count: 
     ]
 
 
-def losses(folder: pathlib.Path, sets: dict[str, Rows], precision: str) -> dict[str, float]:
+def losses(folder: pathlib.Path, sets: dict[str, Rows], precision: Precision) -> dict[str, float]:
     """Nats per token of a run folder's newest checkpoint, by the name of the rows."""
     step, saved = restore.saved_metadata(folder, None)
     config = restore.saved_config(saved)
@@ -110,7 +112,10 @@ def losses(folder: pathlib.Path, sets: dict[str, Rows], precision: str) -> dict[
         params = restore.load_params(folder, step, model, tokenizer, mesh)
         for name, rows in sets.items():
             batches = [
-                {key: np.concatenate([row[key] for row in rows[i : i + 4]]) for key in rows[0]}
+                to_devices(
+                    {key: np.concatenate([row[key] for row in rows[i : i + 4]]) for key in rows[0]},
+                    mesh,
+                )
                 for i in range(0, len(rows), 4)
             ]
             score = perplexity.score(score_step, params, batches, bytes_per_token=1.0)
