@@ -12,6 +12,7 @@ goes to docs/export.md.
 
 import argparse
 import pathlib
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,7 @@ def main() -> None:
     report.publish(
         "remote code",
         f"{report.table(header, rows)}\n\nThe first {options.limit} questions; "
+        f"transformers {version('transformers')}, lm-eval {version('lm_eval')}; "
         f"{report.software()}.",
         ROOT / "docs" / "export.md",
     )

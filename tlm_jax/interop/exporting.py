@@ -176,7 +176,12 @@ def _remote_code(model: ModelConfig, form: Format) -> tuple[str, ...]:
         return (llama.DECI_CONFIGURATION,)
     if form != "compact":
         return ()
-    return tapered.MODULES if llama.why_not(model, "compact") else (_MODELING,)
+    return tapered.MODULES if _has_own_graph(model, form) else (_MODELING,)
+
+
+def _has_own_graph(model: ModelConfig, form: Format) -> bool:
+    """Whether an export is spelled as `tapered` says, and not as `llama` does."""
+    return form == "compact" and llama.why_not(model, form) is not None
 
 
 def _special_tokens(metadata: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -202,8 +207,7 @@ def _native(params: Any) -> Iterator[tuple[str, np.ndarray]]:
 def _per_layer(params: Any, model: ModelConfig, form: Format) -> Iterator[tuple[str, np.ndarray]]:
     """Under Llama's names, or those of our own graph for transformers."""
     widest = max(model.mlp_widths)
-    own = form == "compact" and llama.why_not(model, "compact")
-    spell = tapered.tensor if own else llama.tensor
+    spell = tapered.tensor if _has_own_graph(model, form) else llama.tensor
     for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
         path, layers = place(model, path_of(keys))
         stacked = np.asarray(leaf)
@@ -247,7 +251,7 @@ def _config_json(
     if form == "gguf":
         chat = {"chat_template": metadata.get("chat_template")}
         return {"max_position_embeddings": length, "dtype": dtype, "tlm_jax": ours} | chat
-    own = form == "compact" and llama.why_not(config.model, "compact")
+    own = _has_own_graph(config.model, form)
     values = (tapered if own else llama).config_json(config.model) | {
         "max_position_embeddings": length,
         "bos_token_id": None,  # Llama's default is 1
