@@ -75,12 +75,7 @@ def parse(command: type, argv: Sequence[str], prog: str, **defaults: Any) -> Any
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(
-                command,
-                prog=prog,
-                args=list(argv),
-                default=default,
-                use_underscores=True,
-                config=(tyro.conf.AvoidSubcommands,),  # a part that is None stays None
+                command, prog=prog, args=list(argv), default=default, use_underscores=True
             )
     except SystemExit as error:
         if error.code in (0, None):
