@@ -60,7 +60,7 @@ def read(values: dict[str, Any], where: str) -> Original:
 
 def _meanings(ours: ModelConfig, theirs: ModelConfig) -> list[tuple[str, Any, Any]]:
     """What two configs say of which the tensors' shapes say nothing."""
-    found = [
+    found: list[tuple[str, Any, Any]] = [
         ("rms_norm_eps", ours.norm_eps, theirs.norm_eps),
         ("tie_word_embeddings", ours.tie_embeddings, theirs.tie_embeddings),
     ]
