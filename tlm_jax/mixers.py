@@ -169,8 +169,9 @@ class RopeScaling(Checked):
     high_freq_factor, and interpolates between (Llama 3.1, arXiv 2407.21783).
     """
 
-    method: Literal["linear", "llama3"]
-    factor: _Factor
+    method: Literal["none", "linear", "llama3"] = "none"
+    factor: _Factor = 1.0
+    """Of linear and llama3."""
     low_freq_factor: Positive = 1.0
     """For llama3 only, as what follows."""
     high_freq_factor: Positive = 4.0
@@ -187,8 +188,8 @@ class RopeScaling(Checked):
 
     def divisors(self, theta: float, head_dim: int) -> list[float]:
         """What each of the head_dim / 2 frequencies theta^(-2k/head_dim) is divided by."""
-        if self.method == "linear":
-            return [self.factor] * (head_dim // 2)
+        if self.method != "llama3":
+            return [self.factor if self.method == "linear" else 1.0] * (head_dim // 2)
         low, high = self.low_freq_factor, self.high_freq_factor
         found = []
         for k in range(head_dim // 2):
@@ -196,6 +197,9 @@ class RopeScaling(Checked):
             kept = min(max((turns - low) / (high - low), 0.0), 1.0)
             found.append(1 / (kept + (1 - kept) / self.factor))
         return found
+
+
+NO_SCALING = RopeScaling()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,7 +222,7 @@ class AttentionConfig(MixerConfig):
     """Tokens that a token sees, itself included; None is the whole document before it."""
     rope_theta: _RopeTheta | None = 10_000.0
     """Base of the rotary frequencies; None is no positions."""
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: RopeScaling = NO_SCALING
     """How the rotary frequencies are changed for long texts."""
     heads_taper: TaperConfig = NO_TAPER
     """How query heads, with their key/value heads, are spread over depth."""
@@ -234,7 +238,7 @@ class AttentionConfig(MixerConfig):
             )
         _check_head_dim(self.head_dim)
         require(
-            self.rope_theta is not None or self.rope_scaling is None,
+            self.rope_theta is not None or self.rope_scaling.method == "none",
             "rope_scaling scales rotary positions, and rope_theta=None turns them off",
         )
 

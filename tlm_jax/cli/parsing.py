@@ -101,7 +101,6 @@ def parse(command: type, argv: Sequence[str], prog: str, **defaults: Any) -> Any
                 args=list(argv),
                 default=default,
                 use_underscores=True,
-                config=(tyro.conf.AvoidSubcommands,),  # a part that is None stays None
                 registry=_paths(),
             )
     except SystemExit as error:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tlm_jax.config import ModelConfig, UserError
-from tlm_jax.mixers import AttentionConfig, ListedConfig, MixerConfig, RopeScaling
+from tlm_jax.mixers import NO_SCALING, AttentionConfig, ListedConfig, MixerConfig, RopeScaling
 from tlm_jax.taper_config import TaperConfig
 
 # What a config.json means where it is silent, by model_type.
@@ -173,7 +173,7 @@ def _mixer(values: dict[str, Any], where: str) -> MixerConfig:
             bias="qkv" if kind == "qwen2" else "all" if values.get("attention_bias") else "none",
             window=window,
             rope_theta=theta if has_positions else None,
-            rope_scaling=scaling if has_positions else None,
+            rope_scaling=scaling if has_positions else NO_SCALING,
         )
         for (heads, kv_heads), window, has_positions in zip(all_heads, windows, rotary, strict=True)
     )
@@ -224,10 +224,10 @@ def _windows(values: dict[str, Any], rotary: list[bool], where: str) -> list[int
     return [window if one == _SLIDING else None for one in kinds[:num_layers]]
 
 
-def _rope(values: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
+def _rope(values: dict[str, Any], where: str) -> tuple[float, RopeScaling]:
     """Base and scaling of the rotary frequencies, which stand in one of two places."""
     specs = {name: values.get(name) or {} for name in ("rope_parameters", "rope_scaling")}
-    found: list[RopeScaling | None] = []
+    found: list[RopeScaling] = []
     for name, spec in specs.items():
         if not isinstance(spec, dict):
             raise UserError(f"{where}: {name} is {spec!r}; it must be an object")
@@ -241,15 +241,13 @@ def _rope(values: dict[str, Any], where: str) -> tuple[float, RopeScaling | None
     theta = values.get("rope_theta", 10_000.0)
     for spec in specs.values():
         theta = spec.get("rope_theta", theta)
-    return _positive("rope_theta", theta, where), found[0] if found else None
+    return _positive("rope_theta", theta, where), found[0] if found else NO_SCALING
 
 
-def _scaling(
-    name: str, spec: dict[str, Any], values: dict[str, Any], where: str
-) -> RopeScaling | None:
+def _scaling(name: str, spec: dict[str, Any], values: dict[str, Any], where: str) -> RopeScaling:
     kind = spec.get("rope_type", spec.get("type", "default"))
     if kind == "default":
-        return None
+        return NO_SCALING
     if kind not in ("linear", "llama3"):
         raise UserError(
             f"{where}: {name}.rope_type is {kind!r}, which cannot be represented exactly here; "
@@ -349,7 +347,7 @@ def config_json(model: ModelConfig, mixers: Sequence[AttentionConfig]) -> dict[s
         "tie_word_embeddings": model.tie_embeddings,
         "use_cache": True,
     }
-    if first.rope_scaling is not None:
+    if first.rope_scaling.method != "none":
         scaled = _rope_json(first.rope_scaling)
         values |= {"rope_parameters": scaled | {"rope_theta": theta}, "rope_scaling": scaled}
     if "attention_bias" not in _EXACT_IN.get(kind, {}):
@@ -382,4 +380,4 @@ def _rope_json(scaling: RopeScaling) -> dict[str, Any]:
 
 def but_layers_own(mixer: AttentionConfig) -> AttentionConfig:
     """The mixer without what a family may give to some layers and not to others."""
-    return dataclasses.replace(mixer, window=None, rope_scaling=None, rope_theta=None)
+    return dataclasses.replace(mixer, window=None, rope_scaling=NO_SCALING, rope_theta=None)

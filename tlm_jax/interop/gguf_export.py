@@ -100,10 +100,10 @@ def write(
     writer.add_rope_dimension_count(dims[0])
     theta, scaling = mixers[0].rope_theta or 0.0, mixers[0].rope_scaling
     writer.add_rope_freq_base(theta)
-    if scaling is not None and scaling.method == "linear":
+    if scaling.method == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(scaling.factor)
-    elif scaling is not None:
+    elif scaling.method == "llama3":
         writer.add_rope_scaling_orig_ctx_len(scaling.original_length)
         divisors = np.asarray(scaling.divisors(theta, dims[0]), np.float32)
         tensors = [*tensors, (gguf_file.ROPE_FREQS, divisors)]

@@ -131,7 +131,7 @@ def _why_not_attention(mixers: list[AttentionConfig], model: ModelConfig, form: 
         return "layers without positions (mixer.rope_theta)"
     if first.qk_norm:
         is_qwen3 = form == "gguf" and first.bias == "none"
-        if is_qwen3 and first.rope_scaling is not None and first.rope_scaling.method == "llama3":
+        if is_qwen3 and first.rope_scaling.method == "llama3":
             return "mixer.qk_norm with rope_scaling llama3"  # llama.cpp would ignore the scaling
         unlike = len(set(mixers)) > 1 or len(set(model.mlp_widths)) > 1
         return None if is_qwen3 and not unlike else "mixer.qk_norm" + " in unlike layers" * is_qwen3

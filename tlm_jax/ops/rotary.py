@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tlm_jax.mixers import RopeScaling
+from tlm_jax.mixers import NO_SCALING, RopeScaling
 from tlm_jax.ops import _cpu
 from tlm_jax.ops.backend import REFERENCE, Op, Version, everywhere, target
 
@@ -16,7 +16,7 @@ def rotary(
     x_BLHK: jax.Array,
     positions_BL: jax.Array,
     theta: float,
-    scaling: RopeScaling | None = None,
+    scaling: RopeScaling = NO_SCALING,
 ) -> jax.Array:
     """Rotates pairs (k, k + K/2) of each head by position * theta^(-2k/K), in float32.
 
@@ -24,7 +24,7 @@ def rotary(
     """
     half = x_BLHK.shape[-1] // 2
     frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    if scaling is not None:
+    if scaling.method != "none":
         frequencies = frequencies / np.asarray(scaling.divisors(theta, 2 * half), np.float32)
     angles = positions_BL[:, :, None, None].astype(jnp.float32) * frequencies
     sin, cos = SINES.choose(target=target()).function(angles)
