@@ -5,7 +5,8 @@
 
 Each cell compiles the train step of a size on a slice, with the mesh and batch of `analysis.scale`,
 the taper in two stairs of multiples of 128. What the compiler says is kept in
-docs/results/scale.jsonl and not compiled twice.
+docs/results/scale.jsonl and not compiled twice. Collectives of benchmarks/pods.py's cells are
+compared too, where none is a collective-permute (which were miscounted when those were made).
 """
 
 import argparse
@@ -47,6 +48,23 @@ def known() -> dict[tuple[str, str], dict[str, Any]]:
     """Cells that were compiled."""
     lines = CELLS.read_text().splitlines() if CELLS.exists() else []
     return {(c["size"], c["topology"]): c for c in map(json.loads, lines)}
+
+
+def earlier() -> dict[tuple[str, str, str, int], tuple[float, float]]:
+    """Bytes of collectives by formula and by the compiler, of cells that benchmarks/pods.py
+    compiled: by size, architecture, slice and parts of the batch."""
+    found = {}
+    for c in map(json.loads, (ROOT / "docs" / "results" / "pods.jsonl").read_text().splitlines()):
+        moved = c["collectives"].get("collective-permute", [0, 0])[1]
+        if c.get("older") or not c["fits"] or moved or c["num_segments"] != 2:
+            continue
+        config = config_io.load_config(f"{ROOT}/configs/tlm_{c['size']}.py:{c['architecture']}")
+        training = dataclasses.replace(config.training, grad_accumulation=c["grad_accumulation"])
+        run = scale.scale(dataclasses.replace(config, training=training), c["topology"])
+        name = (c["size"], c["architecture"], c["topology"], c["grad_accumulation"])
+        compiled = sum(gib for _, gib in c["collectives"].values()) * 2**30
+        found[name] = sum(run.communication().values()), compiled
+    return found
 
 
 def measure(size: str, name: str) -> dict[str, Any]:
@@ -102,6 +120,19 @@ def publish() -> None:
                     for kind, (n, size) in done[key]["collectives"].items()
                     if size > 2**20
                 ),
+            ]
+        )
+    for (size, architecture, name, parts), (formula, compiled) in earlier().items():
+        rows.append(
+            [
+                f"{size.replace('_', '.').upper()} {architecture}"
+                + (f", {parts} parts" if parts > 1 else ""),
+                name,
+                *[""] * 3,
+                f"{formula / 2**30:.2f}",
+                f"{compiled / 2**30:.2f}",
+                f"{formula / compiled:.2f}",
+                "",
             ]
         )
     header = ["run", "slice", "memory, formula", "compiler", "ratio"]

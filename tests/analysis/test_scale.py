@@ -53,6 +53,18 @@ def test_communication_against_the_compiler(cell: tuple[str, str]) -> None:
     assert record["products"] == pytest.approx(record["share"], rel=0.01)
 
 
+def test_communication_against_earlier_cells() -> None:
+    """Other architectures, and batches in parts. Titans' memories have collectives of their own."""
+    found = cells.earlier()
+    ratios = {cell: formula / compiled for cell, (formula, compiled) in found.items()}
+    v5p = [ratio for cell, ratio in ratios.items() if cell[2] == "v5p:4x4x4"]
+    v5e = [r for c, r in ratios.items() if c[1] != "titans" and c[2] == "v5e:16x16"]
+    assert len(v5p) >= 5
+    assert all(0.9 <= ratio <= 1 for ratio in v5p)
+    assert len(v5e) >= 3
+    assert all(0.6 <= ratio <= 0.7 for ratio in v5e)
+
+
 def test_memory_against_the_compiler() -> None:
     """The same of memory, for the smallest slice; the table in docs/pods.md has all cells."""
     needed = cells.known()["440m", "v5e:4x4"]["needed"]

@@ -293,7 +293,7 @@ def _token_scale(axes: "Axes", train: Sequence[dict[str, Any]]) -> None:
     if not last.get("tokens") or not last["step"]:
         return
     per_step = last["tokens"] / last["step"]
-    scale = axes.secondary_xaxis("top", (lambda x: x * per_step, lambda x: x / per_step))
+    scale = axes.secondary_xaxis("top", functions=(lambda x: x * per_step, lambda x: x / per_step))
     scale.set_xlabel("tokens")
     scale.xaxis.set_major_formatter(lambda value, _: short_count(value))
 
