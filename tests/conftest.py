@@ -99,6 +99,16 @@ def _set_jax(option: str, value: object) -> None:
     compilation_cache.reset_cache()  # it may have been asked for a program before
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker runs a module that compiles much, for its tests share programs in the process."""
+    for item in items:
+        if item.path.parent.name in ("models", "ops") and not item.get_closest_marker(
+            "xdist_group"
+        ):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Keeps what was compiled, once all workers are done."""
     if "PYTEST_XDIST_WORKER" not in os.environ:

@@ -110,7 +110,9 @@ def one_device() -> dict[str, tuple[float, Any, Any]]:
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("name", MIXERS)
+@pytest.mark.parametrize(  # one worker runs all meshes of one, for they share what one device does
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in MIXERS]
+)
 def test_loss_and_gradients_equal_one_device(name: str, mesh: str, one_device: dict) -> None:
     config = run_config(name, MESHES[mesh])
     if MESHES[mesh].sequence > 1 and not config.model.mixer.splits_sequence:

@@ -94,7 +94,13 @@ def memory(inputs, *, chunk, ids=None, **options):
     )
 
 
-def make_inputs(depth, *, forget=True, momentum=True, length=L, batch=B, seed=0, dtype="float32"):
+def make_inputs(depth, **options):
+    """A dict of its own, whose arrays are drawn once."""
+    return dict(_inputs(depth, **options))
+
+
+@functools.cache
+def _inputs(depth, *, forget=True, momentum=True, length=L, batch=B, seed=0, dtype="float32"):
     keys = iter(jax.random.split(jax.random.key(seed), 20))
 
     def normal(*shape):
