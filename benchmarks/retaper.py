@@ -282,7 +282,7 @@ def main() -> None:
     report.publish(
         f"retaper {options.name}",
         f"{table(record)}\n\n"
-        f"{how['steps']} steps of {how['tokens_per_step']} tokens, {how['precision']}; losses on "
+        f"Healing: {how['steps']} steps of {how['tokens_per_step']:,} tokens, {how['precision']}. Losses on "
         f"{how['rows']} rows of {how['length']} tokens. {how['machine']}.",
         page=PAGE,
     )
