@@ -71,12 +71,13 @@ def test_help_of_tlm_lists_the_verbs(words: list[str], capsys: pytest.CaptureFix
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    """`tlm --version` names the package and what it stands on."""
+    """`tlm --version` names the package and what it stands on; the citation is of that version."""
     assert cli.main(["--version"]) == 0
     out = capsys.readouterr().out
     jax = importlib.metadata.version("jax")
     assert out.startswith(f"tlm-jax {tlm_jax.__version__} (Python 3.")
     assert f"jax {jax}," in out
+    assert f"\nversion: {tlm_jax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_configs_that_ship_have_names(
