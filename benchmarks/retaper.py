@@ -282,8 +282,8 @@ def main() -> None:
     report.publish(
         f"retaper {options.name}",
         f"{table(record)}\n\n"
-        f"Healing: {how['steps']} steps of {how['tokens_per_step']:,} tokens, {how['precision']}. Losses on "
-        f"{how['rows']} rows of {how['length']} tokens. {how['machine']}.",
+        f"Healing: {how['steps']} steps of {how['tokens_per_step']:,} tokens, {how['precision']}. "
+        f"Losses on {how['rows']} rows of {how['length']} tokens. {how['machine']}.",
         page=PAGE,
     )
 
