@@ -53,7 +53,7 @@ def known() -> dict[tuple[str, str], dict[str, Any]]:
 def earlier() -> dict[tuple[str, str, str, int], tuple[float, float]]:
     """Bytes of collectives by formula and by the compiler, of cells that benchmarks/pods.py
     compiled: by size, architecture, slice and parts of the batch."""
-    found = {}
+    found: dict[tuple[str, str, str, int], tuple[float, float]] = {}
     for c in map(json.loads, (ROOT / "docs" / "results" / "pods.jsonl").read_text().splitlines()):
         moved = c["collectives"].get("collective-permute", [0, 0])[1]
         if c.get("older") or not c["fits"] or moved or c["num_segments"] != 2:
@@ -104,7 +104,7 @@ def publish() -> None:
     for key in (key for key in COMPILED if key in done):
         found, needed = cell(*key), done[key]["needed"]
         memory, formula = found.memory(), sum(found.communication().values())
-        compiled = sum(size for _, size in done[key]["collectives"].values())
+        compiled: float = sum(size for _, size in done[key]["collectives"].values())
         rows.append(
             [
                 key[0].replace("_", ".").upper(),
