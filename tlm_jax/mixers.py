@@ -174,7 +174,7 @@ class RopeScaling(Checked):
     """Of linear and llama3."""
     low_freq_factor: Positive = 1.0
     """For llama3 only, as what follows."""
-    high_freq_factor: Positive = 4.0
+    high_freq_factor: _Factor = 4.0
     original_length: Count = 8192
     """Tokens of the texts that the model began with."""
 

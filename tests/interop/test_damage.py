@@ -164,7 +164,7 @@ def test_numbers_that_are_not_finite(bpe: pathlib.Path, tmp_path: pathlib.Path) 
         ({"num_hidden_layers": True}, "num_hidden_layers is True; it must be a number"),
         ({"head_dim": "16"}, "head_dim is '16'; it must be a whole number"),
         ({"rope_parameters": [1]}, "rope_parameters is [1]; it must be an object"),
-        ({"layer_types": 5}, "layer_types[0] is 5"),
+        ({"layer_types": 5}, "layer_types is 5"),
         ({"rms_norm_eps": []}, "rms_norm_eps is []; it must be a positive number"),
         ({"rope_theta": float("nan")}, "rope_theta is nan; it must be a positive number"),
         ({"tie_word_embeddings": []}, "tie_word_embeddings is []; it must be true or false"),
