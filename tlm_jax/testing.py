@@ -143,7 +143,8 @@ def check_scans(config: ModelConfig) -> None:
 
         def loss(params: Any) -> jax.Array:
             built = model.merge(params)
-            return jnp.mean(jnp.square(jax.nn.log_softmax(built.logits(built(jnp.asarray(ids))[0]))))
+            logits = built.logits(built(jnp.asarray(ids))[0])
+            return jnp.mean(jnp.square(jax.nn.log_softmax(logits)))
 
         return jax.jit(jax.value_and_grad(loss))(model.init(jax.random.key(0)))
 
