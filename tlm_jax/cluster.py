@@ -10,6 +10,7 @@ import concurrent.futures
 import logging
 import os
 import pathlib
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -126,7 +127,11 @@ class RayExecutor(concurrent.futures.Executor):
 def _task(
     folder: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """In a worker: calls the function in the folder in which it was asked for."""
+    """In a worker: calls the function in the folder in which it was asked for.
+
+    Ray cancels a task by SIGINT, which a cluster that was started in the background ignores.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if pathlib.Path(folder).is_dir():
         os.chdir(folder)
     return function(*args, **kwargs)
