@@ -103,8 +103,8 @@ def publish() -> None:
     done = known()
     for key in (key for key in COMPILED if key in done):
         found, needed = cell(*key), done[key]["needed"]
-        memory, formula = found.memory(), sum(found.communication().values())
-        compiled: float = sum(size for _, size in done[key]["collectives"].values())
+        memory, formula = found.memory(), float(sum(found.communication().values()))
+        compiled = float(sum(size for _, size in done[key]["collectives"].values()))
         rows.append(
             [
                 key[0].replace("_", ".").upper(),
