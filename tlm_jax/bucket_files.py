@@ -3,7 +3,7 @@
 A file that grows (`Log`) becomes numbered objects, `metrics.jsonl` for example
 `metrics.000001.jsonl`, `metrics.000002.jsonl` ... Each process starts one of its own, replaces it
 every few seconds, and starts the next when it is large. Together they are the file
-(`read_log`). A kill loses the last seconds; `Log.flush` before a checkpoint sees to it that these
+(`read_log`). A kill loses the last seconds; `Log.flush` before a checkpoint ensures that these
 are steps that will be repeated.
 
 A lock (`lease`) becomes an object with a heartbeat. It is made, renewed and taken over only under
@@ -79,7 +79,7 @@ def remove_log(path: pathlib.Path) -> None:
 
 
 class Log:
-    """Appends to a file in a bucket, from a thread: whoever writes never waits for the network.
+    """Appends to a file in a bucket, from a thread: the writer never waits for the network.
 
     What cannot be uploaded is kept and tried again. Beyond a bound the oldest of it is dropped.
 
@@ -109,7 +109,7 @@ class Log:
                 self.dropped += len(self._pending.pop(0))
 
     def flush(self, seconds: float = 0.0) -> bool:
-        """Has what was written uploaded now; waits for it at most so long.
+        """Has what was written uploaded now; waits for at most this many seconds.
 
         Returns:
           Whether all is uploaded.
@@ -120,7 +120,7 @@ class Log:
             return self._lock.wait_for(lambda: not self._pending or self._closed, seconds)
 
     def close(self, seconds: float = 30.0) -> None:
-        """Uploads what is left, waiting at most so long."""
+        """Uploads what is left, waiting for at most this many seconds."""
         self.flush(seconds)
         with self._lock:
             self._closed = True

@@ -23,7 +23,7 @@ _RETRIES = 5
 
 
 def check(engine: str) -> None:
-    """Refuses what is no engine.
+    """Refuses an unknown engine.
 
     Raises:
       UserError: it is neither "local", "ray" nor "ray://HOST:PORT".

@@ -1,8 +1,7 @@
 """Tokenises a source into a store: units divided over processes, resumable, reproducible.
 
 plan.json, written first, divides the source into units. A process takes a unit
-and writes it in parts: at most one shard per split, then `parts/UNIT-PART.json`,
-which marks them as complete. Another run with the same plan resumes after the last part of
+and writes it in parts (see `units`). Another run with the same plan resumes after the last part of
 each unit. Shards depend on the plan only, so the result is the same,
 to the byte, however often it was interrupted and however many processes work.
 """
@@ -25,35 +24,18 @@ from tlm_jax import cluster, files, storage
 from tlm_jax.config import UserError
 from tlm_jax.data import processes as processes_lib
 from tlm_jax.data import store
-from tlm_jax.data.sources import Document, Fault, Source, Unit
-from tlm_jax.data.store import SPLITS, Manifest, Shard, ShardWriter, Split
+from tlm_jax.data import units as units_lib
+from tlm_jax.data.sources import Unit
+from tlm_jax.data.store import SPLITS, Manifest, Shard, Split
 from tlm_jax.data.tokenizers import Tokenizer, load_tokenizer
+from tlm_jax.data.units import SHARD_BYTES as SHARD_BYTES
+from tlm_jax.data.units import Job as Job
 
 PLAN = "plan.json"
-PARTS = "parts"
-SHARD_BYTES = 64 * 2**20
 MIN_UNITS = 64
 MIN_UNIT_BYTES = 2**20
-LISTED_FAULTS = 20
-_BATCH_BYTES = 2**20
-_BATCH_DOCUMENTS = 512
 _POLL_SECONDS = 0.2
 _LINE_SECONDS = 10.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
-    """What to prepare and how; the same job gives the same files."""
-
-    source: Source
-    tokenizer: str | None
-    """As `load_tokenizer` takes it."""
-    rules: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """What the source was told, as JSON values, for plan and manifest."""
-    shard_bytes: int = SHARD_BYTES
-    """Text of a shard at most, about; less where a source would make too few to share out."""
-    skip_corrupt: bool = False
-    """Leave out and count records that cannot be used, instead of stopping."""
 
 
 def prepare(
@@ -83,25 +65,25 @@ def prepare(
             f"{folder / PLAN} is damaged: it has no units; choose another folder"
         ) from error
     if not store.is_complete(folder):
-        (folder / PARTS).mkdir(exist_ok=True)
-        names = {path.name for path in (folder / PARTS).iterdir()}
-        begun = {i for i in range(len(units)) if _part_file(folder, i, 0).name in names}
-        left = [i for i in range(len(units)) if i not in begun or not _is_done(folder, i)]
+        (folder / units_lib.PARTS).mkdir(exist_ok=True)
+        names = {path.name for path in (folder / units_lib.PARTS).iterdir()}
+        begun = {i for i in range(len(units)) if units_lib.part_file(folder, i, 0).name in names}
+        left = [i for i in range(len(units)) if i not in begun or not units_lib.is_done(folder, i)]
         left.sort(key=lambda i: -units[i].size)  # so that no process has a long one last
         total = sum(unit.size for unit in units)
         done = total - sum(units[i].size for i in left)
-        done += sum(_bytes_done(folder, units[i], i) for i in left if i in begun)
+        done += sum(units_lib.bytes_done(folder, units[i], i) for i in left if i in begun)
         with _progress(job.source.name, total, done) as advance:
             if engine != cluster.LOCAL:
                 _share_out_over_cluster(job, folder, units, left, engine, advance)
             elif processes == 1 or len(left) < 2:
                 with _tokenizer_threads():
                     for index in left:
-                        _write_unit(job, tokenizer, folder, units[index], index, advance)
+                        units_lib.write_unit(job, tokenizer, folder, units[index], index, advance)
             else:
                 _share_out(job, folder, units, left, min(processes, len(left)), advance)
         _finish(job, tokenizer, folder, len(units))
-    storage.remove_tree(folder / PARTS)  # also what a run killed right here has left
+    storage.remove_tree(folder / units_lib.PARTS)  # also what a run killed right here has left
     return store.open_manifest(folder)
 
 
@@ -139,144 +121,13 @@ def _settle_plan(job: Job, tokenizer: Tokenizer, folder: pathlib.Path) -> dict[s
     return plan
 
 
-def _parts(folder: pathlib.Path, index: int) -> list[dict[str, Any]]:
-    """What the complete parts of a unit say, in order."""
-    parts: list[dict[str, Any]] = []
-    while (path := _part_file(folder, index, len(parts))).is_file():
-        parts.append(files.read_json(path))
-    return parts
-
-
-def _part_file(folder: pathlib.Path, index: int, number: int) -> pathlib.Path:
-    return folder / PARTS / f"{index:05d}-{number:03d}.json"
-
-
-def _is_done(folder: pathlib.Path, index: int) -> bool:
-    parts = _parts(folder, index)
-    return bool(parts) and parts[-1]["last"]
-
-
-def _bytes_done(folder: pathlib.Path, unit: Unit, index: int) -> int:
-    """Bytes of text in the complete parts, no more than the unit is said to have."""
-    shards = [shard for part in _parts(folder, index) for shard in part["shards"].values()]
-    return min(unit.size, sum(shard["num_bytes"] for shard in shards))
-
-
-def _write_unit(
-    job: Job,
-    tokenizer: Tokenizer,
-    folder: pathlib.Path,
-    unit: Unit,
-    index: int,
-    advance: Callable[[int], None],
-) -> None:
-    """Writes the parts of a unit that are missing; `advance` is told the bytes of text done."""
-    parts = _parts(folder, index)
-    read = parts[-1]["records"] if parts else 0
-    items = itertools.islice(job.source.items(unit), read, None)
-    told = _bytes_done(folder, unit, index)
-
-    def advance_within(size: int) -> None:
-        nonlocal told
-        advance(min(size, unit.size - told))
-        told += min(size, unit.size - told)
-
-    for number in itertools.count(len(parts)):
-        part = _Part(job, tokenizer, folder, f"{index:05d}" + (f"-{number:03d}" if number else ""))
-        try:
-            last = part.fill(items, advance_within)
-            shards = part.close()
-        except BaseException:
-            part.discard()
-            raise
-        read += part.records
-        values = {
-            "last": last,
-            "records": read,
-            "shards": {split: dataclasses.asdict(shard) for split, shard in shards.items()},
-            "skipped": part.skipped,
-            "skipped_places": part.skipped_places,
-        }
-        store.write_json(_part_file(folder, index, number), values)
-        if last:
-            break
-    advance(unit.size - told)  # sizes of units are estimates
-
-
-class _Part:
-    """At most one shard per split, being written."""
-
-    def __init__(self, job: Job, tokenizer: Tokenizer, folder: pathlib.Path, name: str) -> None:
-        self._job, self._tokenizer, self._folder, self._name = job, tokenizer, folder, name
-        self._writers: dict[Split, ShardWriter] = {}
-        self._batch: list[Document] = []
-        self._batch_bytes = 0
-        self.records = 0
-        self.skipped: dict[str, int] = {}
-        self.skipped_places: list[str] = []
-
-    def fill(self, items: Iterator[Document | Fault], advance: Callable[[int], None]) -> bool:
-        """Takes records until the part is large enough; returns whether there are no more."""
-        size = 0
-        for item in items:
-            self.records += 1
-            if isinstance(item, Fault):
-                self._skip(item)
-                continue
-            self._batch.append(item)
-            self._batch_bytes += item.num_bytes
-            size += item.num_bytes
-            if self._batch_bytes >= _BATCH_BYTES or len(self._batch) >= _BATCH_DOCUMENTS:
-                advance(self._write_batch())
-            if size >= self._job.shard_bytes:
-                advance(self._write_batch())
-                return False
-        advance(self._write_batch())
-        return True
-
-    def _skip(self, fault: Fault) -> None:
-        if not self._job.skip_corrupt:
-            raise UserError(fault.message)
-        self.skipped[fault.reason] = self.skipped.get(fault.reason, 0) + 1
-        if len(self.skipped_places) < LISTED_FAULTS:
-            self.skipped_places.append(fault.message)
-
-    def _write_batch(self) -> int:
-        batch = self._tokenizer.encode_batch([document.text for document in self._batch])
-        for document, ids in zip(self._batch, batch, strict=True):
-            try:
-                self._writer(document.split).add(ids, document.num_bytes)
-            except ValueError as error:
-                raise UserError(
-                    f"{document.place}: tokenizer {self._tokenizer.name} gave {error}"
-                ) from error
-        size = self._batch_bytes
-        self._batch, self._batch_bytes = [], 0
-        return size
-
-    def _writer(self, split: Split) -> ShardWriter:
-        if split not in self._writers:
-            file = f"{split}-{self._name}.arrayrecord"
-            self._writers[split] = ShardWriter(self._folder, file, self._tokenizer.vocab_size)
-        return self._writers[split]
-
-    def close(self) -> dict[Split, Shard]:
-        """Completes the shards."""
-        return {split: writer.close() for split, writer in self._writers.items()}
-
-    def discard(self) -> None:
-        """Drops what was written."""
-        for writer in self._writers.values():
-            writer.discard()
-
-
 def _finish(job: Job, tokenizer: Tokenizer, folder: pathlib.Path, num_units: int) -> None:
     """Writes the manifest, which completes the store."""
     shards: dict[Split, list[Shard]] = {split: [] for split in SPLITS}
     skipped: dict[str, int] = {}
     places: list[str] = []
     with concurrent.futures.ThreadPoolExecutor() as pool:  # a bucket answers late
-        found = list(pool.map(functools.partial(_parts, folder), range(num_units)))
+        found = list(pool.map(functools.partial(units_lib.parts_of, folder), range(num_units)))
     for part in itertools.chain.from_iterable(found):
         for split in SPLITS:
             if split in part["shards"]:
@@ -292,7 +143,7 @@ def _finish(job: Job, tokenizer: Tokenizer, folder: pathlib.Path, num_units: int
         rules=job.rules,
         shards={split: tuple(found) for split, found in shards.items()},
         skipped=skipped,
-        skipped_places=tuple(places[:LISTED_FAULTS]),
+        skipped_places=tuple(places[: units_lib.LISTED_FAULTS]),
     ).save(folder)
 
 
@@ -316,7 +167,9 @@ def _work(unit: Unit, index: int) -> None:
                 raise _StopWork
             counter.value += size
 
-    _write_unit(_worker["job"], _worker["tokenizer"], _worker["folder"], unit, index, advance)
+    units_lib.write_unit(
+        _worker["job"], _worker["tokenizer"], _worker["folder"], unit, index, advance
+    )
 
 
 class _StopWork(Exception):
@@ -375,7 +228,7 @@ def _share_out_over_cluster(
     tasks: dict[concurrent.futures.Future[None], int] = {}
     try:
         for index in left:
-            size = units[index].size - _bytes_done(folder, units[index], index)
+            size = units[index].size - units_lib.bytes_done(folder, units[index], index)
             tasks[executor.submit(_work_on_node, job, folder, units[index], index)] = size
         for future in concurrent.futures.as_completed(tasks):
             future.result()
@@ -389,7 +242,7 @@ def _share_out_over_cluster(
 def _work_on_node(job: Job, folder: pathlib.Path, unit: Unit, index: int) -> None:
     """A task of the cluster. Two that write one unit, as after a split network, write the same."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _write_unit(job, load_tokenizer(job.tokenizer), folder, unit, index, lambda size: None)
+    units_lib.write_unit(job, load_tokenizer(job.tokenizer), folder, unit, index, lambda size: None)
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ def _make_room(folder: pathlib.Path, size: int) -> None:
     for _, taken, copy in sorted(found):
         if used + size <= most:
             return
-        copy.unlink(missing_ok=True)  # who has it open goes on reading
+        copy.unlink(missing_ok=True)  # a reader that has it open can continue
         used -= taken
 
 
