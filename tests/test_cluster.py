@@ -1,6 +1,7 @@
 """A Ray cluster of three nodes on this machine, one of which is killed at its work."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from helpers import ROOT, Fails, contents, environment
 
-from tlm_jax import cli, files
+from tlm_jax import cli, cluster, files
 from tlm_jax.analysis import sweep_report
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -107,6 +108,8 @@ def test_a_sweep_and_evaluations_run_on_nodes_of_which_one_is_killed(
     results = {r["arm"]: r["final"]["loss"] for r in sweep_report.read(folder)}
     alone = files.read_lines(finished_run / "metrics.jsonl")
     assert results["cosine"] == [row["loss"] for row in alone if row["kind"] == "eval"][-1]
+    with cluster.RayExecutor("ray") as executor:  # a task asked for one CPU, and uses one
+        assert executor.submit(os.getenv, "NPROC").result() == "1"
     runs = [str(folder / name) for name in ("uniform-0", "cosine-0", "nowhere")]
     capfd.readouterr()
     assert cli.main(["eval", "--checkpoints", *runs, "--engine", "ray"]) == 1

@@ -66,6 +66,8 @@ class RayExecutor(concurrent.futures.Executor):
         self._remote = ray.remote(_task).options(
             num_cpus=1, num_gpus=gpus, max_retries=_RETRIES, name="tlm"
         )
+        # XLA's threads on a CPU: as many as the CPUs that a task asks for, and not the machine's
+        self._environment = {} if gpus else {"NPROC": "1"}
         self._refs: dict[concurrent.futures.Future[Any], Any] = {}
 
     def num_nodes(self) -> int:
@@ -81,7 +83,7 @@ class RayExecutor(concurrent.futures.Executor):
           A future. Its result raises what the function raised, `CancelledError` once the task was
           cancelled, and UserError if Ray could not run it.
         """
-        ref = self._remote.remote(os.getcwd(), function, args, kwargs)
+        ref = self._remote.remote(os.getcwd(), self._environment, function, args, kwargs)
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         future.set_running_or_notify_cancel()
         self._refs[future] = ref
@@ -125,13 +127,18 @@ class RayExecutor(concurrent.futures.Executor):
 
 
 def _task(
-    folder: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    folder: str,
+    environment: dict[str, str],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """In a worker: calls the function in the folder in which it was asked for.
 
     Ray cancels a task by SIGINT, which a cluster that was started in the background ignores.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update(environment)
     if pathlib.Path(folder).is_dir():
         os.chdir(folder)
     return function(*args, **kwargs)
