@@ -53,9 +53,11 @@ class Row:
     dtype: str = "float32"
 
 
-def train_tiny(folder: pathlib.Path, steps: int, config: str = "configs/tiny.py") -> None:
+def train_tiny(
+    folder: pathlib.Path, steps: int, config: str = "configs/tiny.py", *options: str
+) -> None:
     """Trains a config for so many steps."""
-    words = ["--config", config, "--workdir", str(folder)]
+    words = ["--config", config, "--workdir", str(folder), *options]
     words += ["--training.num_steps", str(steps), "--training.eval_every", str(steps)]
     subprocess.run([sys.executable, "train.py", *words], cwd=ROOT, check=True)
 
