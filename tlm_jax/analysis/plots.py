@@ -182,8 +182,10 @@ def plot_curves(metrics: Path, path: Path) -> None:
             steps = [row["step"] for row in train]
             losses = [row["loss"] for row in train]
             faint = len(train) > 60
-            top.plot(steps, losses, color=TRAIN, linewidth=1, label=None if faint else "training")
-            if faint:
+            if not faint:
+                top.plot(steps, losses, color=WIDE, linewidth=1.4, label="training")
+            else:
+                top.plot(steps, losses, color=TRAIN, linewidth=1)
                 smooth = _smooth(losses)
                 top.plot(steps, smooth, color=WIDE, linewidth=1.8, label="training (smoothed)")
         if evaluation:

@@ -144,8 +144,9 @@ def plot_ratios(found: Sequence[Finding], path: Path) -> bool:
             points = sorted((ratios | {1.0: uniform}).items())
             means = [statistics.fmean(v) for _, v in points]
             spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in points]
+            aside = 0.006 * (index - (len(lines) - 1) / 2)  # so that bars do not cover each other
             axes.errorbar(
-                [x for x, _ in points],
+                [x + aside for x, _ in points],
                 means,
                 yerr=spread,
                 capsize=3,

@@ -4,6 +4,7 @@ Only process 0 writes, and a logger that fails never stops a run.
 """
 
 import contextlib
+import datetime
 import json
 import math
 import pathlib
@@ -194,10 +195,8 @@ class TrainProgress:
         )
         self._bar.update(self._task, description=text)
         if self._enabled and not self._console.is_terminal:
-            minutes, seconds = divmod(int(seconds_left), 60)
-            self._console.print(
-                f"step {step:>6}/{self._num_steps}  {text}  left {minutes}:{seconds:02d}"
-            )
+            left = datetime.timedelta(seconds=int(seconds_left))
+            self._console.print(f"step {step:>6}/{self._num_steps}  {text}  left {left}")
 
     def close(self) -> None:
         """Leaves the bar as it stands."""
