@@ -58,7 +58,7 @@ def table(*header: str, title: str | None = None, texts: int = 1) -> Table:
       title: above it.
       texts: first columns that hold text; the others hold numbers.
     """
-    result = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(header):
         longest = max(map(len, name.split()), default=0)
         justify: JustifyMethod = "left" if index < texts else "right"

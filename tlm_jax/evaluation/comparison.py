@@ -197,7 +197,7 @@ def _text(metric: Metric | None) -> str:
     if metric is None:
         return ""
     text = f"{metric.value:,.4f}"
-    return text if metric.standard_error is None else f"{text} ± {metric.standard_error:.4f}"
+    return text if metric.standard_error is None else f"{text} ± {metric.standard_error:,.4f}"
 
 
 def _best(values: dict[int, float], metric: str) -> set[int]:

@@ -390,14 +390,7 @@ def _different(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
-    return {
-        "step": state.step,
-        "params": state.params,
-        "opt_state": state.opt_state,
-        "skipped": state.skipped,
-        "skipped_in_a_row": state.skipped_in_a_row,
-        "typical_norm": state.typical_norm,
-    }
+    return dict(vars(state))
 
 
 def _git_revision() -> str | None:
