@@ -7,6 +7,7 @@ import re
 import jax
 import jaxlib
 
+from tlm_jax import output
 from tlm_jax.analysis import sweep_report
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
@@ -42,10 +43,7 @@ def cpu_name() -> str:
     return f"{name} ({os.cpu_count()} cores)"
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+table = output.markdown_table
 
 
 def publish(name: str, text: str, page: pathlib.Path = SPEED) -> None:

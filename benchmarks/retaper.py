@@ -106,7 +106,7 @@ def losses(folder: pathlib.Path, sets: dict[str, Rows], precision: Precision) ->
     model = skeleton(dataclasses.replace(config.model, compute_dtype=precision))
     tokenizer = restore.model_tokenizer(config, saved)
     mesh = mesh_lib.single_device_mesh()
-    score_step = jax.jit(perplexity.make_score_step(model, chunk=128))
+    score_step = perplexity.make_score_step(model, mesh, chunk=128)
     found = {}
     with jax.set_mesh(mesh):
         params = restore.load_params(folder, step, model, tokenizer, mesh)

@@ -41,35 +41,22 @@ if TYPE_CHECKING:
     from tlm_jax.training.updates import register_optimizer as register_optimizer
 
 __version__ = "0.1.0"
-_HOMES = {
-    "AdafactorConfig": "optimizers",
-    "AttentionConfig": "mixers",
-    "DataConfig": "config",
-    "GatedAttentionConfig": "mixers",
-    "InterleavedConfig": "mixers",
-    "ListedConfig": "mixers",
-    "LoadedModel": "api",
-    "MLPConfig": "mlp",
-    "MeshConfig": "config",
-    "MixerConfig": "mixers",
-    "ModelConfig": "config",
-    "MuonConfig": "optimizers",
-    "OptimizerConfig": "optimizers",
-    "RopeScaling": "mixers",
-    "RunConfig": "config",
-    "Stack": "stack",
-    "TaperConfig": "taper_config",
-    "TitansConfig": "mixers",
-    "TrainingConfig": "config",
-    "layer_widths": "taper",
-    "load": "api",
-    "load_config": "config_io",
-    "plan": "analysis.plan",
-    "register": "models.registry",
-    "register_norm": "models.registry",
-    "register_optimizer": "training.updates",
-    "train": "api",
+_NAMES = {
+    "analysis.plan": "plan",
+    "api": "LoadedModel load train",
+    "config": "DataConfig MeshConfig ModelConfig RunConfig TrainingConfig",
+    "config_io": "load_config",
+    "mixers": "AttentionConfig GatedAttentionConfig InterleavedConfig ListedConfig MixerConfig "
+    "RopeScaling TitansConfig",
+    "mlp": "MLPConfig",
+    "models.registry": "register register_norm",
+    "optimizers": "AdafactorConfig MuonConfig OptimizerConfig",
+    "stack": "Stack",
+    "taper": "layer_widths",
+    "taper_config": "TaperConfig",
+    "training.updates": "register_optimizer",
 }
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 
 
 def __getattr__(name: str) -> Any:

@@ -95,7 +95,6 @@ class Log:
         self._stored = b""  # what the current part holds
         self._pending: list[bytes] = []
         self._asked = self._closed = self._warned = False
-        self._done = 0  # uploads that succeeded, to wait for
         self.dropped = 0
         """Bytes that were lost because the bucket could not be written for too long."""
         self._thread = threading.Thread(target=self._run, name=f"log {path.name}", daemon=True)

@@ -70,10 +70,6 @@ class RayExecutor(concurrent.futures.Executor):
         self._environment = {} if gpus else {"NPROC": "1"}
         self._refs: dict[concurrent.futures.Future[Any], Any] = {}
 
-    def num_nodes(self) -> int:
-        """Nodes of the cluster that are alive."""
-        return sum(node["Alive"] for node in self._ray.nodes())
-
     def submit(
         self, function: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> concurrent.futures.Future[Any]:

@@ -11,13 +11,12 @@ import dataclasses
 import functools
 from typing import Annotated, Any, Literal
 
-from tlm_jax import taper as taper_lib
 from tlm_jax.mixers import AttentionConfig, MixerConfig
 from tlm_jax.mixers import RopeScaling as RopeScaling
 from tlm_jax.mlp import MLPConfig
 from tlm_jax.optimizers import OptimizerConfig as OptimizerConfig
 from tlm_jax.segments import Segment, group
-from tlm_jax.taper_config import TaperConfig
+from tlm_jax.taper_config import NO_TAPER, TaperConfig
 from tlm_jax.validation import (
     Checked,
     Count,
@@ -111,10 +110,9 @@ class ModelConfig(Checked):
         """
         mixers = self.mixer.layers(self.num_layers, self.d_model)
         turn = self.mixer.turn
-        try:
-            steps = self.taper.apply(self.num_layers // turn, self.base_mlp_width)
-        except taper_lib.TaperError as error:
-            raise ValueError(str(error).replace("base_width", "mlp_width")) from None
+        steps = self.taper.apply(
+            self.num_layers // turn, self.base_mlp_width, base_width="mlp_width"
+        )
         widths = [width for width in steps for _ in range(turn)]
         for layer, width in enumerate(widths):
             self.mlp.check(width, layer)
@@ -147,7 +145,7 @@ class ModelConfig(Checked):
         """The same model with nothing tapered: every layer `base_mlp_width` wide."""
         return dataclasses.replace(
             self,
-            taper=TaperConfig(schedule="uniform", multiple_of=1),
+            taper=NO_TAPER,
             mixer=self.mixer.uniform_twin(),
             mlp=self.mlp.uniform_twin(),
         )

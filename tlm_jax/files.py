@@ -16,7 +16,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from tlm_jax import bucket_files, storage
@@ -131,6 +131,11 @@ def write_json(path: pathlib.Path, record: dict[str, Any], *, indent: int | None
     write_text(path, json.dumps(sealed(record), indent=indent, ensure_ascii=False) + "\n")
 
 
+def write_lines(path: pathlib.Path, records: Iterable[dict[str, Any]]) -> None:
+    """Replaces a file by sealed records, one per line, in one step; `read_lines` reads them."""
+    write_text(path, "".join(json.dumps(sealed(record)) + "\n" for record in records))
+
+
 def growing(path: pathlib.Path, warn: Callable[[Exception], None]) -> bucket_files.Sink:
     """Opens a file of lines that others may read meanwhile, to append to it.
 
@@ -177,6 +182,8 @@ def named(path: pathlib.Path | str) -> Iterator[None]:
 def write_text(path: pathlib.Path, text: str) -> None:
     """Replaces a file in one step: a reader finds the old text or the new one, never a part.
 
+    The text is on the disk when this returns.
+
     Raises:
       OSError: it cannot be written; the old file is untouched.
     """
@@ -192,6 +199,18 @@ def write_text(path: pathlib.Path, text: str) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not every file system can
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def sha256(path: pathlib.Path) -> str:
+    """Hex digits of a file's hash."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def refuse_foreign(path: pathlib.Path, mark: str = MARK) -> None:
@@ -251,8 +270,10 @@ def new_folder(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def locked(path: pathlib.Path, in_use: str) -> Iterator[None]:
-    """Holds an exclusive lock on the file at `path`, which is made and stays.
+def locked(
+    path: pathlib.Path, in_use: str, *, waits: Callable[[str], None] | None = None
+) -> Iterator[bool]:
+    """Holds an exclusive lock on the file at `path`, which is made and stays; yields if it could.
 
     The kernel frees it when the process ends, however it ends. File systems without locks
     are trusted. In a bucket it is a lease (`bucket_files.lease`).
@@ -260,34 +281,41 @@ def locked(path: pathlib.Path, in_use: str) -> Iterator[None]:
     Args:
       path: the lock file.
       in_use: the error if another process holds the lock; `{who}` becomes its name.
+      waits: to wait for another process, however long; it is told the text of the error. None
+        raises it.
 
     Raises:
-      UserError: another process holds the lock.
+      UserError: another process holds the lock and `waits` is None.
     """
+    tell = None if waits is None else lambda who: waits(in_use.replace("{who}", who))
     if storage.in_bucket(path):
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(bucket_files.lease(path))
+                stack.enter_context(bucket_files.lease(path, waits=tell))
             except bucket_files.Held as held:
                 raise UserError(in_use.replace("{who}", str(held))) from None
-            yield
+            yield True
         return
     with path.open("a+", encoding="utf-8") as file:
+        held = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             who = file.read().strip() or "another process"
-            raise UserError(in_use.replace("{who}", who)) from None
+            if tell is None:
+                raise UserError(in_use.replace("{who}", who)) from None
+            tell(who)
+            fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
-            pass
+            held = False
         with contextlib.suppress(OSError):  # the name is a courtesy; the disk may be full
             file.seek(0)
             file.truncate()
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
         try:
-            yield
+            yield held
         finally:
             with contextlib.suppress(OSError):
                 file.truncate(0)

@@ -5,7 +5,7 @@ import functools
 
 from tlm_jax.mixers import AttentionConfig, GatedAttentionConfig, TitansConfig
 from tlm_jax.mlp import MLPConfig
-from tlm_jax.validation import UserError
+from tlm_jax.validation import UserError, round_up
 
 _UNKNOWN = "no module is registered for {name}; call tlm_jax.register({name}, Module)"
 
@@ -207,7 +207,7 @@ def _keys_seen(mixer: TitansConfig, seq_len: int) -> tuple[float, int]:
         return 0, 0
     P, window = mixer.num_persistent, mixer.window
     if mixer.variant == "mac":  # what the tokens of the window retrieved, and they themselves
-        tokens = min(window, -(-seq_len // mixer.chunk) * mixer.chunk)
+        tokens = min(window, round_up(seq_len, mixer.chunk))
         return P + tokens + 1, P + 2 * tokens
     if seq_len <= window:
         return P + (seq_len + 1) / 2, P + seq_len

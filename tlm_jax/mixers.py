@@ -9,7 +9,6 @@ import itertools
 import math
 from typing import Annotated, ClassVar, Literal, Self
 
-from tlm_jax import taper as taper_lib
 from tlm_jax.taper_config import NO_TAPER, TaperConfig
 from tlm_jax.validation import (
     Checked,
@@ -256,12 +255,9 @@ class AttentionConfig(MixerConfig):
         """Heads of each layer, in whole groups around a key/value head; sum unchanged."""
         heads, kv_heads, head_dim = self.heads(d_model)
         taper = dataclasses.replace(self.heads_taper, multiple_of=1)
-        try:
-            groups = taper.apply(num_layers, kv_heads)
-        except taper_lib.TaperError as error:
-            raise ValueError(
-                f"mixer.heads_taper: {str(error).replace('base_width', 'num_kv_heads')}"
-            ) from None
+        groups = taper.apply(
+            num_layers, kv_heads, where="mixer.heads_taper: ", base_width="num_kv_heads"
+        )
         distinct = {
             n: dataclasses.replace(
                 self,
@@ -419,11 +415,12 @@ class TitansConfig(MixerConfig):
     def layers(self, num_layers: int, d_model: int) -> tuple["TitansConfig", ...]:
         """Hidden width of each layer's memory; sum unchanged."""
         _, head_dim = self.heads(d_model)
-        try:
-            widths = self.memory_taper.apply(num_layers, self.memory_width or 4 * head_dim)
-        except taper_lib.TaperError as error:
-            text = str(error).replace("base_width", "mixer.memory_width")
-            raise ValueError(f"mixer.memory_taper: {text}") from None
+        widths = self.memory_taper.apply(
+            num_layers,
+            self.memory_width or 4 * head_dim,
+            where="mixer.memory_taper: ",
+            base_width="mixer.memory_width",
+        )
         distinct = {
             width: dataclasses.replace(self, memory_width=width, memory_taper=NO_TAPER)
             for width in set(widths)

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Literal, Self
 
-from tlm_jax import taper as taper_lib
 from tlm_jax.taper_config import NO_TAPER, TaperConfig
 from tlm_jax.validation import Checked, NotNegative, divisors, require
 
@@ -100,11 +99,9 @@ class MLPConfig(Checked):
             f"MLP width {width} of layer {layer} does not divide into {levels} levels; "
             f"use taper.multiple_of={16 * levels}",
         )
-        try:
-            self.level_widths(width)
-        except taper_lib.TaperError as error:
-            text = str(error).replace("num_layers", "levels").replace("base_width", "level_width")
-            raise ValueError(f"mlp.level_taper in layer {layer}: {text}") from None
+        where = f"mlp.level_taper in layer {layer}: "
+        names = {"num_layers": "levels", "base_width": "level_width"}
+        self.level_taper.apply(levels, width // levels, where=where, **names)
 
     def uniform_twin(self) -> Self:
         """The same with levels of equal width."""

@@ -3,12 +3,21 @@
 import io
 import os
 import sys
+from collections.abc import Iterable, Sequence
 from typing import IO, Any, TextIO
 
-from rich.console import Console
+from rich import box
+from rich.console import Console, JustifyMethod
+from rich.table import Table
 
 
 class _Console(Console):
+    def print(self, *objects: Any, soft_wrap: bool | None = None, **how: Any) -> None:
+        """Leaves lines of text whole, so that paths in them can be copied; tables fit the width."""
+        if soft_wrap is None:
+            soft_wrap = all(isinstance(one, str) for one in objects)
+        super().print(*objects, soft_wrap=soft_wrap, **how)
+
     def on_broken_pipe(self) -> None:
         """Leaves the decision to the caller (rich's own ends the process)."""
         raise
@@ -18,7 +27,6 @@ def console(
     *,
     stderr: bool = False,
     file: IO[str] | None = None,
-    soft_wrap: bool = False,
     quiet: bool = False,
 ) -> Console:
     """The console that every verb prints with.
@@ -30,18 +38,38 @@ def console(
     Args:
       stderr: print to standard error.
       file: print to this one instead.
-      soft_wrap: leave long lines whole.
       quiet: print nothing.
     """
     return _Console(
         stderr=stderr,
         file=file,
-        soft_wrap=soft_wrap,
         quiet=quiet,
         markup=False,
         highlight=False,
         emoji=False,
     )
+
+
+def table(*header: str, title: str | None = None, texts: int = 1) -> Table:
+    """A table of which no word of the header is cut off, however narrow the terminal is.
+
+    Args:
+      header: of the columns.
+      title: above it.
+      texts: first columns that hold text; the others hold numbers.
+    """
+    result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(header):
+        longest = max(map(len, name.split()), default=0)
+        justify: JustifyMethod = "left" if index < texts else "right"
+        result.add_column(name, justify=justify, min_width=longest)
+    return result
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def protect(*, vital: bool) -> None:

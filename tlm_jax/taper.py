@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from tlm_jax import _fit, shapes
 from tlm_jax.segments import group
+from tlm_jax.validation import round_up
 
 Schedule = Literal[
     "uniform", "linear", "cosine", "sigmoid", "groups", "explicit",
@@ -241,7 +242,7 @@ def _groups(r: _Request) -> tuple[list[float], tuple[int, ...]]:
     if layers < 3:
         raise _Impossible(
             f"groups needs at least 3 layers, not num_layers={layers}",
-            [{"num_layers": 3}, {"num_layers": 3, "base_width": _round_up(r.base_width, unit)}],
+            [{"num_layers": 3}, {"num_layers": 3, "base_width": round_up(r.base_width, unit)}],
         )
     # Depths that 3 does not divide: sizes differ by one and mirror, 2+3+2 or 3+2+3.
     bounds = [(2 * i * layers + 3) // 6 for i in range(4)]
@@ -373,14 +374,10 @@ def _nearby_bases(r: _Request) -> Iterator[dict[str, Any]]:
             if index > 0:
                 yield {"base_width": index * step}
     smallest = min(r.start, r.end) if r.schedule in shapes.CURVES else 0.5
-    yield {"base_width": _round_up(math.ceil(r.multiple_of / smallest), 2 * r.multiple_of)}
+    yield {"base_width": round_up(math.ceil(r.multiple_of / smallest), 2 * r.multiple_of)}
 
 
 def _halvings(value: int) -> Iterator[int]:
     while value > 1:
         value //= 2
         yield value
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

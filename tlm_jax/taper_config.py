@@ -32,20 +32,38 @@ class TaperConfig(Checked):
     num_segments: Count | None = None
     """Approximate the curve by at most this many stairs, to shorten compile time; None is exact."""
 
-    def apply(self, num_layers: int, base_width: int) -> tuple[int, ...]:
-        """The width of each layer; see `taper.layer_widths`."""
-        return taper_lib.layer_widths(
-            num_layers,
-            base_width,
-            self.schedule,
-            self.start,
-            self.end,
-            steepness=self.steepness,
-            heavy=self.heavy,
-            widths=self.widths,
-            multiple_of=self.multiple_of,
-            num_segments=self.num_segments,
-        )
+    def apply(
+        self, num_layers: int, base_width: int, /, *, where: str = "", **names: str
+    ) -> tuple[int, ...]:
+        """The width of each layer; see `taper.layer_widths`.
+
+        Args:
+          num_layers: depth.
+          base_width: mean width.
+          where: what the message of an error begins with.
+          names: what it calls `num_layers` and `base_width`.
+
+        Raises:
+          ValueError: there are no such widths.
+        """
+        try:
+            return taper_lib.layer_widths(
+                num_layers,
+                base_width,
+                self.schedule,
+                self.start,
+                self.end,
+                steepness=self.steepness,
+                heavy=self.heavy,
+                widths=self.widths,
+                multiple_of=self.multiple_of,
+                num_segments=self.num_segments,
+            )
+        except taper_lib.TaperError as error:
+            text = str(error)
+            for name, called in names.items():
+                text = text.replace(name, called)
+            raise ValueError(where + text) from None
 
 
 NO_TAPER = TaperConfig(schedule="uniform", multiple_of=1)

@@ -11,6 +11,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 LARGEST = 2**31 - 1
@@ -183,6 +184,26 @@ def _type_complaint(value: Any, cls: Any, limited: bool) -> str | None:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def some(lines: Sequence[str], most: int = 4) -> str:
+    """The first of some lines as one, and how many more there are."""
+    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return "; ".join([*lines[:most], *more])
+
+
+def largest(fits: Callable[[int], bool]) -> int:
+    """The largest whole number that fits, as all below it do; 0 if 1 does not.
+
+    Doubles from 1 until a number does not fit, then bisects.
+    """
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def round_up(value: int, multiple: int) -> int:

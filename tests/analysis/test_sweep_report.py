@@ -1,12 +1,16 @@
 """What the report makes of a sweep's results: differences, merged records, pages, pictures."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
 import pathlib
+from collections.abc import Iterator
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from tlm_jax import cli, config_io, files
@@ -155,3 +159,45 @@ def test_cells_are_shared_out_and_gathered(tmp_path: pathlib.Path) -> None:
         ("b", 1),
     ]
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".part")]
+
+
+def test_pictures_show_every_arm_and_whole_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: dict[str, Figure] = {}
+
+    @contextlib.contextmanager
+    def kept(path: pathlib.Path, figsize: tuple[float, float]) -> Iterator[Figure]:
+        figures[path.stem] = Figure(figsize=figsize)
+        yield figures[path.stem]
+
+    monkeypatch.setattr(sweep_plots, "house_figure", kept)
+    sweep_plots.draw(RECORDS, pathlib.Path("nowhere"))
+    found = sweep_report.findings(RECORDS)
+    arms = [f.arm for f in found]
+
+    layers = RunConfig().model.num_layers
+    bars = {axes.get_title(): len(axes.patches) for axes in figures["widths"].axes if axes.patches}
+    assert bars == dict.fromkeys(arms, layers)
+    curves = [figures["losses"].axes[0].get_lines()[i] for i in range(len(arms))]
+    assert len({(c.get_color(), c.get_linestyle(), c.get_marker()) for c in curves}) == len(arms)
+    taper = found[1]
+    for name, estimate in (("differences", taper.difference), ("speed", taper.speed)):
+        low, high = figures[name].axes[0].get_xlim()
+        assert estimate.mean + estimate.half_width < high
+        assert low < estimate.mean - estimate.half_width or name == "speed"  # no share is negative
+
+
+def test_a_terminal_of_80_columns_shows_every_word() -> None:
+    file = io.StringIO()
+    Console(file=file, width=80).print(sweep_report.table(RECORDS, 80))
+    text = file.getvalue()
+    assert "…" not in text
+    assert {word for name in sweep_report.HEADER for word in name.split()} <= set(text.split())
+
+
+def test_the_page_is_for_any_screen_and_escapes_names() -> None:
+    pairs = [["taper", "uniform"]]
+    text = sweep_plots.page([r | {"primary": pairs, "sweep": "<b>"} for r in RECORDS], [])
+    assert "<h1>&lt;b&gt;</h1>" in text
+    assert "<li>taper minus uniform: -0.3000" in text
+    assert '<meta name="viewport" content="width=device-width' in text
+    assert text.count("<tr>") == 1 + 3

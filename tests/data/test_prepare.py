@@ -18,7 +18,7 @@ import pytest
 import zstandard
 from helpers import command, contents, environment, only_error
 
-from tlm_jax import cli
+from tlm_jax import cli, files
 from tlm_jax.config import UserError
 from tlm_jax.data import load_tokenizer, prepare, records, store, streams
 
@@ -358,11 +358,5 @@ def test_the_verb(
     assert "all checksums match" in capsys.readouterr().out
     assert "needs SOURCE --out FOLDER" in fails(capsys, lines)
     assert "--processes 0" in fails(capsys, *words, "--processes", "0")
-    with store_lock(out):
+    with files.locked(out / ".lock", "in use"):
         assert fails(capsys, *words) == f"another process is preparing text in {out}"
-
-
-def store_lock(out: pathlib.Path) -> Any:
-    from tlm_jax.data import processes
-
-    return processes.lock(out / ".lock", None)

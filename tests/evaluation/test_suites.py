@@ -278,7 +278,7 @@ def test_rows_that_do_not_fit_a_task(
 def test_mistakes_are_one_line(folder: pathlib.Path, data_dir: pathlib.Path, fails: Fails) -> None:
     """Unknown tasks, missing and broken files, numbers that mean nothing."""
     base = ("eval", "--checkpoint", folder, "--data_dir", data_dir, "--tasks")
-    assert "limit must be at least 1, or None" in fails(*base, "piqa", "--limit", "0")
+    assert "limit is 0; it must be at least 1, or None" in fails(*base, "piqa", "--limit", "0")
     assert "it is -3" in fails(*base, "piqa", "--limit", "-3")
     unknown = fails(*base, "lambda")
     assert unknown.startswith("unknown task or suite 'lambda'; did you mean lambada, ")

@@ -1,6 +1,7 @@
 """The lines of metrics.jsonl: what they count, and damage to them."""
 
 import importlib
+import io
 import json
 import pathlib
 import sys
@@ -99,3 +100,13 @@ def test_what_is_not_used_is_not_imported() -> None:
         importlib.import_module("tabnanny")
     assert importlib.import_module("tabnanny")
     assert sys.modules["json"] is json
+
+
+def test_a_log_line_has_no_control_characters_and_counts_hours() -> None:
+    file = io.StringIO()
+    progress = metrics.TrainProgress(Console(file=file, width=200), 0, 57_200, enabled=True)
+    progress.show(100, {"loss": 3.0, "tokens_per_second": 1e6, "mfu": 0.4}, 30 * 3600 + 61)
+    progress.close()
+    assert file.getvalue().strip() == (
+        "step    100/57200  loss 3.000  1,000,000 tok/s  MFU 40%  left 1 day, 6:01:01"
+    )

@@ -12,7 +12,6 @@ Shapes: B batch, L length, D model, N layers, R references.
 
 import dataclasses
 import itertools
-import json
 import math
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
+from tlm_jax import output
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.data import open_dataset
 from tlm_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -222,20 +222,15 @@ def side_by_side(records: Sequence[Mapping[str, Any]], reference: str = "h") -> 
     """Measurements of several checkpoints as a Markdown table, one column each.
 
     Args:
-      records: what `record` wrote, parsed; models of equal depth.
+      records: what `tlm align` wrote, parsed; models of equal depth.
       reference: one of `REFERENCES`.
     """
     names = [one["checkpoint"] for one in records]
     if len(set(names)) < len(names):  # several steps of one run
         names = [f"{one['checkpoint']}, step {one['step']:,}" for one in records]
-    lines = [["layer", *names], ["---"] * (1 + len(names))]
+    lines = []
     for layer in range(len(records[0]["mlp_widths"])):
         cells = (f"{r['rho'][reference][layer]:+.3f} ({r['mlp_widths'][layer]})" for r in records)
         lines.append([str(layer), *cells])
     lines.append(["Pearson r", *(f"{r['pearson'][reference]:+.2f}" for r in records)])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def record(alignment: Alignment, **more: Any) -> str:
-    """The measurement as JSON."""
-    return json.dumps(more | dataclasses.asdict(alignment), indent=2) + "\n"
+    return output.markdown_table(["layer", *names], lines)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tlm_jax.analysis.style import EVAL, GRID, MUTED, TRAIN, WIDE, Path, house_figure
+from tlm_jax.analysis.style import EVAL, MUTED, TRAIN, WIDE, Path, house_figure
 
 
 def plot_alignment(
@@ -46,9 +46,8 @@ def plot_alignment(
         axes.set_xlabel("layer")
         axes.set_ylabel("mean cosine with the stream")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(frameon=False, fontsize=9)
-        axes.grid(color=GRID)
-        axes.set_axisbelow(True)
+        axes.legend(fontsize=9)
+        axes.grid()
 
 
 def plot_needles(answers: Sequence[dict[str, Any]], path: Path) -> None:
@@ -72,7 +71,7 @@ def plot_needles(answers: Sequence[dict[str, Any]], path: Path) -> None:
                 [sum(c) / len(c) if (c := found.get((d, n))) else math.nan for n in lengths]
                 for d in depths
             ]
-            image = axes.imshow(share, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+            image = axes.imshow(share, vmin=0, vmax=1, cmap="Blues", aspect="auto")
             total = [c for of_cell in found.values() for c in of_cell]
             axes.set_title(f"{variant}: {sum(total) / len(total):.0%}")
             axes.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths])

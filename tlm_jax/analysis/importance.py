@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
+from tlm_jax import output
 from tlm_jax._fit import nearest
 from tlm_jax.analysis.alignment import spread
 from tlm_jax.config import RunConfig
@@ -26,7 +27,7 @@ from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed.sharding import to_devices
 from tlm_jax.models import Skeleton, skeleton
 from tlm_jax.models.loss import batch_losses
-from tlm_jax.models.skeleton import path_of, place
+from tlm_jax.models.skeleton import by_path, path_of, place
 from tlm_jax.training import restore
 
 LEAST, MOST = 0.25, 2.0
@@ -88,8 +89,7 @@ def _sums(
     model: Skeleton, params: Any, batch: dict[str, jax.Array]
 ) -> tuple[dict[str, jax.Array], jax.Array]:
     """|dL/dm| summed over rows, (N, W) by the path of the last matrix; rows that have a target."""
-    leaves = {path_of(k): v for k, v in jax.tree_util.tree_leaves_with_path(params)}
-    last = {path: leaf for path, leaf in leaves.items() if _writes_to_the_stream(path)}
+    last = {path: leaf for path, leaf in by_path(params).items() if _writes_to_the_stream(path)}
 
     def loss(last: dict[str, jax.Array], row: dict[str, jax.Array]) -> jax.Array:
         whole = jax.tree_util.tree_map_with_path(lambda k, v: last.get(path_of(k), v), params)
@@ -149,9 +149,8 @@ def _within(values: np.ndarray, total: int, low: int, high: int) -> list[float]:
 
 def table(title: str, found: Sequence[Importance]) -> Table:
     """One row per layer: width, total importance, and the fewest units that hold half of it."""
-    result = Table(title=title)
-    for name in ("layer", "MLP width", "importance", "share", "units with half of it"):
-        result.add_column(name, justify="right")
+    header = ("layer", "MLP width", "importance", "share", "units with half of it")
+    result = output.table(*header, title=title, texts=0)
     whole = sum(float(one.units.sum()) for one in found)
     for one in found:
         ordered = np.sort(one.units)[::-1].cumsum()

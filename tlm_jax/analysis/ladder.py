@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tlm_jax import output
 from tlm_jax.analysis.sweep_report import Estimate, Record
 from tlm_jax.config import UserError
 
@@ -127,14 +128,14 @@ def markdown(records: Sequence[Record]) -> str:
         raise UserError("there are no pairs: arms of a ladder need baselines with equal seeds")
     scales = list(dict.fromkeys((point.parameters, point.tokens, point.flops) for point in found))
     header = ["parameters", "tokens", "FLOPs", "pairs", *tapers]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for parameters, tokens, flops in scales:
         here = [p for p in found if (p.parameters, p.tokens) == (parameters, tokens)]
         by_taper = [[p.difference for p in here if p.taper == taper] for taper in tapers]
         cells = [Estimate.of(values).text(4) if values else "" for values in by_taper]
         pairs = "/".join(str(len(values)) for values in by_taper)
         lines.append([f"{parameters:,}", f"{tokens:,}", f"{flops:.1e}", pairs, *cells])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = output.markdown_table(header, lines)
     sentences = [_sentence(fit([p for p in found if p.taper == taper])) for taper in tapers]
     return (
         f"{table}\n\nHeld-out loss minus the baseline's, in nats per token; ± is the 95% interval "

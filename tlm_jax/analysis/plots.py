@@ -11,7 +11,7 @@ from tlm_jax import costs as costs_lib
 from tlm_jax import files, storage
 from tlm_jax import taper as taper_lib
 from tlm_jax.analysis.plan import short_count
-from tlm_jax.analysis.style import EVAL, GRID, INK, MUTED, NARROW, TRAIN, WIDE, Path, house_figure
+from tlm_jax.analysis.style import EVAL, INK, MUTED, NARROW, TRAIN, WIDE, Path, house_figure
 from tlm_jax.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def plot_plan(model: ModelConfig, path: Path) -> None:
         axes.set_ylabel("MLP width")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        axes.grid(axis="y", color=GRID, zorder=0)
+        axes.grid(axis="y")
         _label_ends(axes, widths)
         noun = "segment" if len(stairs) == 1 else "segments"
         axes.set_title(
@@ -182,8 +182,10 @@ def plot_curves(metrics: Path, path: Path) -> None:
             steps = [row["step"] for row in train]
             losses = [row["loss"] for row in train]
             faint = len(train) > 60
-            top.plot(steps, losses, color=TRAIN, linewidth=1, label=None if faint else "training")
-            if faint:
+            if not faint:
+                top.plot(steps, losses, color=WIDE, linewidth=1.4, label="training")
+            else:
+                top.plot(steps, losses, color=TRAIN, linewidth=1)
                 smooth = _smooth(losses)
                 top.plot(steps, smooth, color=WIDE, linewidth=1.8, label="training (smoothed)")
         if evaluation:
@@ -206,7 +208,7 @@ def plot_curves(metrics: Path, path: Path) -> None:
                 color=EVAL,
             )
         top.set_ylabel("loss (nats per token)")
-        top.legend(frameon=False)
+        top.legend()
         # The first steps would squeeze the rest of the curve.
         shown = [row["loss"] for row in (*train[len(train) // 50 :], *evaluation)]
         margin = 0.06 * (max(shown) - min(shown)) or 0.1
@@ -225,8 +227,7 @@ def plot_curves(metrics: Path, path: Path) -> None:
         bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         bottom.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
         for axes in (top, bottom):
-            axes.grid(color=GRID)
-            axes.set_axisbelow(True)
+            axes.grid()
         figure.align_ylabels()
 
 
@@ -256,9 +257,8 @@ def plot_arms(panels: dict[str, dict[str, list[tuple[int, float]]]], path: Path)
                 )
             axes.set_title(title)
             axes.set_xlabel("step")
-            axes.legend(frameon=False)
-            axes.grid(color=GRID)
-            axes.set_axisbelow(True)
+            axes.legend()
+            axes.grid()
         all_axes[0].set_ylabel("validation loss (nats per token)")
 
 
@@ -298,12 +298,13 @@ def _token_scale(axes: "Axes", train: Sequence[dict[str, Any]]) -> None:
     scale.xaxis.set_major_formatter(lambda value, _: short_count(value))
 
 
-def _shade(width: float, widths: Sequence[int]) -> str:
+def _shade(width: float, widths: Sequence[int]) -> tuple[float, float, float, float]:
     """Darker for wider layers."""
+    from matplotlib.colors import LinearSegmentedColormap
+
     low, high = min(widths), max(widths)
-    share = 0.5 if low == high else (width - low) / (high - low)
-    pairs = [(int(NARROW[i : i + 2], 16), int(WIDE[i : i + 2], 16)) for i in (1, 3, 5)]
-    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in pairs)
+    colors = LinearSegmentedColormap.from_list("widths", [NARROW, WIDE])
+    return colors(0.5 if low == high else (width - low) / (high - low))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from tlm_jax import output
 from tlm_jax.analysis.sweep_report import LEVEL, Record, findings
 
 POWER = 0.8
@@ -83,11 +84,8 @@ def table(
         f"paired differences spread by {found.deviation:.4f} nats ({found.low:.4f} to "
         f"{found.high:.4f}, {found.degrees} degrees of freedom)"
     )
-    result = Table(title=title)
-    result.add_column("nats per token")
-    for number in comparisons:
-        noun = "comparison" if number == 1 else "comparisons"
-        result.add_column(f"{number} {noun}", justify="right")
+    nouns = (f"{n} comparison{'s' * (n > 1)}" for n in comparisons)
+    result = output.table("nats per token", *nouns, title=title)
     for difference in differences:
         needed = [seeds_needed(found.deviation, difference, comparisons=n) for n in comparisons]
         result.add_row(f"{difference:g}", *map(str, needed))

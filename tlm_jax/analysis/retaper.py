@@ -21,10 +21,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from rich.table import Table
 
-from tlm_jax import files
+from tlm_jax import files, output
 from tlm_jax.analysis.importance import importance as taylor
 from tlm_jax.config import ModelConfig, RunConfig, TaperConfig, UserError
 from tlm_jax.data import Dataset, open_dataset
@@ -35,7 +35,7 @@ from tlm_jax.evaluation import perplexity
 from tlm_jax.mlp import MLPConfig
 from tlm_jax.models import Skeleton, skeleton
 from tlm_jax.models.decoder import normed
-from tlm_jax.models.skeleton import path_of, place
+from tlm_jax.models.skeleton import by_path, path_of, place
 from tlm_jax.training import checkpoint, restore
 
 Measure = Literal["activation", "taylor"]
@@ -194,10 +194,7 @@ def _measuring(run: RunConfig, text: str | None) -> RunConfig:
 def _loss(
     model: Skeleton, params: Any, dataset: Dataset, config: RunConfig, mesh: Mesh, rows: int
 ) -> perplexity.Score:
-    score_step = jax.jit(
-        perplexity.make_score_step(model, chunk=config.training.loss_chunk),
-        out_shardings=NamedSharding(mesh, jax.P()),
-    )
+    score_step = perplexity.make_score_step(model, mesh, chunk=config.training.loss_chunk)
     limit = math.ceil(rows / config.data.batch_size)
     return perplexity.score_dataset(score_step, params, dataset, config, mesh, limit=limit)
 
@@ -246,7 +243,7 @@ def activation(
         sums = {k: sums.get(k, 0.0) + np.asarray(v, np.float64) for k, v in found.items()}
     tokens = max(float(sums.pop("tokens")), 1.0)
     result = {}
-    for path, leaf in _leaves(params).items():
+    for path, leaf in by_path(params).items():
         rest, stacked = place(model.config, path)
         if stacked is not None and (level := _level(rest, "down")) is not None:
             norms_NF = np.asarray(jnp.linalg.norm(leaf, axis=-1), np.float64)
@@ -297,7 +294,7 @@ def resize(
       seed: of the inputs of new units.
     """
     parts: dict[tuple[str, int | None], np.ndarray] = {}
-    for path, leaf in _leaves(params).items():
+    for path, leaf in by_path(params).items():
         rest, stacked = place(old.config, path)
         if stacked is None:
             parts[rest, None] = leaf
@@ -355,10 +352,6 @@ def _resized(
     return np.concatenate([matrix[:, keep], new.astype(np.float32)], axis=1)
 
 
-def _leaves(params: Any) -> dict[str, Any]:
-    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params)}
-
-
 def _level(rest: str, name: str) -> int | None:
     """Of an MLP's matrix `mlp/LEVEL/NAME`; None for others."""
     parts = rest.split("/")
@@ -392,9 +385,8 @@ def _write(
 
 def table(title: str, changes: Sequence[Change]) -> Table:
     """One row per layer."""
-    result = Table(title=title)
-    for name in ("layer", "MLP width", "new width", "removed", "added", "importance lost"):
-        result.add_column(name, justify="right")
+    header = ("layer", "MLP width", "new width", "removed", "added", "importance lost")
+    result = output.table(*header, title=title, texts=0)
     for one in changes:
         result.add_row(
             str(one.layer),

@@ -19,6 +19,7 @@ WIDE, NARROW, TRAIN, EVAL = "#0b5c8a", "#8fd0e8", "#9fb8cc", "#c2410c"
 _STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
+    "axes.axisbelow": True,
     "axes.edgecolor": MUTED,
     "axes.labelcolor": INK,
     "axes.spines.top": False,
@@ -27,6 +28,8 @@ _STYLE: Any = {
     "axes.titlesize": 12,
     "axes.titleweight": "bold",
     "axes.titlecolor": INK,
+    "grid.color": GRID,
+    "legend.frameon": False,
     "xtick.color": INK,
     "ytick.color": INK,
     "text.color": INK,

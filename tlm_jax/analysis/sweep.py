@@ -11,7 +11,6 @@ import dataclasses
 import difflib
 import importlib.metadata
 import itertools
-import json
 import pathlib
 import re
 import statistics
@@ -253,9 +252,7 @@ def _run(
 ) -> Outcome:
     todo = [cell for cell in mine if not _is_finished(sweep, cell, folder, console)]
     console.print(
-        f"{sweep.name}: {len(sweep.cells)} cells, {len(mine)} here, {len(todo)} to run, "
-        f"in {folder}",
-        highlight=False,
+        f"{sweep.name}: {len(sweep.cells)} cells, {len(mine)} here, {len(todo)} to run, in {folder}"
     )
     broken: dict[str, str] = {}
     finished = 0
@@ -283,11 +280,11 @@ def _run(
             files.write_json(where / RESULT, result, indent=None)
             gather(folder, console)
             loss = result["final"]["loss"]
-            console.print(f"{label}: loss {loss:.4f}, {seconds:,.0f} s", highlight=False)
+            console.print(f"{label}: loss {loss:.4f}, {seconds:,.0f} s")
     gather(folder, console)
     interrupted = len(todo) - finished
     if interrupted:
-        console.print(f"Stopped in {folder}; the same command resumes it.", highlight=False)
+        console.print(f"Stopped in {folder}; the same command resumes it.")
     whole = len(mine) - interrupted - len(broken)
     return Outcome(finished=whole, broken=broken, stopped=interrupted > 0)
 
@@ -305,7 +302,7 @@ def gather(folder: pathlib.Path, console: Console) -> pathlib.Path:
             _warn(console, f"{error}; it is left out of {folder / RESULTS}")
     results.sort(key=lambda r: (r["seed"], r["order"]))
     target = folder / RESULTS
-    files.write_text(target, "".join(json.dumps(files.sealed(r)) + "\n" for r in results))
+    files.write_lines(target, results)
     return target
 
 
@@ -335,7 +332,7 @@ def _is_finished(sweep: Sweep, cell: Cell, folder: pathlib.Path, console: Consol
 
 
 def _warn(console: Console, text: str) -> None:
-    console.print(text, style="yellow", soft_wrap=True)
+    console.print(text, style="yellow")
 
 
 def _result(sweep: Sweep, cell: Cell, folder: pathlib.Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Records of one sweep from several machines, in one file."""
 
-import json
 import pathlib
 from collections.abc import Sequence
 
@@ -55,7 +54,7 @@ def merge(target: pathlib.Path, sources: Sequence[pathlib.Path]) -> tuple[int, i
             )
     found = [record for record, _ in merged.values()]
     found.sort(key=lambda r: (r["seed"], r["order"]))
-    files.write_text(target, "".join(json.dumps(files.sealed(r)) + "\n" for r in found))
+    files.write_lines(target, found)
     return len(found), len(found) - len(old)
 
 

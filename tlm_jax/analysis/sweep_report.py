@@ -15,12 +15,14 @@ from typing import Any
 
 from rich.table import Table
 
-from tlm_jax import files
+from tlm_jax import files, output
 from tlm_jax.config import UserError
 
 Record = dict[str, Any]
 LEVEL = 0.05
 """Chance of a false alarm, of all primary comparisons together."""
+_WIDE = 110
+"""Columns of a terminal with room for a row in one line."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,21 +169,23 @@ def rows(found: Sequence[Finding]) -> list[list[str]]:
     ]
 
 
-def table(records: Sequence[Record]) -> Table:
-    """The same for a terminal."""
-    result = Table(title=records[0]["sweep"])
-    for index, name in enumerate(HEADER):
-        result.add_column(name, justify="right" if index else "left")
-    for row in rows(findings(records)):
-        result.add_row(*row)
+def table(records: Sequence[Record], width: int = _WIDE) -> Table:
+    """The same for a terminal of so many columns; a narrow one has more lines in each row."""
+
+    def folded(cell: str) -> str:
+        return cell if width >= _WIDE else cell.replace(" ± ", "\n± ").replace("not ", "not\n")
+
+    arm, *numbers = HEADER
+    names = numbers if width >= _WIDE else (name.replace(" ", "\n") for name in numbers)
+    result = output.table(arm, *names, title=records[0]["sweep"])
+    for arm, *cells in rows(findings(records)):
+        result.add_row(arm, *map(folded, cells))
     return result
 
 
 def markdown(records: Sequence[Record]) -> str:
     """The table, and what was held equal."""
-    found = findings(records)
-    lines = [list(HEADER), ["---"] * len(HEADER), *rows(found)]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = output.markdown_table(HEADER, rows(findings(records)))
     return f"{table}\n\n{primary(records)}{conditions(records)}"
 
 

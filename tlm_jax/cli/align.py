@@ -1,7 +1,6 @@
 """tlm align."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -87,8 +86,6 @@ def propose(what: str, values: Sequence[float], model: ModelConfig) -> None:
     output.console().print(
         f"Widths in proportion to {what}: --model.taper.schedule explicit "
         f"--model.taper.widths {' '.join(map(str, widths))}",
-        highlight=False,
-        soft_wrap=True,
     )
 
 
@@ -100,9 +97,8 @@ def _show(result: "Alignment", title: str, out: pathlib.Path, **more: Any) -> No
     console.print(alignment.table(title, result))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        record = json.loads(alignment.record(result, **more))
-        files.write_json(out / "alignment.json", record, indent=2)
+        files.write_json(out / "alignment.json", more | dataclasses.asdict(result), indent=2)
         evaluation_plots.plot_alignment(result.rho, result.pearson, title, out / "alignment.png")
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out}: {error.strerror}") from error
-    console.print(f"Drawn in {out / 'alignment.png'}", highlight=False, soft_wrap=True)
+    console.print(f"Drawn in {out / 'alignment.png'}")

@@ -59,7 +59,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     config = aot.for_devices(command.run)
     console = output.console()
     where = f"{len(devices)} chips of {wanted.name}" + f" x {wanted.slices}" * (wanted.slices > 1)
-    console.print(f"{config.name} on {where}, {limit / 2**30:.2f} GiB each", highlight=False)
+    console.print(f"{config.name} on {where}, {limit / 2**30:.2f} GiB each")
     if command.find_batch:
         return _find_batch(aot, config, devices, limit, console)
     results = [aot.compile_step(name, config, devices, limit) for name in aot.STEPS]
@@ -80,14 +80,13 @@ def _find_batch(
     def tried(result: Any) -> None:
         console.print(
             f"  batch {result.batch_size:>6}  {_used(result)}  "
-            f"{'fits' if result.fits else 'does not fit'}  ({result.seconds:.0f} s)",
-            highlight=False,
+            f"{'fits' if result.fits else 'does not fit'}  ({result.seconds:.0f} s)"
         )
 
     found = aot.largest_batch(config, devices, limit, tried=tried)
     if found is None:
         raise UserError("not even one row per device fits; use a larger mesh.fsdp or mesh.tensor")
-    console.print(f"largest batch: --data.batch_size {found}", highlight=False)
+    console.print(f"largest batch: --data.batch_size {found}")
     return 0
 
 

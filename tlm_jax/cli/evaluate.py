@@ -97,10 +97,8 @@ def _table(folder: pathlib.Path, step: int, score: "Score") -> Table:
         ("perplexity", score.perplexity, score.perplexity * error),
         ("bits per byte", score.bits_per_byte, error * score.bits_per_byte / score.loss),
     )
-    result = Table(title=f"{folder}, step {step}: {score.tokens:,} tokens of held-out text")
-    result.add_column("metric")
-    result.add_column("value", justify="right")
-    result.add_column("standard error", justify="right")
+    title = f"{folder}, step {step}: {score.tokens:,} tokens of held-out text"
+    result = output.table("metric", "value", "standard error", title=title)
     for name, value, spread in rows:
         result.add_row(name, f"{value:,.4f}", f"{spread:.4f}")
     return result

@@ -39,7 +39,7 @@ def run(argv: Sequence[str], prog: str) -> int:
         executor = concurrent.futures.ThreadPoolExecutor(1)
     else:
         executor = cluster.RayExecutor(command.engine, gpus=command.gpus_per_checkpoint)
-    console = output.console(soft_wrap=True)
+    console = output.console()
     failed = 0
     try:
         tasks = {
@@ -51,10 +51,7 @@ def run(argv: Sequence[str], prog: str) -> int:
             failed += status != 0
             what = f"failed: {complaint}" if status else "evaluated"
             console.print(
-                f"[{number}/{len(tasks)}] {tasks[future]}: {what}",
-                style="red" if status else None,
-                highlight=False,
-                markup=False,
+                f"[{number}/{len(tasks)}] {tasks[future]}: {what}", style="red" if status else None
             )
             print(out, end="", flush=True)
     finally:

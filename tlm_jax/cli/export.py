@@ -49,7 +49,5 @@ def run(argv: Sequence[str], prog: str) -> int:
     output.console().print(
         f"{command.out} holds the model, format {form}, {command.dtype}; "
         f"its card is {command.out / 'README.md'}",
-        highlight=False,
-        soft_wrap=True,
     )
     return 0

@@ -43,7 +43,6 @@ def run(argv: Sequence[str], prog: str) -> int:
         f"{model['vocab_size']:,}, texts of up to {length:,} tokens\n"
         f"  evaluate: tlm eval --checkpoint {command.out}\n"
         f"  write:    tlm generate --checkpoint {command.out} --prompt TEXT",
-        soft_wrap=True,
     )
     for name, digest in metadata["source"]["sha256"].items():
         print(f"  SHA-256:  {digest} of {name}")

@@ -75,7 +75,7 @@ def run(argv: Sequence[str], prog: str) -> int:
         plots.plot_plan(command.run.model, png)
     except OSError as error:
         raise UserError(f"cannot write {png}: {error.strerror}") from error
-    console.print(f"Drawn in {png}", highlight=False)
+    console.print(f"Drawn in {png}")
     return 0
 
 
@@ -85,6 +85,6 @@ def _scale(config: RunConfig, console: Console) -> None:
 
     for name in scale.SLICES:
         words = scale.row(scale.scale(config, name))
-        console.print(f"{config.name} on {words[0]}", style="bold", highlight=False)
+        console.print(f"{config.name} on {words[0]}", style="bold")
         for label, value in zip(scale.HEADER[1:], words[1:], strict=True):
-            console.print(f"  {label:24} {value}", highlight=False, markup=False)
+            console.print(f"  {label:24} {value}")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import tyro
 from rich.console import Console
 
-from tlm_jax import cluster, output
+from tlm_jax import cluster, files, output
 from tlm_jax.cli.parsing import parse, quiet_libraries
 from tlm_jax.config import UserError
 
@@ -60,7 +60,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     command = parse(Command, argv, prog)
     quiet_libraries()
     cluster.check(command.engine)
-    console = output.console(soft_wrap=True)
+    console = output.console()
     if command.verify is not None:
         _verify(command.verify, console)
     elif command.source is None or command.out is None:
@@ -84,7 +84,7 @@ def _verify(folder: pathlib.Path, console: Console) -> None:
 
 
 def _prepare(command: Command, name: str, folder: pathlib.Path, console: Console) -> None:
-    from tlm_jax.data import prepare, processes, records, store
+    from tlm_jax.data import prepare, records, store
 
     start = time.monotonic()
     rules = records.Rules(
@@ -96,9 +96,10 @@ def _prepare(command: Command, name: str, folder: pathlib.Path, console: Console
     done = store.is_complete(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with processes.lock(folder / ".lock", None) as locked:
+        in_use = f"another process is preparing text in {folder}"
+        with files.locked(folder / ".lock", in_use) as locked:
             if locked:
-                for stale in folder.glob(".*.tmp"):
+                for stale in (*folder.glob(".*.tmp"), *folder.glob(".*.part")):
                     stale.unlink()
             job = prepare.Job(
                 source=records.open_source(name, rules),
@@ -110,8 +111,6 @@ def _prepare(command: Command, name: str, folder: pathlib.Path, console: Console
             manifest = prepare.prepare(
                 job, folder, processes=command.processes, engine=command.engine
             )
-    except BlockingIOError as error:
-        raise UserError(f"another process is preparing text in {folder}") from error
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
     for split, counts in manifest.statistics.items():

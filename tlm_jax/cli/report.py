@@ -44,7 +44,7 @@ def run(argv: Sequence[str], prog: str) -> int:
         from tlm_jax.analysis import sweep_merge
 
         records, new = sweep_merge.merge(command.merge, command.runs)
-        output.console().print(f"{command.merge}: {records} records, {new} new", highlight=False)
+        output.console().print(f"{command.merge}: {records} records, {new} new")
         return 0
     if len(command.runs) == 1 and _is_sweep(command.runs[0]):
         return _sweep(command)
@@ -65,7 +65,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     table = None if command.markdown else comparison.table(results)
     show(comparison.markdown(results), table, page=command.page, part=command.part)
     if not command.markdown and (apart := comparison.note(results)):
-        output.console().print(apart, soft_wrap=True)
+        output.console().print(apart)
     return 0
 
 
@@ -101,11 +101,11 @@ def _sweep(command: Command) -> int:
 
     results = sweep_report.read(command.runs[0])
     text = sweep_report.markdown(results)
-    table = None if command.markdown else sweep_report.table(results)
+    table = None if command.markdown else sweep_report.table(results, output.console().width)
     show(text, table, page=command.page, part=command.part or results[0]["sweep"])
     if not command.markdown:
         more = sweep_report.primary(results) + sweep_report.conditions(results)
-        output.console().print(more, highlight=False)
+        output.console().print(more, soft_wrap=False)
     if command.power:
         from tlm_jax.analysis import power
 

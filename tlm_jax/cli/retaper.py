@@ -82,7 +82,5 @@ def run(argv: Sequence[str], prog: str) -> int:
         f"{done.after.standard_error:.4f}).\n"
         f"  heal: tlm train --config {command.out / 'config.json'} --init_from {command.out} "
         f"--training.teacher {command.run} --workdir RUN",
-        highlight=False,
-        soft_wrap=True,
     )
     return 0

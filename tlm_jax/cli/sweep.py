@@ -69,7 +69,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     )
     if outcome.stopped:
         return RUN_AGAIN
-    console.print(f"Results: {folder / sweep.RESULTS}   tlm report {folder}", highlight=False)
+    console.print(f"Results: {folder / sweep.RESULTS}   tlm report {folder}")
     if outcome.broken:
         raise UserError(
             f"{len(outcome.broken)} cells failed, see {sweep_cell.LOG} in their folders: "

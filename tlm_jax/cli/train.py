@@ -58,7 +58,7 @@ def run(argv: Sequence[str], prog: str) -> int:
     )
     if trainer.is_main:
         for line in plan.summary_lines(command.run):
-            console.print(line, highlight=False)
+            console.print(line)
     outcome = trainer.run()
     if not trainer.is_main:
         return RUN_AGAIN if outcome.stopped_by else 0
@@ -68,18 +68,16 @@ def run(argv: Sequence[str], prog: str) -> int:
             plots.plot_curves(workdir / metrics.METRICS_FILE, curves)
         except (OSError, UserError, ValueError) as error:  # it cannot be written, or no metrics
             reason = getattr(error, "strerror", None) or error
-            console.print(f"could not draw {curves}: {reason}", style="yellow", soft_wrap=True)
+            console.print(f"could not draw {curves}: {reason}", style="yellow")
     stepping, wall = outcome.goodput
     if wall:
         console.print(
-            f"Goodput {stepping / wall:.0%}: {stepping:,.0f} s of steps in {wall:,.0f} s.",
-            highlight=False,
+            f"Goodput {stepping / wall:.0%}: {stepping:,.0f} s of steps in {wall:,.0f} s."
         )
     if outcome.stopped_by:
         what = f"at step {outcome.step}, and saved" if outcome.step else "before the first step"
         console.print(
             f"Stopped by {outcome.stopped_by} {what}; the same command resumes.",
-            soft_wrap=True,
         )
         return RUN_AGAIN
     last = metrics.last_record(workdir, "eval")
@@ -88,7 +86,6 @@ def run(argv: Sequence[str], prog: str) -> int:
     console.print(
         f"The run in {workdir} is complete at step {outcome.step}{loss}.",
         style="green",
-        soft_wrap=True,
     )
     samples = workdir / evaluations.SAMPLES_FILE
     words = ["tlm", "eval", "--checkpoint", str(workdir), *config_io.trust_options(command.run)]
@@ -96,7 +93,5 @@ def run(argv: Sequence[str], prog: str) -> int:
         f"  curves {curves}{f'   samples {samples}' if samples.is_file() else ''}\n"
         f"  evaluate: {shlex.join(words)}\n"
         f"  continue: add --training.num_steps {2 * outcome.step} to the command",
-        highlight=False,
-        soft_wrap=True,
     )
     return 0

@@ -8,9 +8,10 @@ import secrets
 import shutil
 from typing import Any
 
+from tlm_jax import files, output
 from tlm_jax.config import DataConfig, UserError
 from tlm_jax.data import prepare as prepare_lib
-from tlm_jax.data import processes, records, store
+from tlm_jax.data import records, store
 from tlm_jax.data.sources import EmbeddedSource, Source
 from tlm_jax.data.tokenizers import Tokenizer
 
@@ -38,8 +39,8 @@ def prepare_cached(config: DataConfig, tokenizer: Tokenizer) -> pathlib.Path:
         content = source.identity
     else:
         rules = records.Rules(validation_fraction=config.validation_fraction)
-        source = files = records.open_files(config.path, rules, "data.path")
-        content = files.content_identity()
+        source = found = records.open_files(config.path, rules, "data.path")
+        content = found.content_identity()
     job = prepare_lib.Job(source=source, tokenizer=config.tokenizer)
     root = cache_root(config.cache_dir)
     folder = root / _key(content, tokenizer)
@@ -47,7 +48,8 @@ def prepare_cached(config: DataConfig, tokenizer: Tokenizer) -> pathlib.Path:
         try:
             root.mkdir(parents=True, exist_ok=True)
             waiting = "waiting for another process that is preparing the same text"
-            with processes.lock(root / f"{folder.name}.lock", waiting) as locked:
+            say = output.console(stderr=True).print
+            with files.locked(root / f"{folder.name}.lock", waiting, waits=say) as locked:
                 if not store.is_complete(folder):
                     if locked:
                         _sweep(folder)

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import multiprocessing
 import os
 import pathlib
@@ -20,7 +21,7 @@ from typing import Any
 
 import rich.progress
 
-from tlm_jax import cluster, files, storage
+from tlm_jax import cluster, files, output, storage
 from tlm_jax.config import UserError
 from tlm_jax.data import processes as processes_lib
 from tlm_jax.data import store
@@ -117,7 +118,7 @@ def _settle_plan(job: Job, tokenizer: Tokenizer, folder: pathlib.Path) -> dict[s
     # Enough units to share out, though not so many that shards are tiny.
     size = min(job.shard_bytes, max(MIN_UNIT_BYTES, job.source.num_bytes // MIN_UNITS))
     plan = {"key": key, "units": [dataclasses.asdict(u) for u in job.source.units(size)]}
-    store.write_json(path, plan)
+    files.write_text(path, json.dumps(plan, indent=1))
     return plan
 
 
@@ -262,7 +263,7 @@ def _tokenizer_threads() -> Iterator[None]:
 @contextlib.contextmanager
 def _progress(name: str, total: int, done: int) -> Iterator[Callable[[int], None]]:
     """A bar on a terminal, lines elsewhere; both on stderr. Call it with bytes just done."""
-    console, start = processes_lib.stderr_console(), time.monotonic()
+    console, start = output.console(stderr=True), time.monotonic()
     what = f"preparing {name}"
     if console.is_terminal:
         columns = (

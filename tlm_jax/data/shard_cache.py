@@ -6,13 +6,12 @@ manifest. The copies take at most half of the disk that would be free without th
 were not opened for longest go first.
 """
 
-import hashlib
 import os
 import pathlib
 import shutil
 import sys
 
-from tlm_jax import storage
+from tlm_jax import files, storage
 from tlm_jax.config import UserError
 
 _TRIES = 2
@@ -51,10 +50,9 @@ def _fetch(path: pathlib.Path, sha256: str, copy: pathlib.Path) -> None:
     try:
         for _ in range(_TRIES):
             storage.download(path, part)
-            with part.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() == sha256:
-                    part.replace(copy)
-                    return
+            if files.sha256(part) == sha256:
+                part.replace(copy)
+                return
     finally:
         part.unlink(missing_ok=True)
     raise UserError(f"{path} does not match its checksum in the manifest; prepare the text again")

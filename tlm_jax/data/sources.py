@@ -19,6 +19,7 @@ from tlm_jax import storage
 from tlm_jax.config import UserError
 from tlm_jax.data import streams
 from tlm_jax.data.store import Split
+from tlm_jax.files import sha256
 
 EMBEDDED = pathlib.Path(__file__).parent / "corpus" / "documents.jsonl.xz"
 TEXT_SUFFIXES = (".txt", ".md")
@@ -130,7 +131,7 @@ class EmbeddedSource(Source):
     @property
     def identity(self) -> dict[str, Any]:
         # Of the packed file, because this happens at every start.
-        return {"sha256": hashlib.sha256(EMBEDDED.read_bytes()).hexdigest()}
+        return {"sha256": sha256(EMBEDDED)}
 
     @property
     def num_bytes(self) -> int:
@@ -279,11 +280,7 @@ class FilesSource(Source):
 
 def hashes(files: Mapping[str, pathlib.Path]) -> dict[str, Any]:
     """SHA-256 of each file by name."""
-    found = {}
-    for name, path in files.items():
-        with path.open("rb") as content:
-            found[name] = hashlib.file_digest(content, "sha256").hexdigest()
-    return found
+    return {name: sha256(path) for name, path in files.items()}
 
 
 def files_below(path: str, suffixes: tuple[str, ...], option: str) -> dict[str, pathlib.Path]:

@@ -28,6 +28,7 @@ import numpy as np
 from tlm_jax import files, storage
 from tlm_jax.config import UserError
 from tlm_jax.data import shard_cache
+from tlm_jax.files import sha256 as sha256
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -130,7 +131,8 @@ class Manifest:
 
     def save(self, folder: pathlib.Path) -> None:
         """Writes manifest.json atomically."""
-        write_json(folder / MANIFEST, dataclasses.asdict(self))
+        text = json.dumps(dataclasses.asdict(self), indent=1)
+        files.write_text(folder / MANIFEST, text)
 
 
 def is_complete(folder: pathlib.Path) -> bool:
@@ -383,27 +385,3 @@ class DocumentReader:
         if count and (largest := int(ids.max())) >= self._vocab_size:
             raise ValueError(f"token id {largest} is beyond the vocabulary of {self._vocab_size:,}")
         return ids.astype(np.int32)
-
-
-def sha256(path: pathlib.Path) -> str:
-    """Hex digits of a file's hash."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: pathlib.Path, values: Any) -> None:
-    """Writes a file and syncs it to disk before renaming it."""
-    if storage.in_bucket(path):
-        path.write_text(json.dumps(values, indent=1))
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        json.dump(values, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

@@ -70,7 +70,6 @@ _OPENERS: dict[str, Callable[[pathlib.Path], Any]] = {
     ".xz": lambda path: lzma.LZMAFile(_remote(path) or path),  # noqa: SIM115
     ".zst": lambda path: io.BufferedReader(_Zstandard(path), _READ_BYTES),
 }
-PACKED = tuple(_OPENERS)
 
 
 def is_packed(path: pathlib.Path) -> bool:

@@ -6,13 +6,13 @@ Parts depend on the job and the unit only.
 
 import dataclasses
 import itertools
+import json
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from tlm_jax import files
 from tlm_jax.config import UserError
-from tlm_jax.data import store
 from tlm_jax.data.sources import Document, Fault, Source, Unit
 from tlm_jax.data.store import Shard, ShardWriter, Split
 from tlm_jax.data.tokenizers import Tokenizer
@@ -99,7 +99,7 @@ def write_unit(
             "skipped": part.skipped,
             "skipped_places": part.skipped_places,
         }
-        store.write_json(part_file(folder, index, number), values)
+        files.write_text(part_file(folder, index, number), json.dumps(values, indent=1))
         if last:
             break
     advance(unit.size - told)  # sizes of units are estimates

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import tlm_jax
 from tlm_jax.config import UserError
+from tlm_jax.validation import some
 
 _SECONDS = 24 * 3600
 """Another process may still be tokenising its text; JAX itself notices a dead one."""
@@ -71,10 +72,9 @@ def require_equal(topic: str, facts: Mapping[str, str]) -> None:
         lines = json.loads(get("verdict"))
     if lines:
         jax.distributed.shutdown()  # all leave together; otherwise the last are taken for dead
-        more = f"; and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
         raise UserError(
-            f"the processes of this job differ: {'; '.join(lines[:_SHOWN])}{more}; start all of "
-            "them with the same command, code and data"
+            f"the processes of this job differ: {some(lines, _SHOWN)}; start all of them "
+            " with the same command, code and data"
         )
 
 

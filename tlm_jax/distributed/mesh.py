@@ -49,7 +49,7 @@ def make_mesh(config: RunConfig, devices: list[jax.Device] | None = None) -> Mes
     parts = config.training.grad_accumulation
     rows, batch_shards = config.data.batch_size // parts, sizes["data"] * sizes["fsdp"]
     if rows % batch_shards:
-        fits = -(-rows // batch_shards) * batch_shards * parts
+        fits = round_up(rows, batch_shards) * parts
         raise UserError(
             f"data.batch_size={config.data.batch_size} in {parts} part(s) does not divide over "
             f"{batch_shards} devices (mesh data={sizes['data']} fsdp={sizes['fsdp']}); "
@@ -99,7 +99,7 @@ def _check_sequence(config: RunConfig, shards: int) -> None:
         if size % shards:
             raise UserError(
                 f"{name}={size} does not divide over mesh sequence={shards}; "
-                f"use {-(-size // shards) * shards}"
+                f"use {round_up(size, shards)}"
             )
 
 

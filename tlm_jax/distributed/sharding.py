@@ -69,7 +69,7 @@ def param_shardings(
         for size, name, axis in zip(shape.shape, axes, spec, strict=True):
             parts = mesh_size(mesh, axis)
             if size % parts:
-                where = "/".join(str(key.key) for key in path)
+                where = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise UserError(
                     f"{where}: {name} is {size} and does not divide over {parts} devices of mesh "
                     f"axis {axis}; use a multiple of {parts} (for MLP widths: "

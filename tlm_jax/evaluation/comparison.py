@@ -12,6 +12,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from tlm_jax import output
 from tlm_jax.evaluation import suites
 from tlm_jax.evaluation.result_files import Result, digest
 from tlm_jax.evaluation.suites import Metric
@@ -162,11 +163,7 @@ def note(results: Sequence[Result]) -> str | None:
 def table(results: Sequence[Result]) -> Table:
     """Figures with standard errors, a column for each checkpoint; the paper's metrics in bold."""
     columns = _columns(results)
-    result = Table()
-    result.add_column("task")
-    result.add_column("metric")
-    for column in columns:
-        result.add_column(column.name, justify="right")
+    result = output.table("task", "metric", *(column.name for column in columns), texts=2)
     for task, metric, cells in _rows(columns):
         result.add_row(
             task,
@@ -179,11 +176,11 @@ def table(results: Sequence[Result]) -> Table:
 def markdown(results: Sequence[Result]) -> str:
     """The same as a Markdown table, with the note below it."""
     columns = _columns(results)
-    names = [column.name for column in columns]
-    lines = [["task", "metric", *names], ["---"] * (2 + len(names))]
-    for task, metric, cells in _rows(columns):
-        lines.append([task, metric, *(f"**{c.text}**" if c.best else c.text for c in cells)])
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    rows = (
+        [task, metric, *(f"**{c.text}**" if c.best else c.text for c in cells)]
+        for task, metric, cells in _rows(columns)
+    )
+    text = output.markdown_table(["task", "metric", *(c.name for c in columns)], rows)
     below = note(results)
     return text if below is None else f"{text}\n\n{below}"
 
@@ -200,7 +197,7 @@ def _text(metric: Metric | None) -> str:
     if metric is None:
         return ""
     text = f"{metric.value:,.4f}"
-    return text if metric.standard_error is None else f"{text} ± {metric.standard_error:.4f}"
+    return text if metric.standard_error is None else f"{text} ± {metric.standard_error:,.4f}"
 
 
 def _best(values: dict[int, float], metric: str) -> set[int]:

@@ -157,7 +157,7 @@ def _needle_metrics(answers: Sequence[dict[str, Any]]) -> Iterator[Metric]:
 def progress(shown: bool = True) -> Iterator[Advance]:
     """A bar on a terminal, one line per tenth elsewhere; both on stderr."""
     # Its file is that of now: lm-eval's own output is caught later.
-    console = output.console(file=sys.stderr, soft_wrap=True, quiet=not shown)
+    console = output.console(file=sys.stderr, quiet=not shown)
     if console.is_terminal:
         with rich.progress.Progress(
             rich.progress.TextColumn("{task.description}", markup=False),

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from tlm_jax.data import Tokenizer
 from tlm_jax.models import Skeleton
 from tlm_jax.models.sampling import make_decoder
+from tlm_jax.validation import round_up
 
 _PIECE = 16
 """Tokens written between looks at whether all rows have ended."""
@@ -84,7 +85,7 @@ class Generator:
 
         def length(index: int) -> int:
             size = len(cut[index])
-            return -(-size // 64) * 64 if self._fills else size
+            return round_up(size, 64) if self._fills else size
 
         order = sorted(range(len(cut)), key=lambda i: (-length(i), i))
         while order:

@@ -3,8 +3,9 @@
 Importing this imports lm-eval.
 """
 
+import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lm_eval import utils
@@ -163,22 +164,15 @@ class HarnessModel(TemplateLM):
             "lose their beginning",
         )
         requests_ = zip(prompts, stops, lengths, strict=True)
-        keys = [json.dumps(["generate", *request]) for request in requests_]
-        known = self._journal.known(keys)
-        missing = [i for i, key in enumerate(keys) if key not in known]
-        done = len(keys) - len(missing)
-        self._advance("generated", done, len(keys))
-        for index, text in self._generator.generate(
-            [prompts[i] for i in missing],
-            max_tokens=[lengths[i] for i in missing],
-            stops=[stops[i] for i in missing],
-        ):
-            key = keys[missing[index]]
-            known[key] = text
-            self._journal.add(key, text)
-            done += 1
-            self._advance("generated", done, len(keys))
-        return [known[key] for key in keys]
+        return self._journal.answers(
+            [json.dumps(["generate", *request]) for request in requests_],
+            lambda missing: self._generator.generate(
+                [prompts[i] for i in missing],
+                max_tokens=[lengths[i] for i in missing],
+                stops=[stops[i] for i in missing],
+            ),
+            functools.partial(self._advance, "generated"),
+        )
 
     def _notice_longer(self, lengths: Sequence[int], what: str, therefore: str) -> None:
         longer = sum(length > self.max_length for length in lengths)
@@ -189,15 +183,10 @@ class HarnessModel(TemplateLM):
             )
 
     def _answers(self, requests: Sequence[Request]) -> list[Likelihood]:
+        def ask(missing: list[int]) -> Iterator[tuple[int, list[Any]]]:
+            for place, answer in self._scorer.score([requests[i] for i in missing]):
+                yield place, [answer.log_likelihood, answer.is_greedy]
+
         keys = [json.dumps([r.context, r.continuation]) for r in requests]
-        known = self._journal.known(keys)
-        missing = [i for i, key in enumerate(keys) if key not in known]
-        done = len(keys) - len(missing)
-        self._advance("scored", done, len(keys))
-        for index, answer in self._scorer.score([requests[i] for i in missing]):
-            key = keys[missing[index]]
-            known[key] = [answer.log_likelihood, answer.is_greedy]
-            self._journal.add(key, known[key])
-            done += 1
-            self._advance("scored", done, len(keys))
-        return [Likelihood(log_likelihood=a, is_greedy=b) for a, b in (known[k] for k in keys)]
+        found = self._journal.answers(keys, ask, functools.partial(self._advance, "scored"))
+        return [Likelihood(log_likelihood=a, is_greedy=b) for a, b in found]

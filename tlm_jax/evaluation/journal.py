@@ -3,7 +3,7 @@
 import hashlib
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from tlm_jax import bucket_files, files, storage
@@ -72,6 +72,31 @@ class Journal:
         self._answers[hashed] = answer
         if self._file is not None:
             self._file.write(_line({"key": hashed, "answer": answer}) + b"\n")
+
+    def answers(
+        self,
+        keys: Sequence[str],
+        ask: Callable[[list[int]], Iterable[tuple[int, Any]]],
+        advance: Callable[[int, int], None],
+    ) -> list[Any]:
+        """The answer of each request; those without one are asked, and their answers added.
+
+        Args:
+          keys: of the requests.
+          ask: takes the indices of requests, and yields (place among these, answer).
+          advance: told (done, total).
+        """
+        known = self.known(keys)
+        missing = [i for i, key in enumerate(keys) if key not in known]
+        done = len(keys) - len(missing)
+        advance(done, len(keys))
+        for place, answer in ask(missing):
+            key = keys[missing[place]]
+            known[key] = answer
+            self.add(key, answer)
+            done += 1
+            advance(done, len(keys))
+        return [known[key] for key in keys]
 
     def close(self) -> None:
         """Closes the file."""

@@ -7,6 +7,7 @@ string_match_all). The wording is ours; for RULER's own, use lm-eval's niah_sing
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import pathlib
@@ -21,6 +22,7 @@ from tlm_jax.data import Tokenizer
 from tlm_jax.evaluation.generation import Generator
 from tlm_jax.evaluation.journal import Journal
 from tlm_jax.evaluation.options import NeedleConfig, Variant
+from tlm_jax.validation import largest
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 """Tokens of prompt and answer."""
@@ -147,14 +149,10 @@ def make_example(
         )
     if not noise and not sentences:
         raise UserError("the haystack has no sentences")
-    low, high = 0, 1
-    while len(tokenizer.encode(prompt(high))) <= room:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = len(tokenizer.encode(prompt(middle))) <= room
-        low, high = (middle, high) if fits else (low, middle)
-    return Example(variant=variant, length=length, depth=depth, prompt=prompt(low), answers=answers)
+    most = largest(lambda count: len(tokenizer.encode(prompt(count))) <= room)
+    return Example(
+        variant=variant, length=length, depth=depth, prompt=prompt(most), answers=answers
+    )
 
 
 def read_prose(path: pathlib.Path | None) -> str:
@@ -211,20 +209,17 @@ def run(
       advance: told of progress.
     """
     keys = [" ".join(("needle", e.prompt, *e.answers)) for e in examples]
-    found = journal.known(keys)
-    missing = [i for i, key in enumerate(keys) if key not in found]
-    advance("needles", len(found), len(examples))
-    for index, text in generator.generate(
-        [(*prefix, *tokenizer.encode(examples[i].prompt)) for i in missing],
-        max_tokens=[ANSWER_TOKENS] * len(missing),
-        # With one answer, its end is the end; of several, none is.
-        stops=[examples[i].answers if len(examples[i].answers) == 1 else () for i in missing],
-        keep_stop=True,
-    ):
-        key = keys[missing[index]]
-        found[key] = text
-        journal.add(key, text)
-        advance("needles", len(found), len(examples))
+    texts = journal.answers(
+        keys,
+        lambda missing: generator.generate(
+            [(*prefix, *tokenizer.encode(examples[i].prompt)) for i in missing],
+            max_tokens=[ANSWER_TOKENS] * len(missing),
+            # With one answer, its end is the end; of several, none is.
+            stops=[examples[i].answers if len(examples[i].answers) == 1 else () for i in missing],
+            keep_stop=True,
+        ),
+        functools.partial(advance, "needles"),
+    )
     return [
         {
             "variant": e.variant,
@@ -232,8 +227,8 @@ def run(
             "depth": e.depth,
             "prompt": e.prompt,
             "answers": list(e.answers),
-            "text": found[key],
-            "score": sum(a.lower() in found[key].lower() for a in e.answers) / len(e.answers),
+            "text": text,
+            "score": sum(a.lower() in text.lower() for a in e.answers) / len(e.answers),
         }
-        for e, key in zip(examples, keys, strict=True)
+        for e, text in zip(examples, texts, strict=True)
     ]

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from tlm_jax.config import RunConfig
 from tlm_jax.data import Dataset
@@ -38,14 +38,17 @@ class Score:
     """Rows that hold them."""
 
 
-def make_score_step(skeleton: Skeleton, *, chunk: int) -> Callable[..., tuple[jax.Array, ...]]:
-    """The function (params, batch) -> (summed nll_B float32, tokens_B int32), not yet compiled."""
+def make_score_step(skeleton: Skeleton, mesh: Mesh, *, chunk: int) -> Any:
+    """The jitted function (params, batch) -> (summed nll_B float32, tokens_B int32).
+
+    Every process can read its results.
+    """
 
     def score_step(params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
         nll_BL, _, scored_BL = batch_losses(skeleton, params, batch, chunk=chunk)
         return jnp.sum(nll_BL, axis=1), jnp.sum(scored_BL, axis=1)
 
-    return score_step
+    return jax.jit(score_step, out_shardings=NamedSharding(mesh, jax.P()))
 
 
 def score(

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from tlm_jax.branches import BRANCH
+from tlm_jax.validation import round_up
 
 ROW_LENGTH = 512
 """Rows of packed questions; longer ones for what does not fit."""
@@ -107,7 +108,7 @@ def make_batches(
     rows = _pack(_groups(requests)) if pack else _one_by_one(requests)
     for length, run in itertools.groupby(rows, key=lambda row: row[0]):
         alike = [groups for _, groups in run]
-        number = -(-max(1, batch_tokens // length) // parts) * parts
+        number = round_up(max(1, batch_tokens // length), parts)
         for start in range(0, len(alike), number):
             yield _fill(requests, alike[start : start + number], number, length, parts)
 

@@ -23,6 +23,7 @@ from tlm_jax.config import UserError
 from tlm_jax.distributed.sharding import batch_sharding
 from tlm_jax.evaluation.requests import Batch, Likelihood, Request, make_batches
 from tlm_jax.models import Skeleton, online
+from tlm_jax.models.loss import final_hidden
 from tlm_jax.ops.cross_entropy import token_scores
 
 _LOGIT_POSITIONS = 512
@@ -178,11 +179,8 @@ def _score(
             skeleton, params, batch, chunk=_LOGIT_POSITIONS // 8, losses=token_scores
         )
         return pick(nll_BL), pick(greedy_BL)
-    model = skeleton.merge(params)
-    hidden_BLD, _ = model(
-        batch["inputs"], positions_BL=batch["positions"], document_ids_BL=batch["document_ids"]
-    )
+    hidden_BLD, head_DV = final_hidden(skeleton, params, batch)
     hidden_PSD = hidden_BLD.reshape(parts, -1, hidden_BLD.shape[-1])
     hidden_PND = jnp.take_along_axis(hidden_PSD, at_PN[:, :, None], axis=1)
     chunk = math.gcd(N, _LOGIT_POSITIONS)
-    return token_scores(hidden_PND, model.head_DV, pick(batch["targets"]), chunk=chunk)
+    return token_scores(hidden_PND, head_DV, pick(batch["targets"]), chunk=chunk)

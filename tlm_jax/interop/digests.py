@@ -3,11 +3,11 @@
 Neither safetensors nor GGUF has a checksum of its own.
 """
 
-import hashlib
 import pathlib
 import re
 from collections.abc import Iterable
 
+from tlm_jax import files
 from tlm_jax.config import UserError
 
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -23,8 +23,7 @@ def check(paths: Iterable[pathlib.Path]) -> dict[str, str]:
 
 
 def _checked(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = files.sha256(path)
     published = _published(path)
     if published not in (None, digest):
         raise UserError(

@@ -39,7 +39,7 @@ from tlm_jax.interop import (
 )
 from tlm_jax.interop.tensors import SHARD_BYTES, write_safetensors
 from tlm_jax.models import skeleton
-from tlm_jax.models.skeleton import path_of, place
+from tlm_jax.models.skeleton import by_path, place
 from tlm_jax.training import checkpoint, restore
 
 Format = Literal["llama", "compact", "deci", "gguf", "native"]
@@ -200,16 +200,16 @@ def _special_tokens(metadata: dict[str, Any], tokenizer: Tokenizer) -> dict[str,
 
 
 def _native(params: Any) -> Iterator[tuple[str, np.ndarray]]:
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-        yield path_of(keys), np.asarray(leaf)
+    for path, leaf in by_path(params).items():
+        yield path, np.asarray(leaf)
 
 
 def _per_layer(params: Any, model: ModelConfig, form: Format) -> Iterator[tuple[str, np.ndarray]]:
     """Under Llama's names, or those of our own graph for transformers."""
     widest = max(model.mlp_widths)
     spell = tapered.tensor if _has_own_graph(model, form) else llama.tensor
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path, layers = place(model, path_of(keys))
+    for whole, leaf in by_path(params).items():
+        path, layers = place(model, whole)
         stacked = np.asarray(leaf)
         for index, layer in enumerate(layers or [None]):
             spelled = spell(path, layer)

@@ -18,7 +18,7 @@ from typing import Any
 
 from tlm_jax.config import ModelConfig, UserError
 from tlm_jax.mixers import NO_SCALING, AttentionConfig, ListedConfig, MixerConfig, RopeScaling
-from tlm_jax.taper_config import TaperConfig
+from tlm_jax.taper_config import NO_TAPER, TaperConfig
 
 # What a config.json means where it is silent, by model_type.
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -147,7 +147,7 @@ def _mean(widths: list[int] | None) -> int | None:
 
 def _taper(widths: list[int] | None) -> TaperConfig:
     if widths is None:
-        return TaperConfig(schedule="uniform", multiple_of=1)
+        return NO_TAPER
     return TaperConfig(schedule="explicit", widths=tuple(widths), multiple_of=1)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from tlm_jax.interop.tensors import needs_extra
+from tlm_jax.validation import round_up
 
 _MAGIC, _VERSIONS = b"GGUF", (2, 3)
 _STRING, _ARRAY, _BOOL = 8, 9, 7
@@ -183,7 +184,7 @@ def _tensor_info(cursor: _Cursor, index: int) -> _Info:
 
 def _placed(cursor: _Cursor, infos: list[_Info], alignment: int) -> tuple[StoredTensor, ...]:
     """The tensors, which must fill the rest of the file without a gap."""
-    start = -(-cursor.place // alignment) * alignment
+    start = round_up(cursor.place, alignment)
     expected, end = 0, cursor.place
     found: dict[str, StoredTensor] = {}
     for info in infos:
@@ -197,7 +198,7 @@ def _placed(cursor: _Cursor, infos: list[_Info], alignment: int) -> tuple[Stored
         cursor.place = start + expected
         raw = np.frombuffer(cursor.take(info.num_bytes, f"tensor {info.name!r}"), np.uint8)
         end = cursor.place
-        expected += -(-info.num_bytes // alignment) * alignment
+        expected += round_up(info.num_bytes, alignment)
         shape = tuple(reversed(info.dims))
         plain = _PLAIN.get(info.type.name)
         data = raw.view(plain).reshape(shape) if plain else raw.reshape(*shape[:-1], info.row_bytes)

@@ -14,7 +14,7 @@ from tlm_jax.distributed import sharding
 from tlm_jax.interop import llama, own_exports
 from tlm_jax.interop.tensors import TensorSource
 from tlm_jax.models import Skeleton
-from tlm_jax.models.skeleton import Place, path_of, place
+from tlm_jax.models.skeleton import Place, by_path, path_of, place
 
 _DIMS = (
     "vocab_size",
@@ -136,8 +136,7 @@ def expected_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Name and shape of each tensor of a model in a file."""
     found: dict[str, tuple[int, ...]] = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(skeleton.shapes):
-        path = path_of(keys)
+    for path, leaf in by_path(skeleton.shapes).items():
         if native:
             found[path] = leaf.shape
             continue

@@ -15,6 +15,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxprs_in_params
 
+from tlm_jax.validation import round_up
+
 _ALIASES = frozenset(
     [
         "reshape",
@@ -332,13 +334,12 @@ def array_bytes(aval: Any, *, tiled: bool = False, row_major: bool = False) -> i
         item = max(item, 4)
     size = math.prod(shape)
     if tiled and len(shape) > 1 and size:
-        rows, last = _round_up(shape[-2], 8), _round_up(shape[-1], 128)
+        rows, last = round_up(shape[-2], 8), round_up(shape[-1], 128)
         if row_major:
             return item * size // (shape[-2] * shape[-1]) * rows * last
         filled = (
             math.prod(
-                _round_up(n, 128 if i == lane else 8 if i == row else 1)
-                for i, n in enumerate(shape)
+                round_up(n, 128 if i == lane else 8 if i == row else 1) for i, n in enumerate(shape)
             )
             for lane in range(len(shape))
             for row in range(len(shape))
@@ -346,7 +347,3 @@ def array_bytes(aval: Any, *, tiled: bool = False, row_major: bool = False) -> i
         )
         return item * min(filled)
     return item * size
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple

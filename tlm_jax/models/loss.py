@@ -24,6 +24,17 @@ class Teacher:
     """Share of the divergence from it in what training descends on."""
 
 
+def final_hidden(
+    skeleton: Skeleton, params: Any, batch: dict[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """The hidden states of a batch after the final norm (B, L, D), and the output matrix (D, V)."""
+    model = skeleton.merge(params)
+    hidden_BLD, _ = model(
+        batch["inputs"], positions_BL=batch["positions"], document_ids_BL=batch["document_ids"]
+    )
+    return hidden_BLD, model.head_DV
+
+
 def training_loss(
     skeleton: Skeleton,
     params: Any,
@@ -46,12 +57,9 @@ def training_loss(
         nll_BL, log_z_BL, _ = batch_losses(skeleton, params, batch, chunk=chunk, training=True)
         nll = jnp.sum(nll_BL) / tokens
         return nll + z_loss * jnp.sum(jnp.square(log_z_BL)) / tokens, nll
-    model = skeleton.merge(params)
-    hidden_BLD, _ = model(
-        batch["inputs"], positions_BL=batch["positions"], document_ids_BL=batch["document_ids"]
-    )
+    hidden_BLD, head_DV = final_hidden(skeleton, params, batch)
     weights_BL = (batch["document_ids"] > 0) / tokens
-    return total_loss(hidden_BLD, model.head_DV, batch["targets"], weights_BL, chunk, z_loss)
+    return total_loss(hidden_BLD, head_DV, batch["targets"], weights_BL, chunk, z_loss)
 
 
 def distillation_loss(
@@ -72,17 +80,9 @@ def distillation_loss(
 
     Args: see `training_loss`. Rows update no MLP levels here, in model and teacher.
     """
-
-    def hidden(of: Skeleton, values: Any) -> tuple[jax.Array, jax.Array]:
-        model = of.merge(values)
-        hidden_BLD, _ = model(
-            batch["inputs"], positions_BL=batch["positions"], document_ids_BL=batch["document_ids"]
-        )
-        return hidden_BLD, model.head_DV
-
     with jax.named_scope("teacher"):
-        teacher_BLE, teacher_head_EV = hidden(teacher.skeleton, teacher.params)
-    hidden_BLD, head_DV = hidden(skeleton, params)
+        teacher_BLE, teacher_head_EV = final_hidden(teacher.skeleton, teacher.params, batch)
+    hidden_BLD, head_DV = final_hidden(skeleton, params, batch)
     losses = distillation_losses(
         hidden_BLD, head_DV, batch["targets"], teacher_BLE, teacher_head_EV, chunk=chunk
     )
@@ -126,10 +126,7 @@ def batch_losses(
     """
     if updates_online(skeleton, training=training):
         return online.online_losses(skeleton, params, batch, chunk=chunk)
-    model = skeleton.merge(params)
-    hidden_BLD, _ = model(
-        batch["inputs"], positions_BL=batch["positions"], document_ids_BL=batch["document_ids"]
-    )
-    nll_BL, log_z_BL = token_losses(hidden_BLD, model.head_DV, batch["targets"], chunk=chunk)
+    hidden_BLD, head_DV = final_hidden(skeleton, params, batch)
+    nll_BL, log_z_BL = token_losses(hidden_BLD, head_DV, batch["targets"], chunk=chunk)
     scored_BL = batch["document_ids"] > 0
     return jnp.where(scored_BL, nll_BL, 0.0), jnp.where(scored_BL, log_z_BL, 0.0), scored_BL

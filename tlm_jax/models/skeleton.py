@@ -90,10 +90,9 @@ def skeleton(config: ModelConfig) -> Skeleton:
     abstract = nnx.eval_shape(lambda: LanguageModel(config, key=jax.random.key(0)))
     graphdef, state = nnx.split(abstract, nnx.Param)
     result = Skeleton(config=config, graphdef=graphdef, state=state)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(result.shapes):
+    for path, leaf in by_path(result.shapes).items():
         if leaf.size == 0:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise UserError(f"parameter {name} of shape {leaf.shape} is empty; make it None")
+            raise UserError(f"parameter {path} of shape {leaf.shape} is empty; make it None")
     return result
 
 
@@ -113,5 +112,10 @@ def place(config: ModelConfig, path: str) -> Place:
 
 
 def path_of(keys: Any) -> str:
-    """A parameter's place in the tree as one name."""
-    return "/".join(str(key.key) for key in keys)
+    """The place of a leaf in a tree as one name, such as `segments/000/mlp/0/gate`."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their paths, in the tree's order."""
+    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -26,7 +26,8 @@ from tlm_jax.models.memory_state import MemoryState
 from tlm_jax.models.neural_memory import recall
 from tlm_jax.models.registry import LayerContext
 from tlm_jax.models.titans_memory import Memory, Output, Tail
-from tlm_jax.models.window_attention import WindowAttention
+from tlm_jax.models.window_attention import WindowAttention, blocks
+from tlm_jax.validation import round_up
 
 
 @jax.tree_util.register_dataclass
@@ -173,13 +174,12 @@ class MemoryAsContext(nnx.Module):
         B, L = tokens.positions_BL.shape
         C, chunk = self.config.window, self.config.chunk
         if L < C:  # one window, no longer than it need be
-            C = -(-L // chunk) * chunk
+            C = round_up(L, chunk)
         causal_CC = jnp.arange(C)[:, None] >= jnp.arange(C)
         persistent = self.attention.persistent_kv()
 
         def split(x_BL: jax.Array) -> jax.Array:
-            x_BL = jnp.pad(x_BL, ((0, 0), (0, -L % C)) + ((0, 0),) * (x_BL.ndim - 2))
-            return x_BL.reshape(B, -1, C, *x_BL.shape[2:]).swapaxes(0, 1)
+            return blocks(x_BL, C).reshape(B, -1, C, *x_BL.shape[2:]).swapaxes(0, 1)
 
         def one(carry: tuple, window: Tokens) -> tuple[tuple, jax.Array]:
             state, tail = carry

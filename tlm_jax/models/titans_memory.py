@@ -17,6 +17,7 @@ from tlm_jax.models.memory_gates import Gates
 from tlm_jax.models.memory_state import MemoryState, Weights
 from tlm_jax.models.neural_memory import neural_memory
 from tlm_jax.models.registry import LayerContext
+from tlm_jax.models.window_attention import blocks
 
 ALPHA_BIAS, ETA_BIAS = -4.0, 2.0
 """Of the gates' logits: at the start alpha is about 0.02 and eta about 0.88 (our choice)."""
@@ -180,21 +181,12 @@ class Learner(nnx.Module):
             shards_BL = jnp.where(ids_BL > 0, ids_BL * _SHARDS + index_L % _SHARDS, 0)
             return run((*inputs[:-1], shards_BL), state)
         # All shards at once, as rows.
-        y, _ = run(jax.tree.map(lambda x: _split(x, shard), inputs), None)
+        y, _ = run(jax.tree.map(lambda x: blocks(x, min(shard, L)), inputs), None)
         return y.reshape(B, -1, *y.shape[2:])[:, :L], None
 
 
 _SHARDS = 64
 """Shards after which their numbers repeat, so that an id of a document has room beside them."""
-
-
-def _split(x_BL: jax.Array, shard: int) -> jax.Array:
-    """(B, L, ...) -> (B N, S, ...): the shards of each row, the last one filled up with zeros."""
-    L, *rest = x_BL.shape[1:]
-    if shard >= L:
-        return x_BL
-    x_BL = jnp.pad(x_BL, ((0, 0), (0, -L % shard)) + ((0, 0),) * len(rest))
-    return x_BL.reshape(-1, shard, *rest)
 
 
 class Memory(Learner):

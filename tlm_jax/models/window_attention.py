@@ -93,17 +93,15 @@ class WindowAttention(nnx.Module):
             k, v, ids_BS, index_S = new.last(window + L - 1)
         elif window < L:  # each block of `window` tokens sees itself and the block before
             index_L, index_S = window + jnp.arange(window), jnp.arange(2 * window)
-            q, ids_BL = _blocks(q, window), _blocks(document_ids_BL, window)
+            q, ids_BL = blocks(q, window), blocks(document_ids_BL, window)
             k, v = _with_block_before(k, window), _with_block_before(v, window)
             ids_BS = _with_block_before(document_ids_BL, window, before_first=-1)
-        back_LS = index_L[:, None] - index_S
-        near_LS = (back_LS >= 0) & (back_LS < window)
-        mask_BLS = near_LS & (ids_BL[:, :, None] == ids_BS[:, None, :])
+        mask_BLS = ops.within(index_L, index_S, window) & (ids_BL[:, :, None] == ids_BS[:, None, :])
         y = self.attend(q, k, v, mask_BLS, self.persistent_kv())
         return y.reshape(B, -1, H, K)[:, :L], new
 
 
-def _blocks(x_BL: jax.Array, size: int) -> jax.Array:
+def blocks(x_BL: jax.Array, size: int) -> jax.Array:
     """(B, L, ...) -> (B * blocks, size, ...), filled up with zeros."""
     L = x_BL.shape[1]
     x_BL = jnp.pad(x_BL, ((0, 0), (0, -L % size)) + ((0, 0),) * (x_BL.ndim - 2))
@@ -113,8 +111,8 @@ def _blocks(x_BL: jax.Array, size: int) -> jax.Array:
 def _with_block_before(x_BL: jax.Array, size: int, before_first: int = 0) -> jax.Array:
     """(B, L, ...) -> (B * blocks, 2 size, ...): each block after the one before it."""
     B = x_BL.shape[0]
-    blocks = _blocks(x_BL, size)
-    blocks = blocks.reshape(B, -1, *blocks.shape[1:])
-    first = jnp.full_like(blocks[:, :1], before_first)
-    pairs = jnp.concatenate([jnp.concatenate([first, blocks[:, :-1]], axis=1), blocks], axis=2)
+    own = blocks(x_BL, size)
+    own = own.reshape(B, -1, *own.shape[1:])
+    first = jnp.full_like(own[:, :1], before_first)
+    pairs = jnp.concatenate([jnp.concatenate([first, own[:, :-1]], axis=1), own], axis=2)
     return pairs.reshape(-1, *pairs.shape[2:])

@@ -20,6 +20,7 @@ from tlm_jax.models import Skeleton, skeleton
 from tlm_jax.models.settings import attention_kernel
 from tlm_jax.training import distillation, step
 from tlm_jax.training.updates import About, make_optimizer
+from tlm_jax.validation import largest
 
 STEPS = ("train", "evaluation")
 _GIB = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2**10}
@@ -169,13 +170,7 @@ def largest_batch(
         tried(result)
         return result.fits
 
-    low, high = 0, 1
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * unit if low else None
+    return largest(fits) * unit or None
 
 
 def _lower_train(config: RunConfig, model: Skeleton, mesh: Mesh) -> jax.stages.Lowered:
@@ -189,15 +184,9 @@ def _lower_train(config: RunConfig, model: Skeleton, mesh: Mesh) -> jax.stages.L
 
 
 def _lower_evaluation(config: RunConfig, model: Skeleton, mesh: Mesh) -> jax.stages.Lowered:
-    tx = make_optimizer(
-        config.optimizer, config.training.num_steps, About.of(model), config.model.mlp
-    )
     rows = config.data.batch_size // config.training.grad_accumulation
-    score_step = jax.jit(
-        perplexity.make_score_step(model, chunk=config.training.loss_chunk),
-        out_shardings=jax.sharding.NamedSharding(mesh, jax.P()),
-    )
-    params = step.abstract_state(model, tx, mesh).params
+    score_step = perplexity.make_score_step(model, mesh, chunk=config.training.loss_chunk)
+    params = step.abstract_params(model, mesh)
     with jax.set_mesh(mesh):
         return score_step.lower(params, step.abstract_batch(rows, config.data.seq_len, mesh))
 

@@ -25,10 +25,12 @@ from orbax.checkpoint import v1 as ocp
 import tlm_jax
 from tlm_jax import config_io, files, storage
 from tlm_jax.config import RunConfig, UserError
+from tlm_jax.models.skeleton import by_path
 from tlm_jax.training import bucket_checkpoints, checksums, damage
 from tlm_jax.training.damage import DamagedCheckpointError as DamagedCheckpointError
 from tlm_jax.training.position import Position
 from tlm_jax.training.step import TrainState
+from tlm_jax.validation import some
 
 CHECKPOINTS = "checkpoints"
 """Folder of the checkpoints in a run folder."""
@@ -60,8 +62,7 @@ def metadata(config: RunConfig, params: Any, layout: dict[str, Any]) -> dict[str
 
 def param_shapes(params: Any) -> dict[str, list[int]]:
     """Shape of each parameter by its path, such as `segments/000/mlp/0/gate`."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {checksums.name(path): list(leaf.shape) for path, leaf in leaves}
+    return {path: list(leaf.shape) for path, leaf in by_path(params).items()}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -249,9 +250,7 @@ class Checkpoints:
             shapes = saved.get("state_shapes") or damage.together(lambda: self._shapes(step))
         if lines := _different(shapes, checksums.shapes(tree)):
             raise UserError(
-                f"the state of step {step} in {self.folder} does not fit this config: "
-                f"{'; '.join(lines[:4])}"
-                + (f"; and {len(lines) - 4} more" if len(lines) > 4 else "")
+                f"the state of step {step} in {self.folder} does not fit this config: {some(lines)}"
             )
         position = Position(iterator, sealed=CHECKSUMS in saved)
         return TrainState(**self._load(step, saved, {"state": tree, "data": position}))
@@ -391,14 +390,7 @@ def _different(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
-    return {
-        "step": state.step,
-        "params": state.params,
-        "opt_state": state.opt_state,
-        "skipped": state.skipped,
-        "skipped_in_a_row": state.skipped_in_a_row,
-        "typical_norm": state.typical_norm,
-    }
+    return dict(vars(state))
 
 
 def _git_revision() -> str | None:

@@ -18,22 +18,18 @@ import jax
 import jax.numpy as jnp
 
 from tlm_jax import files
+from tlm_jax.models.skeleton import by_path
 
 FILE = "checksums.json"
 
 _Sums = dict[str, tuple[jax.Array, jax.Array]]
 
 
-def name(path: Any) -> str:
-    """The place of a leaf in a tree as one name, such as `params/segments/000/mlp/0/gate`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
 def shapes(tree: Any) -> dict[str, str]:
     """Type and shape of each leaf by its name, such as `float32[4,32]`."""
     return {
-        name(path): f"{leaf.dtype.name}[{','.join(map(str, leaf.shape))}]"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        path: f"{leaf.dtype.name}[{','.join(map(str, leaf.shape))}]"
+        for path, leaf in by_path(tree).items()
     }
 
 
@@ -89,12 +85,12 @@ def identity(checksums: Mapping[str, str], below: str) -> str:
 
 def _computed(tree: Any) -> _Sums:
     found: _Sums = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    for path, leaf in by_path(tree).items():
         sums = _sums(leaf)
         if _simulated(sums[0]):
             # Programs whose collectives overlap can wait for each other forever there.
             jax.block_until_ready(sums)
-        found[name(path)] = sums
+        found[path] = sums
     return found
 
 

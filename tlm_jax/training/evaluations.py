@@ -112,9 +112,8 @@ class Evaluations:
         replicated = jax.sharding.NamedSharding(self._mesh, jax.P())
         rows = self._config.data.batch_size // training.grad_accumulation
         batch = step.abstract_batch(rows, self._config.data.seq_len, self._mesh)
-        score_step = jax.jit(
-            perplexity.make_score_step(self._skeleton, chunk=training.loss_chunk),
-            out_shardings=replicated,
+        score_step = perplexity.make_score_step(
+            self._skeleton, self._mesh, chunk=training.loss_chunk
         )
         # Compiled now and not at its first batch, which the watchdog watches.
         self._score_step = score_step.lower(params, batch).compile()

@@ -33,6 +33,7 @@ from tlm_jax.training.evaluations import Evaluations
 from tlm_jax.training.profiling import Profiler, ProfileSpan
 from tlm_jax.training.reading import train_iterator
 from tlm_jax.training.updates import About, make_optimizer
+from tlm_jax.validation import some
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -312,8 +313,7 @@ class Trainer:
             )
         if shapes:
             raise UserError(
-                f"the parameters in {self.workdir} do not fit this config: {'; '.join(shapes[:4])}"
-                + (f"; and {len(shapes) - 4} more" if len(shapes) > 4 else "")
+                f"the parameters in {self.workdir} do not fit this config: {some(shapes)}"
             )
         for line in lines:
             self._say(f"Config change: {line}", "yellow")
@@ -382,4 +382,4 @@ class Trainer:
 
     def _say(self, text: str, style: str | None = None) -> None:
         if self.is_main:
-            self.console.print(text, style=style, soft_wrap=True)
+            self.console.print(text, style=style)

@@ -4,6 +4,7 @@ Only process 0 writes, and a logger that fails never stops a run.
 """
 
 import contextlib
+import datetime
 import json
 import math
 import pathlib
@@ -132,7 +133,7 @@ class MetricsWriter:
     def _warn(self, error: Exception) -> None:
         if not self._warned:
             text = f"cannot write metrics: {error}"
-            self._console.print(text, style="yellow", soft_wrap=True)
+            self._console.print(text, style="yellow")
             self._warned = True
 
 
@@ -194,11 +195,8 @@ class TrainProgress:
         )
         self._bar.update(self._task, description=text)
         if self._enabled and not self._console.is_terminal:
-            minutes, seconds = divmod(int(seconds_left), 60)
-            self._console.print(
-                f"step {step:>6}/{self._num_steps}  {text}  left {minutes}:{seconds:02d}",
-                highlight=False,
-            )
+            left = datetime.timedelta(seconds=int(seconds_left))
+            self._console.print(f"step {step:>6}/{self._num_steps}  {text}  left {left}")
 
     def close(self) -> None:
         """Leaves the bar as it stands."""
@@ -330,7 +328,7 @@ class TrainLog:
         self._writer = writer
         peak, source = peak_flops(compute_dtype(config.model).name)
         if enabled:
-            console.print(f"Peak for MFU: {peak / 1e9:,.0f} GFLOP/s ({source}).", highlight=False)
+            console.print(f"Peak for MFU: {peak / 1e9:,.0f} GFLOP/s ({source}).")
         flops = costs.model_costs(config.model, seq_len=config.data.seq_len)
         self.meter = SpeedMeter(flops.training_flops, peak, began)
         self._progress = TrainProgress(console, start, config.training.num_steps, enabled=enabled)
@@ -377,7 +375,7 @@ class TrainLog:
             except Exception as error:  # what watches training must not end it
                 self._hooks.remove(hook)
                 text = f"hook {hook} failed at step {done} and is disabled: {error!r}"
-                self._console.print(text, style="yellow", soft_wrap=True)
+                self._console.print(text, style="yellow")
 
     def store(self) -> None:
         """Has the records stored."""

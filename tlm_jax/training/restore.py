@@ -88,10 +88,7 @@ def evaluate(folder: pathlib.Path, step: int, config: RunConfig) -> perplexity.S
     model = skeleton(config.model)
     with jax.set_mesh(mesh):
         params = load_params(folder, step, model, dataset.tokenizer, mesh)
-        score_step = jax.jit(
-            perplexity.make_score_step(model, chunk=config.training.loss_chunk),
-            out_shardings=jax.sharding.NamedSharding(mesh, jax.P()),
-        )
+        score_step = perplexity.make_score_step(model, mesh, chunk=config.training.loss_chunk)
         return perplexity.score_dataset(score_step, params, dataset, config, mesh)
 
 

@@ -99,19 +99,19 @@ def abstract_state(
     skeleton: Skeleton, tx: optax.GradientTransformation, mesh: Mesh | AbstractMesh
 ) -> TrainState:
     """Shape, dtype and sharding of each leaf of the training state."""
-    return jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-        jax.eval_shape(functools.partial(first_state, tx), skeleton.shapes),
-        state_shardings(skeleton, tx, mesh),
-    )
+    shapes = jax.eval_shape(functools.partial(first_state, tx), skeleton.shapes)
+    return _placed(shapes, state_shardings(skeleton, tx, mesh))
 
 
 def abstract_params(skeleton: Skeleton, mesh: Mesh | AbstractMesh) -> Any:
     """Shape, dtype and sharding of each parameter."""
+    shardings = sharding.param_shardings(skeleton.shapes, skeleton.logical_axes, mesh)
+    return _placed(skeleton.shapes, shardings)
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-        skeleton.shapes,
-        sharding.param_shardings(skeleton.shapes, skeleton.logical_axes, mesh),
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings
     )
 
 

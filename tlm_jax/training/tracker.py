@@ -96,4 +96,4 @@ class Tracker:
         if not self._warned:
             self._warned = True
             text = f"tracker {self._name} {what}; metrics.jsonl has every record"
-            self._console.print(text, style="yellow", soft_wrap=True)
+            self._console.print(text, style="yellow")

@@ -13,6 +13,7 @@ from orbax.checkpoint import v1 as ocp
 from tlm_jax import files
 from tlm_jax.config import UserError
 from tlm_jax.data.tokenizers import file_fingerprint
+from tlm_jax.models.skeleton import path_of
 from tlm_jax.training import checkpoint, checksums, damage, position
 from tlm_jax.training.checkpoint import CHECKPOINTS
 
@@ -120,7 +121,7 @@ def _arrays(
         checkpoints.restore_part(step, wanted)
     except checkpoint.DamagedCheckpointError as error:
         if len(paths) == 1:
-            name, reason = checksums.name(paths[0]), damage.reason(error)
+            name, reason = path_of(paths[0]), damage.reason(error)
             return [reason if reason.startswith(name) else f"{name}: {reason}"]
         found = [_arrays(checkpoints, step, tree, [path]) for path in paths]
         return [fault for faults in found for fault in faults]
