@@ -5,9 +5,10 @@
     def test_my_mixer():
         check_mixer(MyMixerConfig(width=24))
 
-Each check builds a small float32 model around the mixer, two tapered layers of it, and raises an
-`AssertionError` that says what does not hold. On a machine with one device the check of sharding
-needs simulated ones: set JAX_NUM_CPU_DEVICES=8 before jax is imported.
+Each check builds a small float32 model around the mixer, two tapered layers of it (the checks of
+scans, training and sharding take equal ones), and raises an `AssertionError` that says what does
+not hold. On a machine with one device the check of sharding needs simulated ones: set
+JAX_NUM_CPU_DEVICES=8 before jax is imported.
 """
 
 import dataclasses
@@ -133,23 +134,31 @@ def check_documents(config: ModelConfig) -> None:
         )
 
 
+def _gradients(config: ModelConfig) -> Callable[..., Any]:
+    """Compiled (params, ids) -> (loss, gradients), on the current mesh."""
+    model = skeleton(config)
+
+    def loss(params: Any, ids: jax.Array) -> jax.Array:
+        built = model.merge(params)
+        return jnp.mean(jnp.square(jax.nn.log_softmax(built.logits(built(ids)[0]))))
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+@functools.lru_cache(maxsize=2)  # scans and sharding share it
+def _scanned(config: ModelConfig) -> tuple[Any, Any, Callable[..., Any], Any]:
+    """(model, parameters, `_gradients`, what they are) of the twin as a rematerialised scan."""
+    twin = dataclasses.replace(config.uniform_twin(), scan_layers=True, remat="full")
+    model, run = skeleton(twin), _gradients(twin)
+    params = model.init(jax.random.key(0))
+    return model, params, run, run(params, tokens(4, 32))
+
+
 def check_scans(config: ModelConfig) -> None:
     """Loss and gradients of a rematerialised scan are those of a plain loop; all are used."""
-    config = config.uniform_twin()  # equal layers, so that there is something to scan
-    ids = tokens(2, 24)
-
-    def gradients(config: ModelConfig) -> Any:
-        model = skeleton(config)
-
-        def loss(params: Any) -> jax.Array:
-            built = model.merge(params)
-            logits = built.logits(built(jnp.asarray(ids))[0])
-            return jnp.mean(jnp.square(jax.nn.log_softmax(logits)))
-
-        return jax.jit(jax.value_and_grad(loss))(model.init(jax.random.key(0)))
-
-    value, grads = gradients(dataclasses.replace(config, scan_layers=True, remat="full"))
-    other, plain = gradients(dataclasses.replace(config, scan_layers=False, remat="none"))
+    model, params, _, (value, grads) = _scanned(config)
+    loop = _gradients(dataclasses.replace(model.config, scan_layers=False, remat="none"))
+    other, plain = loop(params, tokens(4, 32))
     np.testing.assert_allclose(value, other, rtol=1e-5, err_msg="loss")
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(plain), strict=True
@@ -203,19 +212,12 @@ def check_sharding(config: ModelConfig) -> None:
     """Loss and gradients on a mesh of data 2 x fsdp 2 x tensor 2 are those of one device."""
     if len(jax.devices()) < 8:
         raise RuntimeError("this check needs 8 devices; set JAX_NUM_CPU_DEVICES=8")
-    model, ids = skeleton(config), tokens(4, 32)
-    params = model.init(jax.random.key(0))
-
-    def loss(params: Any, ids: jax.Array) -> jax.Array:
-        built = model.merge(params)
-        return jnp.mean(jnp.square(jax.nn.log_softmax(built.logits(built(ids)[0]))))
-
-    one = jax.jit(jax.value_and_grad(loss))(params, ids)
+    model, params, run, one = _scanned(config)
     mesh = jax.make_mesh((2, 2, 1, 2), mesh_lib.AXES, axis_types=(AxisType.Auto,) * 4)
     with jax.set_mesh(mesh):
         where = sharding.param_shardings(model.shapes, model.logical_axes, mesh)
-        split_ids = jax.device_put(ids, sharding.token_sharding(mesh))
-        many = jax.jit(jax.value_and_grad(loss))(jax.device_put(params, where), split_ids)
+        split_ids = jax.device_put(tokens(4, 32), sharding.token_sharding(mesh))
+        many = run(jax.device_put(params, where), split_ids)
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(many), jax.tree.leaves(one), strict=True
     ):

@@ -35,9 +35,14 @@ from tlm_jax.training.updates import About, make_optimizer
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "shardings.txt"
-TITANS = {"num_heads": 4, "memory_width": 16, "chunk": 8, "window": 16}
+HEADS = TaperConfig(schedule="explicit", widths=(10, 10, 4), multiple_of=1)
+MEMORIES = TaperConfig(schedule="explicit", widths=(24, 8), multiple_of=8)
+TITANS = {"num_heads": 4, "memory_width": 16, "chunk": 8, "window": 16, "memory_taper": MEMORIES}
 MIXERS: dict[str, tuple[MixerConfig, MLPConfig]] = {
-    "transformer": (AttentionConfig(num_heads=4, num_kv_heads=2), MLPConfig()),
+    "transformer": (
+        AttentionConfig(num_heads=16, num_kv_heads=8, heads_taper=HEADS),
+        MLPConfig(),
+    ),
     "gated_attention": (GatedAttentionConfig(num_heads=4), MLPConfig()),
     "hope_attention": (AttentionConfig(num_heads=4), MLPConfig(periods=(1, 4))),
     "titans": (TitansConfig(**TITANS), MLPConfig()),

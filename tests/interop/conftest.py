@@ -1,4 +1,6 @@
+import functools
 import pathlib
+from typing import Any
 
 import pytest
 
@@ -33,3 +35,16 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
     tokenizer.save(str(path))
     return path
+
+
+@functools.cache
+def _read_once(reader: Any) -> Any:
+    return functools.cache(lambda path: reader(path))
+
+
+@pytest.fixture
+def gguf_files_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers reads a GGUF file for its config, its tokenizer and its tensors, 5 s each."""
+    import gguf
+
+    monkeypatch.setattr(gguf, "GGUFReader", _read_once(gguf.GGUFReader))

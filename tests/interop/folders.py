@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 from typing import Any
 
 import jax
@@ -128,6 +129,29 @@ LLAMA = {
     "tie_word_embeddings": False,
     "max_position_embeddings": 100,
 }
+
+
+def first_layers(file: pathlib.Path, count: int, out: pathlib.Path) -> pathlib.Path:
+    """Writes a GGUF file without the layers that follow so many; returns it."""
+    import gguf
+
+    reader = gguf.GGUFReader(file)
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(out, architecture)
+    for name, field in reader.fields.items():
+        if name.startswith("GGUF.") or name == "general.architecture":  # the writer's own
+            continue
+        value = count if name == f"{architecture}.block_count" else field.contents()
+        writer.add_key_value(name, value, field.types[0], sub_type=field.types[-1])
+    for tensor in reader.tensors:
+        layer = re.match(r"blk\.(\d+)\.", tensor.name)
+        if layer is None or int(layer[1]) < count:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
 
 
 def write_llama(folder: pathlib.Path, tokenizer: pathlib.Path, **changes: Any) -> pathlib.Path:

@@ -181,6 +181,7 @@ def test_an_import_in_half_precision(bpe: pathlib.Path, tmp_path: pathlib.Path) 
     not pathlib.Path(SMOLLM2).is_file(),
     reason="TLM_SMOLLM2 does not name SmolLM2-135M-Instruct.Q4_1.gguf (docs/interop.md)",
 )
+@pytest.mark.usefixtures("gguf_files_read_once")
 def test_smollm2(tmp_path: pathlib.Path) -> None:
     """SmolLM2-135M from GGUF: ids and logits as transformers' own reading of the same file."""
     file = pathlib.Path(SMOLLM2)

@@ -97,7 +97,7 @@ MODELS: dict[str, ModelConfig] = {
     ),
     "rg-lru": model_config(mixer=RGLRUConfig(width=24)),
     "interleaved": model_config(
-        num_layers=6,
+        num_layers=4,
         mixer=InterleavedConfig(
             mixers=(AttentionConfig(num_heads=4), titans("mag", memory_taper=WIDER))
         ),
