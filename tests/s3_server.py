@@ -66,6 +66,8 @@ class Server:
             raise ConnectionResetError
         if not isinstance(fault, int):
             return self._app(environ, start_response)
+        ends = environ.get("wsgi.input_terminated")  # else what is left would be the next request
+        environ["wsgi.input"].read(-1 if ends else int(environ.get("CONTENT_LENGTH") or 0))
         code = _CODES[fault]
         body = f"<Error><Code>{code}</Code><Message>injected</Message></Error>".encode()
         headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))]
