@@ -45,6 +45,7 @@ class Server(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     request_queue_size = 256
+    scheme = "gs"
 
     def __init__(self, *buckets: str, port: int = 0) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
@@ -73,6 +74,9 @@ class Server(http.server.ThreadingHTTPServer):
     def names(self, prefix: str = "", bucket: str = "bucket") -> list[str]:
         with self.lock:
             return sorted(name for name in self.buckets[bucket] if name.startswith(prefix))
+
+    def read(self, name: str, bucket: str = "bucket") -> bytes:
+        return self.buckets[bucket][name].data
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that was killed is no error."""
@@ -105,10 +109,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self._body()
         path, _, query = self.path.partition("?")
         self.query = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-        self.server.requests.append((self.command, self.path))
         shown = urllib.parse.unquote(self.path)
         if self.query.get("uploadType") == "multipart":
             shown += f"&name={_parts(self.headers['Content-Type'], body)[0]['name']}"
+        self.server.requests.append((self.command, shown))
         fault = self.server.fault(self.command, shown)
         try:
             if fault == "hang":

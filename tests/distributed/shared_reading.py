@@ -50,9 +50,10 @@ def read(text: str, folder: pathlib.Path, mesh: Mesh) -> tuple[list[int], list[A
     found = []
     with jax.set_mesh(mesh), checkpoint.Checkpoints(folder, keep_last=2) as checkpoints:
         zeros = jax.jit(lambda: jnp.zeros((3,)), out_shardings=everywhere)()
+        divided = jax.sharding.NamedSharding(mesh, jax.P(("data", "fsdp")))
         state = step.TrainState(
             step=zeros,
-            params={"w": zeros},
+            params={"w": jax.jit(lambda: jnp.arange(8.0), out_shardings=divided)()},
             opt_state=(),
             skipped=zeros,
             skipped_in_a_row=zeros,
@@ -87,9 +88,11 @@ def told(text: str, readers: int, mesh: Mesh) -> list[str]:
 
 
 if __name__ == "__main__":
+    from tlm_jax import storage
+
     address, number, index, folder, text = sys.argv[1:]
     jax.config.update("jax_num_cpu_devices", 4 // int(number))
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, int(number), int(index))
-    answers = [read(text, pathlib.Path(folder), mesh) for mesh in meshes(text)]
+    answers = [read(text, storage.path(folder), mesh) for mesh in meshes(text)]
     print(json.dumps([*answers, told(text, 2, meshes(text)[0])]))

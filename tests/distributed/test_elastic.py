@@ -7,13 +7,16 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
+import gcs_server
 import numpy as np
 import pytest
 import shared_reading
 from helpers import ROOT, environment, run
 
+from tlm_jax import storage
 from tlm_jax.data import open_dataset
 from tlm_jax.training import verification
 
@@ -98,10 +101,23 @@ def _read(number: int, folder: pathlib.Path, text: pathlib.Path) -> list[Any]:
     return [json.loads(out.splitlines()[-1]) for out, _ in answers]
 
 
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[pathlib.Path]:
+    """On a server that the processes which a test starts find too."""
+    server = gcs_server.Server("bucket")
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    yield storage.path("gs://bucket")
+    server.close()
+
+
 def test_four_processes_then_two_then_one_read_the_same_batches(
-    text_folder: pathlib.Path, tmp_path: pathlib.Path
+    text_folder: pathlib.Path, bucket: pathlib.Path
 ) -> None:
-    """Real ones, each on two meshes; they run the readers of their rows, and save where all are."""
+    """Real ones, each on two meshes; they run the readers of their rows, and save where all are.
+
+    They save in a bucket, each its part of the arrays.
+    """
     data = shared_reading.config(str(text_folder)).data
     expected = [
         batch["targets"] for batch in itertools.islice(open_dataset(data, 257).train_iterator(), 15)
@@ -117,7 +133,7 @@ def test_four_processes_then_two_then_one_read_the_same_batches(
             np.testing.assert_array_equal(got, expected[place])
             place += 1
 
-    folder = tmp_path / "checkpoints"
+    folder = bucket / "run" / "checkpoints"
     answers = _read(4, folder, text_folder)
     check([a[0] for a in answers], [[0], [1], [2], [3]])
     check([a[1] for a in answers], [[0, 1], [0, 1], [2, 3], [2, 3]])
@@ -133,9 +149,9 @@ def test_four_processes_then_two_then_one_read_the_same_batches(
     check([shared_reading.read(str(text_folder), folder, mesh)], [[0, 1, 2, 3]])
     assert place == len(expected)
 
-    found = list(verification.verify(tmp_path, None))
+    found = list(verification.verify(folder.parent, None))
     assert [finding.verdict for finding in found] == ["whole", "whole"]
     (folder / "15" / "data" / "position-00002.json").unlink()
-    damaged = next(verification.verify(tmp_path, 15))
+    damaged = next(verification.verify(folder.parent, 15))
     assert damaged.verdict == "damaged"
     assert damaged.detail.startswith("position-00002.json: ")

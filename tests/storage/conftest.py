@@ -1,20 +1,22 @@
 """Servers of Google Cloud Storage and of S3 for the tests of this folder, and runs in buckets."""
 
+import contextlib
 import pathlib
 import signal
 from collections.abc import Iterator
 
+import gcs_server
 import pytest
-from gcs_server import Server
+import s3_server
 from helpers import DRIVER, NUM_STEPS, run
+from s3_server import Either
 
-from tlm_jax import storage
+from tlm_jax import cli, storage
 
 
-@pytest.fixture(scope="session")
-def served() -> Iterator[Server]:
-    """A GCS server; this process and those that tests start find it."""
-    server = Server("bucket", "other")
+@contextlib.contextmanager
+def _serving(server: Either) -> Iterator[Either]:
+    """This process and those that tests start find it."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment.items():
             patch.setenv(name, value)
@@ -22,59 +24,88 @@ def served() -> Iterator[Server]:
     server.close()
 
 
-@pytest.fixture
-def gcs(served: Server) -> Iterator[Server]:
-    """The server, without faults at the end."""
-    yield served
-    served.fault = lambda method, path: None
+@pytest.fixture(scope="session")
+def served_gcs() -> Iterator[Either]:
+    """A GCS server."""
+    with _serving(gcs_server.Server("bucket", "other")) as server:
+        yield server
 
 
 @pytest.fixture(scope="session")
-def s3() -> Iterator[pathlib.Path]:
-    """A bucket of moto's S3 server, which this process and those that tests start find."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "anything")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        bucket = storage.path("s3://bucket-3")
-        storage.filesystem(bucket).mkdir("bucket-3")
-        yield bucket
-    server.stop()
-
-
-@pytest.fixture(scope="session")
-def gs_run(served: Server, config_file: pathlib.Path) -> pathlib.Path:
-    """A run that was killed at step 13 and resumed from step 10, to its end."""
-    return _killed_and_resumed(storage.path("gs://bucket/runs/killed"), config_file)
-
-
-@pytest.fixture(scope="session")
-def s3_run(s3: pathlib.Path, config_file: pathlib.Path) -> pathlib.Path:
-    """The same on S3."""
-    return _killed_and_resumed(s3 / "runs/killed", config_file)
+def served_s3() -> Iterator[Either]:
+    """Moto's S3 server."""
+    with _serving(s3_server.Server("bucket", "other")) as server:
+        yield server
 
 
 @pytest.fixture
-def bucket_run(request: pytest.FixtureRequest) -> pathlib.Path:
-    """One of these, by its name as the parameter."""
+def gcs(served_gcs: gcs_server.Server) -> Iterator[gcs_server.Server]:
+    """The GCS server, without faults at the end."""
+    yield served_gcs
+    served_gcs.fault = lambda method, path: None
+
+
+@pytest.fixture
+def s3(served_s3: s3_server.Server) -> Iterator[s3_server.Server]:
+    """The same of S3."""
+    yield served_s3
+    served_s3.fault = lambda method, path: None
+
+
+@pytest.fixture(params=["gcs", "s3"])
+def server(request: pytest.FixtureRequest) -> Either:
+    """Each of the two."""
     return request.getfixturevalue(request.param)
 
 
-def _killed_and_resumed(folder: pathlib.Path, config_file: pathlib.Path) -> pathlib.Path:
-    train = ("train", "--config", config_file, "--workdir", folder)
+@pytest.fixture(scope="session")
+def gs_run(
+    served_gcs: Either,
+    config_file: pathlib.Path,
+    text_folder: pathlib.Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> pathlib.Path:
+    """A run on data in the bucket, killed at step 13 and resumed from step 10 to its end."""
+    here = tmp_path_factory.mktemp("gs")
+    return _killed_and_resumed(served_gcs, config_file, text_folder, here)
+
+
+@pytest.fixture(scope="session")
+def s3_run(
+    served_s3: Either,
+    config_file: pathlib.Path,
+    text_folder: pathlib.Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> pathlib.Path:
+    """The same on S3."""
+    here = tmp_path_factory.mktemp("s3")
+    return _killed_and_resumed(served_s3, config_file, text_folder, here)
+
+
+@pytest.fixture
+def bucket_run(request: pytest.FixtureRequest, server: Either) -> pathlib.Path:
+    """The run on this server."""
+    return request.getfixturevalue(f"{server.scheme}_run")
+
+
+def _killed_and_resumed(
+    server: Either, config_file: pathlib.Path, text_folder: pathlib.Path, here: pathlib.Path
+) -> pathlib.Path:
+    temporary = {"TMPDIR": str(here)}
+    bucket = storage.path(f"{server.scheme}://bucket")
+    folder, text, data = bucket / "runs/killed", bucket / "small/text", bucket / "small/data"
+    storage.upload(text_folder, text)
+    split = ("--tokenizer", "bytes", "--validation_fraction", "0.05")
+    assert cli.main(["prepare", str(text), "--out", str(data), *split, "--processes", "1"]) == 0
+    train = ("train", "--config", config_file, "--workdir", folder, "--data.path", data)
     saved = folder / "checkpoints" / str(NUM_STEPS // 2) / storage.COMMIT
     harm = ("--at-batch", NUM_STEPS // 2 + 4, "SIGKILL", "--when-exists", saved)
-    result = run(DRIVER, *harm, *train)
+    result = run(DRIVER, *harm, *train, variables=temporary)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert (folder / ".lock").exists()
-    result = run(DRIVER, *train)
+    result = run(DRIVER, *train, variables=temporary)
     assert result.returncode == 0, result.stderr
     assert f"Continuing from step {NUM_STEPS // 2} in {folder}." in result.stdout
     assert not (folder / ".lock").exists()
+    assert list(here.iterdir()) == []  # also what was killed has left nothing there
     return folder

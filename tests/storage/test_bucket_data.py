@@ -1,5 +1,6 @@
 """Text, prepared text and tokenizers in a bucket."""
 
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from gcs_server import Server
 from helpers import Fails, contents
+from s3_server import Either
 
 from tlm_jax import cli, storage
 from tlm_jax.config import DataConfig, UserError
@@ -31,9 +33,24 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def prepared(local: pathlib.Path, served: Server) -> pathlib.Path:
+def gs_prepared(local: pathlib.Path, served_gcs: Server) -> pathlib.Path:
     """The same, from a bucket into a bucket."""
-    folder = storage.path("gs://bucket/data")
+    return _prepared(local, storage.path("gs://bucket/data"))
+
+
+@pytest.fixture(scope="module")
+def s3_prepared(local: pathlib.Path, served_s3: Either) -> pathlib.Path:
+    """The same on S3."""
+    return _prepared(local, storage.path("s3://bucket/data"))
+
+
+@pytest.fixture
+def prepared(request: pytest.FixtureRequest, server: Either) -> pathlib.Path:
+    """Each of the two."""
+    return request.getfixturevalue(f"{server.scheme}_prepared")
+
+
+def _prepared(local: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
     storage.upload(local / "lines.jsonl", folder / "lines.jsonl")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tlm_jax.data.prepare.MIN_UNIT_BYTES", 20_000)
@@ -64,24 +81,30 @@ def test_prepared_text_is_the_same_to_the_byte(
 
 
 def test_an_interrupted_preparation_resumes(
-    prepared: pathlib.Path, gcs: Server, monkeypatch: pytest.MonkeyPatch, fails: Fails
+    prepared: pathlib.Path, server: Either, monkeypatch: pytest.MonkeyPatch, fails: Fails
 ) -> None:
     """Shards that are complete are neither lost nor made again."""
     monkeypatch.setattr("tlm_jax.data.prepare.MIN_UNIT_BYTES", 20_000)
-    source, out = prepared.parent / "lines.jsonl", storage.path("gs://other/again")
+    source = prepared.parent / "lines.jsonl"
+    out = storage.path(f"{server.scheme}://other/again")
     words = ("prepare", str(source), "--out", str(out), *OPTIONS, "--processes", "1")
-    gcs.fault = lambda method, path: 403 if len(gcs.names("again/parts", "other")) > 3 else None
+    server.fault = lambda *_: 403 if len(server.names("again/parts", "other")) > 3 else None
     assert "permission denied" in fails(*words)
-    gcs.fault = lambda method, path: None
-    old = dict(gcs.buckets["other"])
-    assert not store.is_complete(out)
-    assert cli.main(list(words)) == 0
-    shards = [n for n in old if n.endswith("arrayrecord")]
+    server.fault = lambda method, path: None
+    shards = _shards(server)
     assert len(shards) > 3
-    new = gcs.buckets["other"]
-    again = [name for name in shards if new[name].generation != old[name].generation]
+    assert not store.is_complete(out)
+    begin = len(server.requests)
+    assert cli.main(list(words)) == 0
+    writes = [path for method, path in server.requests[begin:] if method in ("POST", "PUT")]
+    again = [name for name in shards if any(name in path for path in writes)]
     assert len(again) <= 2  # those of the part whose note could not be written
+    assert all(name in " ".join(writes) for name in set(_shards(server)) - set(shards))
     assert store.open_manifest(out).fingerprint == store.open_manifest(prepared).fingerprint
+
+
+def _shards(server: Either) -> list[str]:
+    return [n for n in server.names("again/", "other") if n.endswith("arrayrecord")]
 
 
 def test_batches_from_a_bucket_are_those_from_a_folder(
@@ -100,21 +123,24 @@ def test_batches_from_a_bucket_are_those_from_a_folder(
     assert all(store.sha256(path) == path.stem for path in kept)
     for iterator in iterators:
         iterator.close()  # type: ignore[union-attr]
+    remote = dataclasses.replace(there.config, cache_dir=f"{prepared}/cache")
+    with pytest.raises(UserError, match=r"cache_dir .* must be a folder on this machine"):
+        open_dataset(remote, 257).train_iterator()
 
 
 def test_copies_are_bounded_and_checked(
     local: pathlib.Path,
-    prepared: pathlib.Path,
+    gs_prepared: pathlib.Path,
     gcs: Server,
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    manifest = store.open_manifest(prepared)
+    manifest = store.open_manifest(gs_prepared)
     largest = max(shard.size for shard in manifest.shards["train"])
     monkeypatch.setattr(shard_cache, "room", lambda folder, used: 2 * largest)
     monkeypatch.setattr(store, "_OPEN_SHARDS", 1)
-    reader = store.DocumentReader(prepared, manifest, "train", copies=tmp_path)
+    reader = store.DocumentReader(gs_prepared, manifest, "train", copies=tmp_path)
     local_reader = store.DocumentReader(local / "prepared", manifest, "train")
     for number in [*range(0, len(reader), 7), 0]:
         np.testing.assert_array_equal(reader[number], local_reader[number])
@@ -124,27 +150,27 @@ def test_copies_are_bounded_and_checked(
     stored = gcs.buckets["bucket"][f"data/prepared/{shard.file}"]
     monkeypatch.setattr(stored, "data", stored.data[:-1] + b"?")
     with pytest.raises(UserError, match=f"{shard.file} does not match its checksum"):
-        store.DocumentReader(prepared, manifest, "validation", copies=tmp_path)[0]
+        store.DocumentReader(gs_prepared, manifest, "validation", copies=tmp_path)[0]
     monkeypatch.setattr(shard_cache, "room", lambda folder, used: 10)
     with pytest.raises(UserError, match="there is no room for a shard"):
-        store.DocumentReader(prepared, manifest, "train", copies=tmp_path / "new")[0]
+        store.DocumentReader(gs_prepared, manifest, "train", copies=tmp_path / "new")[0]
 
 
-def test_text_is_read_packed_or_not(gcs: Server, tmp_path: pathlib.Path) -> None:
+def test_text_is_read_packed_or_not(server: Either, tmp_path: pathlib.Path) -> None:
     """Text, lines and Parquet, from a bucket as from a folder."""
     import pyarrow as pa
     from pyarrow import parquet
 
     for name in ("text", "packed", "table"):
         (tmp_path / name).mkdir()
-    for i, text in enumerate(TEXTS[:30]):
+    for i, text in enumerate(TEXTS[:6]):
         (tmp_path / "text" / f"{i}.txt").write_text(text)
         (tmp_path / "packed" / f"{i}.txt.gz").write_bytes(gzip.compress(text.encode()))
     parquet.write_table(
         pa.table({"text": TEXTS}), tmp_path / "table/one.parquet", row_group_size=99
     )
     rules = records.Rules(validation_fraction=0.2)
-    bucket = storage.path("gs://bucket/texts")
+    bucket = storage.path(f"{server.scheme}://bucket/texts")
     for name in ("text", "packed", "table"):
         storage.upload(tmp_path / name, bucket / name)
         found = [records.open_source(str(f / name), rules) for f in (tmp_path, bucket)]
@@ -153,17 +179,18 @@ def test_text_is_read_packed_or_not(gcs: Server, tmp_path: pathlib.Path) -> None
             for s in found
         ]
         assert documents[0] == documents[1]
-        assert len(documents[0]) >= 30
-    assert sources.files_below(str(bucket / "text"), (".txt",), "x").keys() >= {"0.txt", "29.txt"}
-    with pytest.raises(UserError, match="gs://bucket/nothing does not exist"):
-        records.open_source("gs://bucket/nothing", rules)
+        assert len(documents[0]) >= 6
+    assert sources.files_below(str(bucket / "text"), (".txt",), "x").keys() >= {"0.txt", "5.txt"}
+    with pytest.raises(UserError, match="://bucket/nothing does not exist"):
+        records.open_source(f"{server.scheme}://bucket/nothing", rules)
 
 
-def test_a_tokenizer_in_a_bucket(gcs: Server) -> None:
+def test_a_tokenizer_in_a_bucket(server: Either) -> None:
     from tlm_jax.data.tokenizers import EMBEDDED
 
-    storage.upload(EMBEDDED, storage.path("gs://bucket/tokenizer.json"))
-    found = load_tokenizer("gs://bucket/tokenizer.json")
+    bucket = f"{server.scheme}://bucket"
+    storage.upload(EMBEDDED, storage.path(f"{bucket}/tokenizer.json"))
+    found = load_tokenizer(f"{bucket}/tokenizer.json")
     assert found.fingerprint == load_tokenizer(None).fingerprint
-    with pytest.raises(UserError, match=r"gs://bucket/x\.json does not exist"):
-        load_tokenizer("gs://bucket/x.json")
+    with pytest.raises(UserError, match=rf"{bucket}/x\.json does not exist"):
+        load_tokenizer(f"{bucket}/x.json")

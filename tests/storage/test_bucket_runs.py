@@ -6,6 +6,7 @@ import pathlib
 import pytest
 from gcs_server import Server
 from helpers import NUM_STEPS, Fails
+from s3_server import Either
 
 from tlm_jax import bucket_files, cli, files, storage
 from tlm_jax.config import UserError
@@ -23,10 +24,6 @@ def _checksums(folder: pathlib.Path, step: int) -> dict[str, str]:
         return found.metadata(step)[checkpoint.CHECKSUMS]
 
 
-BOTH = pytest.mark.parametrize("bucket_run", ["gs_run", "s3_run"], indirect=True)
-
-
-@BOTH
 def test_killed_and_resumed_equals_a_local_run(
     bucket_run: pathlib.Path, finished_run: pathlib.Path
 ) -> None:
@@ -42,7 +39,6 @@ def test_killed_and_resumed_equals_a_local_run(
     assert (bucket_run / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-@BOTH
 def test_a_run_in_a_bucket_is_read(
     bucket_run: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,37 +75,34 @@ def test_damage_in_a_bucket_is_found_and_set_aside(
 
 
 def test_what_keeps_a_run_from_its_bucket_is_one_line(
-    gcs: Server, gs_run: pathlib.Path, config_file: pathlib.Path, fails: Fails
+    server: Either, bucket_run: pathlib.Path, config_file: pathlib.Path, fails: Fails
 ) -> None:
-    def train(folder: str) -> str:
+    def train(folder: object) -> str:
         return fails("train", "--config", config_file, "--workdir", folder)
 
-    assert "there is no bucket gs://nowhere" in train("gs://nowhere/run")
-    gcs.fault = lambda method, path: 403 if method != "GET" else None
-    assert train("gs://other/refused").startswith(
-        "cannot write to run folder gs://other/refused: permission denied"
-    )
-    gcs.fault = lambda method, path: None
-    assert "is not a run folder" in fails("eval", "--checkpoint", "gs://bucket/nothing")
-    with bucket_files.lease(gs_run / ".lock"):
-        assert "is in use: process" in train(str(gs_run))
+    nowhere, refused = (f"{server.scheme}://{name}" for name in ("nowhere", "other/refused"))
+    assert f"there is no bucket {nowhere}" in train(f"{nowhere}/run")
+    server.fault = lambda method, path: 403 if method in ("POST", "PUT") else None
+    assert train(refused).startswith(f"cannot write to run folder {refused}: permission denied")
+    server.fault = lambda method, path: None
+    assert "is not a run folder" in fails("eval", "--checkpoint", f"{bucket_run}/nothing")
+    with bucket_files.lease(bucket_run / ".lock"):
+        assert "is in use: process" in train(bucket_run)
 
 
-def test_faults_of_the_network_are_no_damage(gcs: Server, gs_run: pathlib.Path) -> None:
-    with checkpoint.Checkpoints(gs_run / "checkpoints", read_only=True) as found:
-        gcs.fault = lambda method, path: 403 if "/state/" in path else None
+def test_faults_of_the_network_are_no_damage(server: Either, bucket_run: pathlib.Path) -> None:
+    with checkpoint.Checkpoints(bucket_run / "checkpoints", read_only=True) as found:
+        server.fault = lambda method, path: 403 if "/state/" in path else None
         with pytest.raises(UserError) as caught:
             found.restore_part(NUM_STEPS, {"params": None})
         assert not isinstance(caught.value, damage.DamagedCheckpointError), caught.value
 
 
-def test_checkpoints_on_s3_are_kept_as_elsewhere(
-    s3: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Interrupted uploads are no checkpoints; old ones are removed; several processes refused."""
+def test_checkpoints_on_s3_are_kept_as_elsewhere(s3: Either) -> None:
+    """Interrupted uploads are no checkpoints, and old ones are removed."""
     import jax.numpy as jnp
 
-    folder = s3 / "kept"
+    folder = storage.path("s3://bucket/kept/checkpoints")
     params = {"w": jnp.arange(5.0)}
     (folder / "3/state/_METADATA").write_text("{}")
     with checkpoint.Checkpoints(folder, keep_last=1, keep_every=4) as found:
@@ -123,8 +116,18 @@ def test_checkpoints_on_s3_are_kept_as_elsewhere(
         (folder / "6/checksums/checksums.json").unlink()
         with pytest.raises(damage.DamagedCheckpointError, match="use --step 4"):
             found.restore_params(6, params)
-        assert found.set_aside(6) == s3 / "damaged/6"
+        assert found.set_aside(6) == folder.parent / "damaged/6"
         assert found.steps == [4]
+
+
+def test_several_processes_are_refused_on_s3(
+    s3: Either, config_file: pathlib.Path, fails: Fails, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is prepared; what they read may lie there."""
     monkeypatch.setattr("jax.process_count", lambda: 2)
-    with pytest.raises(UserError, match="saved by one process only"):
+    complaint = fails("train", "--config", config_file, "--workdir", "s3://bucket/several")
+    assert "s3://bucket/several: 2 processes cannot save checkpoints on s3://" in complaint
+    assert s3.names("several") == []
+    folder = storage.path("s3://bucket/several/checkpoints")
+    with pytest.raises(UserError, match="2 processes cannot save"):
         checkpoint.Checkpoints(folder)

@@ -24,7 +24,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.table import Table
 
-from tlm_jax import files, output
+from tlm_jax import files, output, storage
 from tlm_jax.analysis.importance import importance as taylor
 from tlm_jax.config import ModelConfig, RunConfig, TaperConfig, UserError
 from tlm_jax.data import Dataset, open_dataset
@@ -36,7 +36,7 @@ from tlm_jax.mlp import MLPConfig
 from tlm_jax.models import Skeleton, skeleton
 from tlm_jax.models.decoder import normed
 from tlm_jax.models.skeleton import by_path, path_of, place
-from tlm_jax.training import checkpoint, restore
+from tlm_jax.training import bucket_checkpoints, checkpoint, restore
 
 Measure = Literal["activation", "taylor"]
 Units = tuple[int, int]
@@ -369,8 +369,8 @@ def _write(
 ) -> None:
     """Fills `part`, which will lie at `out`: tokenizer, checkpoint 0 and config."""
     tokenizer = run.data.tokenizer
-    if tokenizer is not None and pathlib.Path(tokenizer).parent == folder:
-        name = pathlib.Path(tokenizer).name
+    if tokenizer is not None and storage.path(tokenizer).parent == folder:
+        name = storage.path(tokenizer).name
         (part / name).write_bytes((folder / name).read_bytes())
         tokenizer = str(out / name)
     data = dataclasses.replace(run.data, tokenizer=tokenizer)
@@ -380,6 +380,8 @@ def _write(
     metadata |= {key: saved[key] for key in kept if key in saved} | {"retaper": origin}
     with checkpoint.Checkpoints(part / checkpoint.CHECKPOINTS) as checkpoints:
         checkpoints.save_params(0, params, metadata)
+    if storage.in_bucket(out):
+        bucket_checkpoints.mark_complete(part / checkpoint.CHECKPOINTS / "0")
     files.write_json(part / "config.json", metadata)
 
 

@@ -8,7 +8,7 @@ import secrets
 import shutil
 from typing import Any
 
-from tlm_jax import files, output
+from tlm_jax import files, output, storage
 from tlm_jax.config import DataConfig, UserError
 from tlm_jax.data import prepare as prepare_lib
 from tlm_jax.data import records, store
@@ -17,9 +17,16 @@ from tlm_jax.data.tokenizers import Tokenizer
 
 
 def cache_root(cache_dir: str | None) -> pathlib.Path:
-    """`cache_dir`, or $XDG_CACHE_HOME/tlm_jax, or ~/.cache/tlm_jax."""
+    """`cache_dir`, or $XDG_CACHE_HOME/tlm_jax, or ~/.cache/tlm_jax.
+
+    Raises:
+      UserError: `cache_dir` is in a bucket.
+    """
     if cache_dir is not None:
-        return pathlib.Path(cache_dir).expanduser()
+        folder = storage.path(cache_dir)
+        if storage.in_bucket(folder):
+            raise UserError(f"data.cache_dir {cache_dir} must be a folder on this machine")
+        return folder.expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(base) / "tlm_jax"
 

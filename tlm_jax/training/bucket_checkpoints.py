@@ -1,10 +1,13 @@
 """Checkpoints in buckets: which are complete, and those on s3://, where Orbax does not save."""
 
 import concurrent.futures
+import contextlib
+import fcntl
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import IO, Any
 
 import jax
 
@@ -13,6 +16,8 @@ from tlm_jax import storage
 from tlm_jax.config import UserError
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
+_PREFIX = "tlm-checkpoints-"
+_LOCK = ".lock"
 
 
 def complete(folder: pathlib.Path) -> list[int]:
@@ -38,6 +43,25 @@ def _entries(folder: pathlib.Path) -> list[pathlib.Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
 
 
+def on_s3(folder: pathlib.Path) -> bool:
+    """Whether a folder lies where Orbax does not save."""
+    return storage.in_bucket(folder) and folder.parts[0] == "s3:"
+
+
+def require_savable(folder: pathlib.Path) -> None:
+    """Raises an error unless the processes of this job can save checkpoints in a folder.
+
+    Raises:
+      UserError: there are several, and it is on s3://: each would have only its part on its
+        machine.
+    """
+    if on_s3(folder) and jax.process_count() > 1:
+        raise UserError(
+            f"{folder}: {jax.process_count()} processes cannot save checkpoints on s3://; use "
+            "gs:// or a folder that all machines share (data and tokenizers can stay on s3://)"
+        )
+
+
 def mark_complete(step: pathlib.Path) -> None:
     """Makes a complete checkpoint on this machine one that is complete in a bucket, once copied."""
     for folder in (*(entry for entry in step.iterdir() if entry.is_dir()), step):
@@ -47,7 +71,8 @@ def mark_complete(step: pathlib.Path) -> None:
 class Staging:
     """A folder on this machine in which Orbax saves and loads what lies on s3://.
 
-    It holds the newest checkpoint, and the one that is being saved or was loaded.
+    It holds the newest checkpoint, and the one that is being saved or was loaded. The folders of
+    processes that were killed are removed.
 
     Args:
       folder: of the checkpoints, in a bucket.
@@ -56,7 +81,7 @@ class Staging:
       read_only: leave the remains of interrupted saves alone.
 
     Raises:
-      UserError: several processes: each would have only its part on its machine.
+      UserError: see `require_savable`.
     """
 
     def __init__(
@@ -67,16 +92,16 @@ class Staging:
         keep_every: int | None,
         read_only: bool,
     ) -> None:
-        if jax.process_count() > 1:
-            raise UserError(
-                f"{folder}: checkpoints on s3:// are saved by one process only; with several use "
-                "gs:// or a folder that all machines share"
-            )
+        if not read_only:
+            require_savable(folder)
         self._folder, self._keep_last, self._keep_every = folder, keep_last, keep_every
-        self._place = tempfile.TemporaryDirectory(prefix="tlm-checkpoints-")
-        self._loaded = pathlib.Path(self._place.name) / "loaded"
-        self.local = pathlib.Path(self._place.name) / "saved"
+        _remove_abandoned()
+        self._place = pathlib.Path(tempfile.mkdtemp(prefix=_PREFIX))
+        self._lock = _locked(self._place)
+        self._loaded = self._place / "loaded"
+        self.local = self._place / "saved"
         """Where Orbax saves."""
+        self.local.mkdir()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "upload of checkpoints")
         if not read_only:
             for step in unfinished(folder):
@@ -112,4 +137,22 @@ class Staging:
     def close(self) -> None:
         """Waits for the thread and removes the folder."""
         self._thread.shutdown()
-        self._place.cleanup()
+        shutil.rmtree(self._place, ignore_errors=True)
+        self._lock.close()
+
+
+def _locked(place: pathlib.Path) -> IO[bytes]:
+    """A lock in a new folder, which the kernel frees when this process ends, however it ends."""
+    made = place / f"{_LOCK}.new"
+    lock = made.open("wb")
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    made.rename(place / _LOCK)  # nobody finds it before it is locked
+    return lock
+
+
+def _remove_abandoned() -> None:
+    """Removes the folders of processes on this machine that were killed."""
+    for lock in pathlib.Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
+        with contextlib.suppress(OSError), lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)

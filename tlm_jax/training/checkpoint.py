@@ -135,7 +135,7 @@ class Checkpoints:
         self.unfinished = bucket_checkpoints.unfinished(folder)
         """Steps whose save was interrupted; their remains are removed."""
         self._staging = None
-        if storage.in_bucket(self.folder) and self.folder.parts[0] == "s3:":
+        if bucket_checkpoints.on_s3(self.folder):
             self._staging = bucket_checkpoints.Staging(
                 self.folder, keep_last=keep_last, keep_every=keep_every, read_only=read_only
             )

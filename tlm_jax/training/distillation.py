@@ -12,6 +12,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+from tlm_jax import storage
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.data.tokenizers import Tokenizer
 from tlm_jax.models import Skeleton, skeleton
@@ -50,7 +51,7 @@ def find(config: RunConfig) -> Source | None:
     """
     if config.training.teacher is None:
         return None
-    folder = pathlib.Path(config.training.teacher).expanduser()
+    folder = storage.path(config.training.teacher).expanduser()
     step, saved = restore.saved_metadata(folder, None)
     model, student = restore.saved_config(saved).model, config.model
     if model.vocab_size != student.vocab_size:

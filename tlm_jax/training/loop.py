@@ -27,7 +27,16 @@ from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed.sharding import to_devices
 from tlm_jax.models import skeleton
 from tlm_jax.models.settings import attention_kernel, compute_dtype
-from tlm_jax.training import checkpoint, distillation, faults, metrics, step, tracker, warm_start
+from tlm_jax.training import (
+    bucket_checkpoints,
+    checkpoint,
+    distillation,
+    faults,
+    metrics,
+    step,
+    tracker,
+    warm_start,
+)
 from tlm_jax.training.allocator import release_freed_memory
 from tlm_jax.training.evaluations import Evaluations
 from tlm_jax.training.profiling import Profiler, ProfileSpan
@@ -89,6 +98,7 @@ class Trainer:
         self._growing: dict[str, bucket_files.Sink] = {}
         self.began = time.perf_counter()
         agreement.require_equal("config", self._facts())  # before anything that could hang
+        bucket_checkpoints.require_savable(workdir)
         self.is_main = jax.process_index() == 0
         tracker.check(config.training.tracker)
         costs.assert_matched(config.model)
