@@ -297,7 +297,7 @@ def locked(
             yield True
         return
     with path.open("a+", encoding="utf-8") as file:
-        held = True
+        is_locked = True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -308,14 +308,14 @@ def locked(
             tell(who)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
-            held = False
+            is_locked = False
         with contextlib.suppress(OSError):  # the name is a courtesy; the disk may be full
             file.seek(0)
             file.truncate()
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
         try:
-            yield held
+            yield is_locked
         finally:
             with contextlib.suppress(OSError):
                 file.truncate(0)

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+import batches
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,15 +40,7 @@ def test_equals_the_change_of_the_loss_when_a_unit_shrinks(name: str) -> None:
     params = jax.tree.map(
         lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 0.3, jnp.float32), model.shapes
     )
-    batch = {
-        "inputs": rng.integers(61, size=(3, 12)),
-        "targets": rng.integers(61, size=(3, 12)),
-        "positions": np.broadcast_to(np.arange(12), (3, 12)),
-        "document_ids": np.ones((3, 12), int),
-    }
-    batch["document_ids"][0, 9:] = 0
-    batch["document_ids"][2] = 0
-    batch = jax.tree.map(lambda a: jnp.asarray(a, jnp.int32), batch)
+    batch = jax.tree.map(jnp.asarray, batches.batch([[9], [12], []], 12, vocab=61))
     found = importance.importance(model, params, [batch])
     assert [len(one.units) for one in found] == list(MODELS[name].mlp_widths)
 

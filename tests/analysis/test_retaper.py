@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 
+import batches
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,15 +47,7 @@ def _random(model) -> dict:
 
 
 def _batch() -> dict[str, jax.Array]:
-    rng = np.random.default_rng(1)
-    batch = {
-        "inputs": rng.integers(61, size=(3, 12)),
-        "targets": rng.integers(61, size=(3, 12)),
-        "positions": np.broadcast_to(np.arange(12), (3, 12)),
-        "document_ids": np.ones((3, 12), int),
-    }
-    batch["document_ids"][0, 9:] = 0
-    return jax.tree.map(lambda a: jnp.asarray(a, jnp.int32), batch)
+    return jax.tree.map(jnp.asarray, batches.batch([[9], [12], [12]], 12, vocab=61, seed=1))
 
 
 def _logits(model, params) -> np.ndarray:

@@ -5,6 +5,7 @@ import os
 import pathlib
 from typing import Any
 
+import batches
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,16 +79,7 @@ def run_config(name: str, mesh: MeshConfig) -> RunConfig:
 
 def batch() -> dict[str, np.ndarray]:
     """Rows with two documents and some padding."""
-    rng = np.random.default_rng(0)
-    document_ids = np.tile(np.repeat([1, 2, 0], [27, 33, 4]), (8, 1)).astype(np.int32)
-    positions = np.tile(np.concatenate([np.arange(27), np.arange(37)]), (8, 1)).astype(np.int32)
-    inputs, targets = rng.integers(0, 64, (2, 8, 64), dtype=np.int32)
-    return {
-        "inputs": inputs,
-        "targets": targets,
-        "document_ids": document_ids,
-        "positions": positions,
-    }
+    return batches.batch([[27, 33]] * 8, 64, vocab=64)
 
 
 def loss_and_gradients(config: RunConfig, num_devices: int) -> tuple[float, Any, Any]:

@@ -22,7 +22,6 @@ from tlm_jax.interop.gguf_file import GgufFile
 UNEVEN = dataclasses.replace(
     ATTENTION, num_heads=16, num_kv_heads=8, heads_taper=c.TaperConfig(start=1.5, end=0.5)
 )
-NARROW = dataclasses.replace(ATTENTION, head_dim=4)
 LINEAR = c.RopeScaling(method="linear", factor=3.0)
 LLAMA3 = c.RopeScaling(method="llama3", factor=8.0, original_length=64)
 UNIFORM = dataclasses.replace(TAPERED, taper=c.TaperConfig(schedule="uniform"))

@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+import batches
 import grain
 import jax
 import jax.numpy as jnp
@@ -243,10 +244,7 @@ class Run:
 
 
 def batch(seed: int) -> dict[str, np.ndarray]:
-    inputs, targets = np.random.default_rng(seed).integers(0, 32, (2, 8, 8), dtype=np.int32)
-    positions = np.tile(np.arange(8, dtype=np.int32), (8, 1))
-    ones = np.ones((8, 8), np.int32)
-    return {"inputs": inputs, "targets": targets, "document_ids": ones, "positions": positions}
+    return batches.batch([[8]] * 8, 8, vocab=32, seed=seed)
 
 
 @pytest.fixture(scope="module")

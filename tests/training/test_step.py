@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+import batches
 import grain
 import jax
 import jax.numpy as jnp
@@ -53,18 +54,8 @@ def changed(**training) -> RunConfig:
 
 
 def batch(seed: int = 0) -> dict[str, np.ndarray]:
-    """Rows with two documents and some padding."""
-    rng = np.random.default_rng(seed)
-    document_ids = np.tile(np.repeat([1, 2, 0], [7, 6, 3]), (8, 1)).astype(np.int32)
-    document_ids[0] = 1
-    positions = np.tile(np.concatenate([np.arange(7), np.arange(9)]), (8, 1)).astype(np.int32)
-    draw = rng.integers(0, 64, (2, 8, 16), dtype=np.int32)
-    return {
-        "inputs": draw[0],
-        "targets": draw[1],
-        "document_ids": document_ids,
-        "positions": positions,
-    }
+    """Rows with two documents and some padding, but for the first."""
+    return batches.batch([[16], *[[7, 6]] * 7], 16, vocab=64, seed=seed)
 
 
 def train(config: RunConfig, num_devices: int = 1, steps: int = 3, batches=None):
