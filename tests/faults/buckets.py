@@ -105,6 +105,7 @@ def start(
     slowly = [] if bucket is None else ["--pause-from-batch", "1", "--pause", "0.05"]
     words = ["train", "--config", str(folder / "config.py"), "--workdir", run]
     words += ["--training.num_steps", "4000", "--training.checkpoint_every", "10"]
+    words += ["--mesh.data", "1", "--mesh.fsdp", str(number)]  # each holds a part of every array
     job = []
     for index in range(number):
         with (folder / f"out-{index}").open("w") as out:

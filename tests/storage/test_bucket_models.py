@@ -10,7 +10,7 @@ from s3_server import Either
 
 from tlm_jax import cli, files, storage
 from tlm_jax.interop import exporting
-from tlm_jax.training import checkpoint, restore
+from tlm_jax.training import bucket_checkpoints, checkpoint, restore
 
 SWEEP = """
 from tlm_jax import config_io
@@ -62,6 +62,7 @@ def test_retapered(gs_run: pathlib.Path, gcs: Server) -> None:
     wider = gs_run.parent / "wider"
     words = ["--out", str(wider), "--schedule", "uniform", "--base_width", "72", "--rows", "2"]
     assert cli.main(["retaper", str(gs_run), *words]) == 0
+    assert bucket_checkpoints.complete(wider / "checkpoints") == [0]
     assert restore.saved_metadata(wider, None)[0] == 0
 
 
