@@ -184,8 +184,9 @@ def test_killed_and_broken_cells(
     assert "http" not in page.replace("http-equiv", "")
 
     file.write_text(file.read_text().replace("1.5}", '1.5, "optimizer.clip_norm": 2.0}'))
-    message = fails(*again)
-    assert "cosine-1.5-3/result.json has another config (optimizer.clip_norm: 1.0 -> 2.0)" in message
+    assert (
+        "cosine-1.5-3/result.json has another config (optimizer.clip_norm: 1.0 -> 2.0)"
+    ) in fails(*again)
 
 
 def _two_arms(file: pathlib.Path, config: pathlib.Path) -> str:
