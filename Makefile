@@ -12,7 +12,7 @@ EXTRAS ?= dev
 SCHEMA := $(BIN)/check-jsonschema --quiet --builtin-schema vendor.
 THEIRS := $(if $(TORCH_PYTHON),--torch_python $(TORCH_PYTHON))
 
-.PHONY: train check test oldest lint format docs wheel bench clean setup help
+.PHONY: train check fast test oldest lint format docs wheel bench clean setup help
 
 help:                     ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
@@ -20,7 +20,10 @@ help:                     ## list the targets
 train: $(READY)           ## train the tiny tapered model (WORKDIR=..., ARGS="--training.num_steps 1200")
 	$(BIN)/python train.py --config $(CONFIG) --workdir $(WORKDIR) $(ARGS)
 
-check: lint               ## lint, and the tests that are fast (tests/fast.txt)
+check: $(READY)           ## lint, and at the same time the tests that are fast (tests/fast.txt)
+	@$(MAKE) --no-print-directory --jobs 2 lint fast
+
+fast: $(READY)            ## only those tests
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=5 $(ARGS) @tests/fast.txt
 
 test: $(READY)            ## run all tests on 8 simulated devices (ARGS="-k name" to choose)

@@ -129,7 +129,12 @@ def _start(file: pathlib.Path, folder: pathlib.Path, *words: str) -> subprocess.
 
 
 def test_killed_and_broken_cells(
-    finished_run: pathlib.Path, config_file: pathlib.Path, tmp_path: pathlib.Path
+    finished_run: pathlib.Path,
+    config_file: pathlib.Path,
+    tmp_path: pathlib.Path,
+    fails: Fails,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """kill -9 in the second whole cell; run again, nothing is repeated or lost, one arm is broken.
 
@@ -155,9 +160,12 @@ def test_killed_and_broken_cells(
         time.sleep(0.05)
     time.sleep(1)
 
-    process = _start(file, folder)
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 1
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    again = ["sweep", str(file), "--out", str(folder)]
+    capsys.readouterr()
+    assert cli.main(again) == 1
+    out, err = capsys.readouterr()
     assert "3 cells, 3 here, 2 to run" in out
     assert "broken, seed 3: failed: status 1: error: data.path /nowhere" in " ".join(out.split())
     assert err.startswith("error: 1 cells failed, see log.txt in their folders: broken-3")
@@ -176,10 +184,9 @@ def test_killed_and_broken_cells(
     assert "http" not in page.replace("http-equiv", "")
 
     file.write_text(file.read_text().replace("1.5}", '1.5, "optimizer.clip_norm": 2.0}'))
-    process = _start(file, folder)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "cosine-1.5-3/result.json has another config (optimizer.clip_norm: 1.0 -> 2.0)" in err
+    assert (
+        "cosine-1.5-3/result.json has another config (optimizer.clip_norm: 1.0 -> 2.0)"
+    ) in fails(*again)
 
 
 def _two_arms(file: pathlib.Path, config: pathlib.Path) -> str:
