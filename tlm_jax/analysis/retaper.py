@@ -36,7 +36,7 @@ from tlm_jax.mlp import MLPConfig
 from tlm_jax.models import Skeleton, skeleton
 from tlm_jax.models.decoder import normed
 from tlm_jax.models.skeleton import by_path, path_of, place
-from tlm_jax.training import bucket_checkpoints, checkpoint, restore
+from tlm_jax.training import checkpoint, restore
 
 Measure = Literal["activation", "taylor"]
 Units = tuple[int, int]
@@ -380,8 +380,6 @@ def _write(
     metadata |= {key: saved[key] for key in kept if key in saved} | {"retaper": origin}
     with checkpoint.Checkpoints(part / checkpoint.CHECKPOINTS) as checkpoints:
         checkpoints.save_params(0, params, metadata)
-    if storage.in_bucket(out):
-        bucket_checkpoints.mark_complete(part / checkpoint.CHECKPOINTS / "0")
     files.write_json(part / "config.json", metadata)
 
 
