@@ -16,7 +16,7 @@ import pytest
 import shared_reading
 from helpers import ROOT, environment, run
 
-from tlm_jax import storage
+from tlm_jax import cli, storage
 from tlm_jax.data import open_dataset
 from tlm_jax.training import verification
 
@@ -64,7 +64,8 @@ def test_eight_devices_then_four_or_one(text_folder: pathlib.Path, tmp_path: pat
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    train(straight, 8, "--mesh.data", 1, "--mesh.fsdp", 8)
+    eight = ("--config", config, "--workdir", straight, "--mesh.data", 1, "--mesh.fsdp", 8)
+    assert cli.main(["train", *map(str, eight)]) == 0  # this process has as many
     expected = losses(straight)
     shutil.rmtree(straight / "checkpoints" / str(END))
     (straight / "metrics.jsonl").unlink()
