@@ -10,6 +10,11 @@ from rich import box
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
+_WORD = 12
+"""Characters of the longest word that a header keeps whole; a path may have more."""
+_NARROW = 80
+"""Characters of the narrowest terminal that tables are made for."""
+
 
 class _Console(Console):
     def print(self, *objects: Any, soft_wrap: bool | None = None, **how: Any) -> None:
@@ -51,7 +56,7 @@ def console(
 
 
 def table(*header: str, title: str | None = None, texts: int = 1) -> Table:
-    """A table of which no word of the header is cut off, however narrow the terminal is.
+    """A table of which no word of the header is cut off on a narrow terminal; long ones are folded.
 
     Args:
       header: of the columns.
@@ -59,10 +64,12 @@ def table(*header: str, title: str | None = None, texts: int = 1) -> Table:
       texts: first columns that hold text; the others hold numbers.
     """
     result = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for index, name in enumerate(header):
-        longest = max(map(len, name.split()), default=0)
+    words = [min(_WORD, max(map(len, name.split()), default=0)) for name in header]
+    fits = sum(words) + 3 * len(words) <= _NARROW  # else rich would leave out the last columns
+    for index, (name, word) in enumerate(zip(header, words, strict=True)):
         justify: JustifyMethod = "left" if index < texts else "right"
-        result.add_column(name, justify=justify, min_width=longest)
+        least = word if fits else None
+        result.add_column(name, justify=justify, min_width=least, overflow="fold")
     return result
 
 
