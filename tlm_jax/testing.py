@@ -7,12 +7,14 @@
 
 Each check builds a small float32 model around the mixer, two tapered layers of it (the checks of
 scans, training and sharding take equal ones), and raises an `AssertionError` that says what does
-not hold. On a machine with one device the check of sharding needs simulated ones: set
-JAX_NUM_CPU_DEVICES=8 before jax is imported.
+not hold. The check of sharding needs 8 devices, which a CPU simulates: `check_mixer` asks for them
+if jax has not been used before, else set JAX_NUM_CPU_DEVICES=8.
 """
 
+import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -39,6 +41,7 @@ from tlm_jax.training.updates import About, make_optimizer
 
 VOCAB = 64
 _TOLERANCE = 1e-4
+_DEVICES = 8
 
 
 def check_mixer(config: MixerConfig, *, d_model: int = 32, mlp_width: int = 64) -> None:
@@ -61,6 +64,9 @@ def check_mixer(config: MixerConfig, *, d_model: int = 32, mlp_width: int = 64) 
         mixer=config,
         compute_dtype="float32",
     )
+    if "JAX_NUM_CPU_DEVICES" not in os.environ:
+        with contextlib.suppress(RuntimeError):  # jax has chosen its devices already
+            jax.config.update("jax_num_cpu_devices", _DEVICES)
     for check in CHECKS:
         try:
             check(model)
@@ -210,8 +216,11 @@ def check_training(config: ModelConfig) -> None:
 
 def check_sharding(config: ModelConfig) -> None:
     """Loss and gradients on a mesh of data 2 x fsdp 2 x tensor 2 are those of one device."""
-    if len(jax.devices()) < 8:
-        raise RuntimeError("this check needs 8 devices; set JAX_NUM_CPU_DEVICES=8")
+    if len(jax.devices()) < _DEVICES:
+        raise RuntimeError(
+            f"the check of sharding needs {_DEVICES} devices, and {len(jax.devices())} is too few; "
+            f"set JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES={_DEVICES} before jax is imported"
+        )
     model, params, run, one = _scanned(config)
     mesh = jax.make_mesh((2, 2, 1, 2), mesh_lib.AXES, axis_types=(AxisType.Auto,) * 4)
     with jax.set_mesh(mesh):

@@ -110,6 +110,22 @@ def test_the_example_of_the_page(tmp_path: pathlib.Path) -> None:
         testing.check_mixer(mixer)
 
 
+def test_the_checks_have_their_devices_where_nobody_asked_for_any() -> None:
+    program = """
+import jax
+from tlm_jax import config, testing
+testing.CHECKS = (lambda model: print(len(jax.devices())),)
+for _ in range(2):
+    testing.check_mixer(config.AttentionConfig())
+"""
+    variables = environment(1)
+    del variables["JAX_NUM_CPU_DEVICES"]
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=variables, capture_output=True, text=True, timeout=300
+    )
+    assert (done.stdout, done.returncode) == ("8\n8\n", 0), done.stderr
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GeluConfig(tlm_jax.MLPConfig):
     """Of the MLP below."""
