@@ -27,9 +27,9 @@ STEPS = {
     "first training": TRAIN,
     "first text": "tlm generate --checkpoint runs/tiny --prompt 'It is a truth' --num_tokens 60",
     "first evaluation": "tlm eval --checkpoint runs/tiny",
-    "first own text": "tlm train --config tiny --workdir runs/mine --data.path my_texts/ "
+    "own text": "tlm train --config tiny --workdir runs/mine --data.path my_texts/ "
     "--model.taper.start 1.25 --model.taper.end 0.75 --training.num_steps 60",
-    "first own mixer": "python -m pytest -q test_short_conv.py && "
+    "custom mixer": "python -m pytest -q test_short_conv.py && "
     "tlm train --config short_conv_config.py --workdir runs/short_conv --model.num_layers 2 "
     "--model.d_model 64 --model.mlp_width 128 --training.num_steps 10 && "
     "tlm eval --checkpoint runs/short_conv --trust_module short_conv.py",

@@ -5,7 +5,7 @@
 X is an environment with llama-cpp-python (pip install llama-cpp-python, which compiles llama.cpp).
 FILE is SmolLM2-135M-Instruct as GGUF (docs/interop.md says where from); without it that row is
 left out. A tapered tiny model is trained for a minute, one with tapered heads is random. Both sides
-read the same tokens of docs/concepts.md in float32, and write on greedily. The table goes to
+read the same tokens of docs/concepts.md in float32, then decode greedily. The table goes to
 docs/export.md.
 """
 

