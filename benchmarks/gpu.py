@@ -4,11 +4,11 @@
     python -m benchmarks.gpu --small --results FILE.json        # every arm in miniature, on a CPU
 
 Train steps are taken by processes that compile at the same time and are then timed one after the
-other; decoding and evaluation follow. Figures are written to the file as each arm ends, so that
-the same command continues after an interruption; arms are in order of importance, and none begins
-after `--minutes`. An arm that broke is recorded as such, and tried again. X is an interpreter with
-torch and transformers; without it their arms are left out. The table goes to docs/gpu.md (not
-with --small).
+other, a group at a time; decoding and evaluation come after the first group. Figures are written to
+the file as each arm ends, so that the same command continues after an interruption; arms are in
+order of importance, and none begins after `--minutes`. An arm that broke is recorded as such, and
+tried again. X is an interpreter with torch and transformers; without it their arms are left out.
+The table goes to docs/gpu.md (not with --small).
 
 The first arm measures an 8,192 x 8,192 x 8,192 product in bfloat16. Shares are of that and of the
 datasheet's dense bfloat16 rate, with FLOPs that leave out masked attention and what is computed
@@ -56,7 +56,7 @@ VARIABLES = {
     # As train steps are compiled (training/step.py); here for decoding and evaluation.
     "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false",
 }
-TOGETHER = 16
+TOGETHER = 12
 """Processes that compile at the same time."""
 _SECONDS = 600
 """Longest that an arm may take."""
@@ -71,6 +71,8 @@ class Step:
     """In each row."""
     torch: tuple[str, ...] | None = None
     """Words for torch_worker.py; None is ours."""
+    flags: str = ""
+    """More of XLA's."""
 
 
 def base_config(*, small: bool) -> RunConfig:
@@ -101,20 +103,28 @@ def steps(base: RunConfig) -> dict[str, Step]:
         return dataclasses.replace(two, data=data, model=dataclasses.replace(two.model, **model))
 
     full = change(ROWS, remat="full")
+    chunks = dataclasses.replace(two.training, loss_chunk=min(1024, two.data.seq_len))
+    large_chunks = dataclasses.replace(two, training=chunks)
+    rows = dataclasses.replace(two.data, batch_size=2 * two.data.batch_size)
     arms = {
         "uniform": Step(config=with_taper(base, UNIFORM)),
         "2 stairs": Step(config=two),
         "torch.compile": Step(config=base, torch=("--compile",)),
-        "torch": Step(config=base, torch=()),
-        "2 stairs, 16 rows": Step(config=change(16)),
+        "2 stairs, 16 rows": Step(config=dataclasses.replace(two, data=rows)),
         "4 stairs": Step(config=stairs(base, 4)),
         "exact taper": Step(config=base),
-        "2 stairs, 6 documents a row": Step(config=two, documents=6),
-        "2 stairs, in loops": Step(config=change(ROWS, scan_layers=True)),
-        "2 stairs, remat full": Step(config=full),
+        "2 stairs, 16 rows, loss in chunks of 1,024": Step(
+            config=dataclasses.replace(large_chunks, data=rows)
+        ),
+        "2 stairs, cuBLASLt": Step(config=two, flags="--xla_gpu_enable_cublaslt=true"),
     }
     for name in ("gated_attention", "hope_attention", "titans"):
         arms[f"{name}, 2 stairs, remat full"] = Step(config=with_architecture(full, name))
+    arms["2 stairs, 6 documents a row"] = Step(config=two, documents=6)
+    arms["torch"] = Step(config=base, torch=())
+    arms["2 stairs, loss in chunks of 1,024"] = Step(config=large_chunks)
+    arms["2 stairs, in loops"] = Step(config=change(ROWS, scan_layers=True))
+    arms["2 stairs, remat full"] = Step(config=full)
     arms["exact taper, remat full"] = Step(config=stairs(full, None))
     arms["2 stairs, remat full, 32 rows"] = Step(config=change(32, remat="full"))
     arms["2 stairs, remat dots"] = Step(config=change(ROWS, remat="dots"))
@@ -129,7 +139,9 @@ def entrant(step: Step, folder: Folder, python: str) -> race.Entrant:
     """The process that takes an arm's steps."""
     if step.torch is not None:
         return worker(python, "torch_worker.py", step.config, *step.torch)
-    ours = folder.ours(step.config, **VARIABLES)
+    ours = folder.ours(
+        step.config, **VARIABLES | {"XLA_FLAGS": f"{VARIABLES['XLA_FLAGS']} {step.flags}"}
+    )
     return dataclasses.replace(ours, command=[*ours.command, str(step.documents)])
 
 
@@ -252,7 +264,8 @@ def arms(options: argparse.Namespace) -> list[str]:
         if step.torch is None or options.torch_python
     ]
     others = [name for name in FUNCTIONS if name != "product"]
-    return [name for name in ("product", *trained, *others) if options.only in name]
+    first, later = trained[:TOGETHER], trained[TOGETHER:]
+    return [name for name in ("product", *first, *others, *later) if options.only in name]
 
 
 def measure(todo: list[str], options: argparse.Namespace) -> Iterator[Arm]:
@@ -265,10 +278,10 @@ def measure(todo: list[str], options: argparse.Namespace) -> Iterator[Arm]:
             if len(groups[-1]) == TOGETHER:
                 groups.append([])
             groups[-1].append(name)
-    in_turn = [name for name in todo if name not in known]
-    for name in in_turn[: in_turn.count("product")]:
-        yield _tried(name, options)
-    for group in groups:
+    others = [name for name in todo if name not in known and name != "product"]
+    if "product" in todo:
+        yield _tried("product", options)
+    for number, group in enumerate(groups):
         with tempfile.TemporaryDirectory() as path:
             folder = Folder(path)
             entrants = {n: entrant(known[n], folder, options.torch_python) for n in group}
@@ -280,10 +293,10 @@ def measure(todo: list[str], options: argparse.Namespace) -> Iterator[Arm]:
                     yield name, broke if found is None else figures(known[name], found)
                     if time.monotonic() > end:
                         return
-    for name in in_turn[in_turn.count("product") :]:
-        if time.monotonic() > end:
-            return
-        yield _tried(name, options)
+        for name in others if number == 0 else ():
+            yield _tried(name, options)
+            if time.monotonic() > end:
+                return
 
 
 def _tried(name: str, options: argparse.Namespace) -> Arm:

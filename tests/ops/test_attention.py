@@ -216,15 +216,6 @@ def lowered(platform: str, kernel: str) -> str:
     return traced(kernel).lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.fixture
-def as_if_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checks for a GPU and its cuDNN cannot be met here; all that follows them is real."""
-    from jax._src.cudnn import fused_attention_stablehlo as fused
-
-    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(fused, "check_compute_capability", lambda _: True)
-
-
 def test_splash_is_lowered_for_tpu() -> None:
     assert lowered("tpu", "splash").count("tpu_custom_call") >= 3  # forward, dq, and dk with dv
 
@@ -276,8 +267,13 @@ def test_cudnn_takes_what_the_rows_need(
     monkeypatch.setattr(_gpu, "_packed", lambda q, k, v, _, most: q * (1 if most == 32 else 3))
     ids = np.ones((2, length), np.int32)
     ids[1] = np.arange(length) * documents // length
-    y = jax.jit(functools.partial(_gpu.cudnn, otherwise=lambda q, k, v: q * 2))(q, q, q, ids)
-    np.testing.assert_array_equal(y, q * kind)
+
+    def attention() -> jax.Array:
+        return _gpu.cudnn(q, q, q, jnp.asarray(ids), otherwise=lambda q, k, v: q * 2)
+
+    np.testing.assert_array_equal(jax.jit(attention)(), q * kind)
+    once = functools.partial(attention_ops.choose_once, attention, jnp.asarray(ids), "cudnn")
+    np.testing.assert_array_equal(jax.jit(once)(), q * kind)
 
 
 @pytest.mark.parametrize(

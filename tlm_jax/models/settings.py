@@ -4,6 +4,7 @@ import jax.numpy as jnp
 
 from tlm_jax import ops
 from tlm_jax.config import ModelConfig
+from tlm_jax.distributed.sharding import sequence_shards
 from tlm_jax.mixers import AttentionConfig
 from tlm_jax.ops.attention import SELF_ATTENTION
 
@@ -50,3 +51,15 @@ def attention_kernel(
                 window=layer.mixer.window,
             ).name
     return None
+
+
+def attention_kernel_here(config: ModelConfig, seq_len: int) -> str | None:
+    """`attention_kernel` for the current mesh and what is traced for, in rows of so many tokens."""
+    parts = sequence_shards()
+    return attention_kernel(
+        config,
+        length=seq_len // parts,
+        parts=parts,
+        target=ops.target(),
+        dtype=compute_dtype(config).name,
+    )

@@ -15,6 +15,8 @@ _MOST_DOCUMENTS = 32
 left empty, and log-sums take B M H L floats: 67 MB per layer for 8 rows of 4,096 tokens."""
 _SHORTEST = 16
 """Mean tokens of a document in a row, below which cuDNN is left."""
+_KINDS = jax.make_user_context(default_value=(0, None))
+"""The kinds of attention, first and after last, that rows can need in the program being traced."""
 
 
 def cudnn(
@@ -36,17 +38,45 @@ def cudnn(
     """
     L = q.shape[1]
     begins_BL = begins(document_ids_BL)
-    most = jnp.max(jnp.sum(begins_BL, axis=1))
-    few, many = min(_MOST_DOCUMENTS, L), max(L // _SHORTEST, 1)
-    limits = [1, few]
+    few, *many = _limits(L)[1:]
     kinds: list[Callable[..., jax.Array]] = [_causal, functools.partial(_packed, most=few)]
-    if many > few:
-        limits.append(many)
-        kinds.append(jax.checkpoint(functools.partial(_packed, most=many)))
+    kinds += [jax.checkpoint(functools.partial(_packed, most=number)) for number in many]
     kinds.append(jax.checkpoint(lambda q, k, v, _: otherwise(q, k, v)))
-    kind = jnp.sum(most > jnp.asarray(limits))
-    y: jax.Array = jax.lax.switch(kind, kinds, q, k, v, begins_BL)
+    first, end = _KINDS.value
+    kinds = kinds[first:end]
+    if len(kinds) == 1:
+        return kinds[0](q, k, v, begins_BL)
+    y: jax.Array = jax.lax.switch(_kind(begins_BL) - first, kinds, q, k, v, begins_BL)
     return y
+
+
+def choose_once(function: Callable[[], Any], document_ids_BL: jax.Array) -> Any:
+    """`function()`, where the kind of attention is chosen around it and not in each layer.
+
+    The host waits for the device wherever a program chooses. The first two kinds get a copy of
+    the function each, so that it is compiled three times; in the third copy each attention
+    chooses among the rest. All devices of a mesh take the same copy.
+    """
+    copies = ((0, 1), (1, 2), (2, None))
+
+    def copy(kinds: tuple[int, int | None]) -> Any:
+        with _KINDS(kinds):
+            return function()
+
+    kind = jnp.minimum(_kind(begins(document_ids_BL)), len(copies) - 1)
+    return jax.lax.switch(kind, [functools.partial(copy, kinds) for kinds in copies])
+
+
+def _limits(length: int) -> list[int]:
+    """The most documents of a row for each kind but the last."""
+    few, many = min(_MOST_DOCUMENTS, length), length // _SHORTEST
+    return [1, few, *([many] if many > few else [])]
+
+
+def _kind(begins_BL: jax.Array) -> jax.Array:
+    """int32 scalar: the kind that the row with the most documents needs."""
+    most = jnp.max(jnp.sum(begins_BL, axis=1))
+    return jnp.sum(most > jnp.asarray(_limits(begins_BL.shape[1])))
 
 
 def begins(document_ids_BL: jax.Array) -> jax.Array:

@@ -19,14 +19,14 @@ import jax
 import optax
 from rich.console import Console
 
-from tlm_jax import bucket_files, config_io, costs, files, ops
+from tlm_jax import bucket_files, config_io, costs, files
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.data import Dataset, open_dataset
 from tlm_jax.distributed import agreement
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed.sharding import to_devices
 from tlm_jax.models import skeleton
-from tlm_jax.models.settings import attention_kernel, compute_dtype
+from tlm_jax.models.settings import attention_kernel_here
 from tlm_jax.training import (
     bucket_checkpoints,
     checkpoint,
@@ -342,14 +342,7 @@ class Trainer:
             )
 
     def _compile_train_step(self) -> Any:
-        parts = self.mesh.shape["sequence"]
-        kernel = attention_kernel(
-            self.config.model,
-            length=self.config.data.seq_len // parts,
-            parts=parts,
-            target=ops.target(),
-            dtype=compute_dtype(self.config.model).name,
-        )
+        kernel = attention_kernel_here(self.config.model, self.config.data.seq_len)
         if kernel is not None:
             self._say(f"Attention: {kernel} ({self.config.model.attention_kernel}).")
         begin = time.perf_counter()

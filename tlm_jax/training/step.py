@@ -18,6 +18,8 @@ from tlm_jax.config import RunConfig
 from tlm_jax.distributed import sharding
 from tlm_jax.models import LanguageModel, Skeleton
 from tlm_jax.models.loss import Teacher, distillation_loss, training_loss
+from tlm_jax.models.settings import attention_kernel_here
+from tlm_jax.ops import attention
 from tlm_jax.training.updates import global_norm, learning_rate, updates_made
 
 _NORM_STEPS = 100
@@ -219,7 +221,11 @@ def make_train_step(
         state: TrainState, batch: Batch, taught: Any = None
     ) -> tuple[TrainState, Metrics]:
         tokens = jnp.sum(batch["document_ids"] > 0)
-        means, grads = accumulated(state.params, batch, jnp.maximum(tokens, 1), taught)
+        descend = functools.partial(
+            accumulated, state.params, batch, jnp.maximum(tokens, 1), taught
+        )
+        kernel = attention_kernel_here(config.model, config.data.seq_len)
+        means, grads = attention.choose_once(descend, batch["document_ids"], kernel)
         grad_norm = global_norm(grads)
         good = jnp.isfinite(means["loss"]) & jnp.isfinite(grad_norm)
         made = state.step - state.skipped
