@@ -1,10 +1,10 @@
-"""Cells of a sweep at once on one machine against one after the other.
+"""Cells of a sweep at once on one machine, in processes or in one program, against one by one.
 
     python -m benchmarks.parallel_cells [--parallel 8] [--size micro] [--steps 300]
 
 Trains the uniform cell of configs/study.py with several seeds on the text that the package
 carries: two seeds one after the other, then as many seeds as PARALLEL at once, those two among
-them. Time is that of the whole command, with start and compilation. Writes a table to
+them: each in a process of its own, and all in one program (--vmap_seeds). Time is that of the whole command, with start and compilation. Writes a table to
 docs/sweeps.md. Losses of the two seeds must agree.
 """
 
@@ -41,10 +41,10 @@ def get_sweep():
 """
 
 
-def run(file: pathlib.Path, out: pathlib.Path, seeds: int, parallel: int) -> float:
+def run(file: pathlib.Path, out: pathlib.Path, seeds: int, *words: str) -> float:
     """Seconds that `tlm sweep` takes for so many seeds."""
     command = [sys.executable, "-m", "tlm_jax", "sweep", str(file), "--out", str(out)]
-    command += ["--parallel", str(parallel), "--seeds", *map(str, range(seeds))]
+    command += [*words, "--seeds", *map(str, range(seeds))]
     begin = time.perf_counter()
     subprocess.run(command, check=True, cwd=ROOT)
     return time.perf_counter() - begin
@@ -61,21 +61,26 @@ def main() -> None:
         file = pathlib.Path(folder) / "parallel.py"
         file.write_text(FILE.format(root=ROOT, size=options.size, steps=options.steps))
         rates = []
-        for parallel, seeds in ((1, ALONE), (options.parallel, max(ALONE, options.parallel))):
-            out = pathlib.Path(folder) / str(parallel)
-            seconds = run(file, out, seeds, parallel)
+        many = max(ALONE, options.parallel)
+        for name, seeds, words in (
+            ("one after the other", ALONE, ()),
+            (f"{options.parallel} processes", many, ("--parallel", str(options.parallel))),
+            ("one program", many, ("--vmap_seeds",)),
+        ):
+            out = pathlib.Path(folder) / name
+            seconds = run(file, out, seeds, *words)
             found = sweep_report.read(out)
             tokens = seeds * found[0]["budget"]["tokens"]
             rates.append(tokens / seconds)
             losses.append([r["final"]["loss"] for r in found][:ALONE])
             speed = f"{rates[-1] / rates[0]:.2f}"
-            rows.append([str(parallel), str(seeds), f"{seconds:.0f}", f"{rates[-1]:,.0f}", speed])
-    apart = max(abs(a - b) for a, b in zip(*losses, strict=True))
+            rows.append([name, str(seeds), f"{seconds:.0f}", f"{rates[-1]:,.0f}", speed])
+    apart = max(max(of_seed) - min(of_seed) for of_seed in zip(*losses, strict=True))
     report.publish(
         "parallel-cells",
-        f"{report.table(['cells at once', 'cells', 'seconds', 'tokens/s', 'speed-up'], rows)}\n\n"
+        f"{report.table(['how', 'cells', 'seconds', 'tokens/s', 'speed-up'], rows)}\n\n"
         f"configs/study.py:{options.size}, {options.steps} steps, start and compilation included. "
-        f"Final losses of the seeds that both trained differ by at most {apart:.1e}. "
+        f"Final losses of the seeds that all trained differ by at most {apart:.1e}. "
         f"{found[0]['machine']}; {report.machine()}.",
         page=ROOT / "docs" / "sweeps.md",
     )

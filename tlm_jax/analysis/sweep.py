@@ -3,7 +3,8 @@
 A sweep file has `get_sweep()`, which returns a `Sweep`. A cell is an arm with a seed; the seed
 draws the parameters and the order of the data, so that cells of one seed are pairs. Each cell is
 a run of `tlm train` in a process and a folder of its own, and leaves `result.json` there; the
-results of all cells are gathered in `results.jsonl`.
+results of all cells are gathered in `results.jsonl`. With `vmap_seeds` one process trains the cells
+of an arm.
 """
 
 import concurrent.futures
@@ -200,6 +201,7 @@ def run(
     index: int = 0,
     count: int = 1,
     parallel: int = 1,
+    vmap_seeds: bool = False,
     engine: str = cluster.LOCAL,
     gpus_per_cell: float = 0.0,
 ) -> Outcome:
@@ -215,6 +217,8 @@ def run(
         takes every `count`-th cell.
       parallel: cells that are trained at once, each in a process of its own. They share the
         accelerator's memory as they need it, and divide the processor's cores.
+      vmap_seeds: the cells of an arm are one program in one process (see `training.seeds`), and
+        `parallel` counts these. A cell with a checkpoint is trained alone, from there.
       engine: "local", or "ray" or "ray://HOST:PORT" for the nodes of a Ray cluster, which take as
         many cells as they have room for and must share `folder`; `parallel` is then unused.
       gpus_per_cell: that Ray sets aside for a cell; a fraction lets cells share one.
@@ -224,6 +228,8 @@ def run(
         config, or another process runs the same part of the sweep in this folder.
     """
     sweep.check()
+    if vmap_seeds:
+        _check_mappable(sweep)
     folder.mkdir(parents=True, exist_ok=True)
     files.refuse_foreign(folder / RESULTS, '{"sweep": "')
     executor = None
@@ -239,7 +245,8 @@ def run(
             trainer = sweep_cell.Here(parallel, console, stop)
         else:
             trainer = sweep_cell.Nodes(executor, gpus_per_cell, stop)
-        return _run(sweep, folder, console, sweep.cells[index::count], stop, trainer)
+        mine = sweep.cells[index::count]
+        return _run(sweep, folder, console, mine, stop, trainer, vmap_seeds)
 
 
 def _run(
@@ -249,6 +256,7 @@ def _run(
     mine: Sequence[Cell],
     stop: sweep_cell.Stop,
     trainer: sweep_cell.Here | sweep_cell.Nodes,
+    vmap_seeds: bool,
 ) -> Outcome:
     todo = [cell for cell in mine if not _is_finished(sweep, cell, folder, console)]
     console.print(
@@ -257,36 +265,90 @@ def _run(
     broken: dict[str, str] = {}
     finished = 0
     with trainer, stop.on_error():
-        cells = {trainer.start(sweep.config(cell), folder / cell.folder): cell for cell in todo}
-        for future in concurrent.futures.as_completed(cells):
-            cell = cells[future]
+        groups = {
+            trainer.start({folder / cell.folder: sweep.config(cell) for cell in group}): group
+            for group in _groups(todo, folder, console, vmap_seeds)
+        }
+        for future in concurrent.futures.as_completed(groups):
+            group = groups[future]
             try:
                 status, seconds = future.result()
             except concurrent.futures.CancelledError:
                 continue
             if status is None:
                 continue
-            where = folder / cell.folder
-            finished += 1
-            label = f"[{finished}/{len(todo)}] {cell.arm.name}, seed {cell.seed}"
-            try:
-                if status:
-                    raise UserError(sweep_cell.complaint(where, status))
-                result = _result(sweep, cell, where)
-            except UserError as error:
-                broken[cell.folder] = str(error)
-                console.print(f"{label}: failed: {error}", style="red")
-                continue
-            files.write_json(where / RESULT, result, indent=None)
+            log = folder / group[0].folder / sweep_cell.LOG
+            for cell in group:
+                where = folder / cell.folder
+                finished += 1
+                label = f"[{finished}/{len(todo)}] {cell.arm.name}, seed {cell.seed}"
+                try:
+                    # Of several, those that were not given up are complete.
+                    made = len(group) > 1 and _is_complete(sweep.config(cell), where)
+                    if status and not made:
+                        raise UserError(sweep_cell.complaint(log, status, cell.folder))
+                    result = _result(sweep, cell, where)
+                except UserError as error:
+                    broken[cell.folder] = str(error)
+                    console.print(f"{label}: failed: {error}", style="red")
+                    continue
+                files.write_json(where / RESULT, result, indent=None)
+                loss = result["final"]["loss"]
+                console.print(f"{label}: loss {loss:.4f}, {seconds:,.0f} s")
             gather(folder, console)
-            loss = result["final"]["loss"]
-            console.print(f"{label}: loss {loss:.4f}, {seconds:,.0f} s")
     gather(folder, console)
     interrupted = len(todo) - finished
     if interrupted:
         console.print(f"Stopped in {folder}; the same command resumes it.")
     whole = len(mine) - interrupted - len(broken)
     return Outcome(finished=whole, broken=broken, stopped=interrupted > 0)
+
+
+def _check_mappable(sweep: Sweep) -> None:
+    """Refuses what the runs of one program cannot have.
+
+    Raises:
+      UserError: which arm has it.
+    """
+    for arm in sweep.arms:
+        config = sweep.config(Cell(arm=arm, seed=0))
+        training = config.training
+        several = max(config.mesh.sizes.values()) > 1
+        for name, there in (
+            ("training.suites", training.suites),
+            ("training.teacher", training.teacher),
+            ("training.tracker", training.tracker),
+            ("a mesh of several devices", several),
+        ):
+            if there:
+                raise UserError(
+                    f"sweep {sweep.name}: arm {arm.name!r} has {name}, which seeds in one program "
+                    "cannot have; leave out --vmap_seeds"
+                )
+
+
+def _groups(
+    todo: Sequence[Cell], folder: pathlib.Path, console: Console, vmap_seeds: bool
+) -> list[list[Cell]]:
+    """Cells that one process trains."""
+    groups: dict[tuple[str, int | None], list[Cell]] = {}
+    for cell in todo:
+        where = folder / cell.folder
+        begun = any(path.name.isdigit() for path in (where / "checkpoints").glob("*"))
+        if begun and vmap_seeds:
+            console.print(f"{where} has a checkpoint; it is trained alone, from there.")
+        alone = cell.seed if begun or not vmap_seeds else None
+        groups.setdefault((cell.arm.name, alone), []).append(cell)
+    return list(groups.values())
+
+
+def _is_complete(config: RunConfig, folder: pathlib.Path) -> bool:
+    """Whether a run is evaluated at its end, which it is once its last checkpoint is saved."""
+    try:
+        last = series(folder / "metrics.jsonl", "eval")[-1:]
+    except UserError:
+        return False
+    return [row["step"] for row in last] == [config.training.num_steps]
 
 
 def gather(folder: pathlib.Path, console: Console) -> pathlib.Path:

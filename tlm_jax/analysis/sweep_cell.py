@@ -1,4 +1,4 @@
-"""The process of one cell of a sweep: how it is started, stopped and waited for."""
+"""The process of one or several cells of a sweep: how it is started, stopped and waited for."""
 
 import concurrent.futures
 import contextlib
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import IO, Any
 
 from rich.console import Console
@@ -23,14 +23,14 @@ from rich.console import Console
 from tlm_jax import cluster, config_io, files, storage
 from tlm_jax.config import RUN_AGAIN, RunConfig, UserError
 
-LOG = "log.txt"
+CELL, LOG = "cell.json", "log.txt"
 _LOCK = ".lock"  # of a run folder, see `training.faults`
 _PATIENCE = 120.0
 """Seconds that the process of an earlier call may take to save and end."""
 _WAIT = 1.0
 """Seconds between looks at whether a task was cancelled."""
 Ended = tuple[int | None, float]
-"""Exit status of `tlm train`, None if it was interrupted; and seconds."""
+"""Exit status of the process, None if it was interrupted; and seconds."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # not to be loaded after a fork
 
@@ -94,31 +94,34 @@ def places(number: int) -> queue.SimpleQueue[Place]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a process needs to train a cell, of types that every node of a cluster knows."""
+    """What a process needs to train cells, of types that every node of a cluster knows."""
 
-    folder: pathlib.Path
-    config: str
-    """Of the run, as JSON."""
+    folders: tuple[pathlib.Path, ...]
+    """Of the cells; several are seeds of one arm, to be trained in one program."""
+    configs: tuple[str, ...]
+    """Of the runs, as JSON."""
     trust: tuple[str, ...]
-    """Words that allow the modules which define the run's mixers."""
+    """Words that allow the modules which define the runs' mixers."""
 
     @classmethod
-    def of(cls, config: RunConfig, folder: pathlib.Path) -> "Task":
-        """The task that trains a run in a folder."""
-        text = json.dumps(config_io.to_dict(config), indent=1) + "\n"
-        return cls(folder=folder, config=text, trust=tuple(config_io.trust_options(config)))
+    def of(cls, cells: Mapping[pathlib.Path, RunConfig]) -> "Task":
+        """The task that trains runs, each in its folder."""
+        texts = [json.dumps(config_io.to_dict(c), indent=1) + "\n" for c in cells.values()]
+        trust = config_io.trust_options(next(iter(cells.values())))
+        return cls(folders=tuple(cells), configs=tuple(texts), trust=tuple(trust))
 
 
 def train(task: Task, console: Console, stop: Stop, place: Place) -> int | None:
-    """Trains a cell in its folder, from its last checkpoint.
+    """Trains a cell in its folder, from its last checkpoint; several from the start.
 
     Returns:
-      The exit status of `tlm train`; None if it was interrupted, perhaps before it had started
+      The exit status of the process; None if it was interrupted, perhaps before it had started
       or could save.
     """
-    if not stop.told:
-        task.folder.mkdir(parents=True, exist_ok=True)
-        _wait_until_free(task.folder, console, stop)
+    for folder in task.folders:
+        if not stop.told:
+            folder.mkdir(parents=True, exist_ok=True)
+            _wait_until_free(folder, console, stop)
     if stop.told:
         return None
     status = _run(task, stop, place)
@@ -127,16 +130,16 @@ def train(task: Task, console: Console, stop: Stop, place: Place) -> int | None:
 
 
 class Here:
-    """Trains cells on this machine, several at a time."""
+    """Trains cells on this machine, several tasks at a time."""
 
     def __init__(self, parallel: int, console: Console, stop: Stop) -> None:
         self._pool = concurrent.futures.ThreadPoolExecutor(parallel)
         self._places = places(parallel)
         self._console, self._stop = console, stop
 
-    def start(self, config: RunConfig, folder: pathlib.Path) -> concurrent.futures.Future[Ended]:
-        """Trains a cell as soon as there is room for it."""
-        return self._pool.submit(self._train, Task.of(config, folder))
+    def start(self, cells: Mapping[pathlib.Path, RunConfig]) -> concurrent.futures.Future[Ended]:
+        """Trains a cell, or several in one program, as soon as there is room."""
+        return self._pool.submit(self._train, Task.of(cells))
 
     def _train(self, task: Task) -> Ended:
         begin, place = time.monotonic(), self._places.get()
@@ -160,9 +163,9 @@ class Nodes:
         self._executor, self._gpus = executor, gpus
         stop.executor = executor
 
-    def start(self, config: RunConfig, folder: pathlib.Path) -> concurrent.futures.Future[Ended]:
+    def start(self, cells: Mapping[pathlib.Path, RunConfig]) -> concurrent.futures.Future[Ended]:
         """Trains a cell as soon as a node has room for it."""
-        task = Task.of(config, folder.resolve())
+        task = Task.of({folder.resolve(): config for folder, config in cells.items()})
         return self._executor.submit(train_on_node, task, 0 < self._gpus < 1)
 
     def __enter__(self) -> None:
@@ -182,13 +185,18 @@ def train_on_node(task: Task, shares_device: bool) -> Ended:
 
 
 def _run(task: Task, stop: Stop, place: Place) -> int:
-    written = task.folder / "cell.json"
-    files.write_text(written, task.config)
-    command = [sys.executable, "-m", "tlm_jax", "train", "--config", str(written), *task.trust]
+    first = task.folders[0]
+    for folder, config in zip(task.folders, task.configs, strict=True):
+        files.write_text(folder / CELL, config)
+    for folder in task.folders[1:]:
+        files.write_text(folder / LOG, f"Trained with {first.name}; see ../{first.name}/{LOG}\n")
+    words = ["train", "--config", str(first / CELL), "--workdir", str(first)]
+    if len(task.folders) > 1:
+        words = ["train-seeds", *map(str, task.folders)]
     shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} if place.shares_device else {}
-    with _appended(task.folder / LOG) as log:
+    with _appended(first / LOG) as log:
         process = subprocess.Popen(
-            [*command, "--workdir", str(task.folder)],
+            [sys.executable, "-m", "tlm_jax", *words, *task.trust],
             env=shared | os.environ,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -257,8 +265,9 @@ def _settle(parent: int, cores: tuple[int, ...]) -> None:
             os._exit(RUN_AGAIN)
 
 
-def complaint(folder: pathlib.Path, status: int) -> str:
-    """The last line that mentions an error, or the last line."""
-    lines = [line for line in (folder / LOG).read_text(errors="replace").splitlines() if line]
+def complaint(log: pathlib.Path, status: int, cell: str) -> str:
+    """The last line that mentions an error (of this cell, if one names it), or the last line."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line]
     errors = [line for line in lines if "error" in line.lower()]
+    errors = [line for line in errors if f" {cell}: " in line] or errors
     return f"status {status}: {(errors or lines or ['no output'])[-1].strip()[:300]}"

@@ -31,6 +31,7 @@ from tlm_jax.cli import (
     retaper,
     sweep,
     train,
+    train_seeds,
     verify,
 )
 from tlm_jax.config import RUN_AGAIN, UserError
@@ -54,7 +55,9 @@ VERBS: dict[str, ModuleType] = {
     "retaper": retaper,
     "verify": verify,
 }
-_LOGGING = frozenset({"train", "sweep", "prepare", "import", "export", "retaper"})
+_INTERNAL: dict[str, ModuleType] = {"train-seeds": train_seeds}
+"""Verbs that only `tlm` itself starts."""
+_LOGGING = frozenset({"train", "train-seeds", "sweep", "prepare", "import", "export", "retaper"})
 """Verbs whose results are files: what they print is a log, and losing it is no reason to stop."""
 
 
@@ -86,11 +89,12 @@ def main(argv: Sequence[str], prog: str | None = None) -> int:
     if verb == "--version":
         print(_versions())
         return 0
-    if verb not in VERBS:
+    verbs = VERBS | _INTERNAL
+    if verb not in verbs:
         near = difflib.get_close_matches(verb, VERBS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return _fail(f"unknown verb {verb!r}{hint} (one of {', '.join(VERBS)})", 2)
-    status = _run(VERBS[verb], argv[1:], prog or f"tlm {verb}")
+    status = _run(verbs[verb], argv[1:], prog or f"tlm {verb}")
     start.leave(status)
     return status
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 VARIABLE, VALUE = "GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"
-VERBS = ("train", "eval", "generate", "align")
+VERBS = ("train", "train-seeds", "eval", "generate", "align")
 """Those that compute."""
 SETTING = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 

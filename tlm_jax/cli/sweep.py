@@ -28,6 +28,9 @@ class Command:
     """Number of machines; each trains every COUNT-th cell."""
     parallel: int = 1
     """Cells trained at once on this machine: small models leave most of a GPU idle."""
+    vmap_seeds: bool = False
+    """Train the seeds of each arm in one program, which saves launches and compilation on one
+    accelerator; --parallel then counts arms. A group of seeds that is interrupted starts over."""
     engine: str = cluster.LOCAL
     """local, or a Ray cluster that takes a cell per task: ray, or ray://HOST:PORT."""
     gpus_per_cell: float = 0.0
@@ -50,6 +53,8 @@ def run(argv: Sequence[str], prog: str) -> int:
         raise UserError(f"--gpus_per_cell {command.gpus_per_cell:g} must not be negative")
     if command.gpus_per_cell and command.engine == cluster.LOCAL:
         raise UserError("--gpus_per_cell needs --engine ray; here, --parallel shares a GPU")
+    if command.vmap_seeds and command.engine != cluster.LOCAL:
+        raise UserError("--vmap_seeds trains on this machine; leave out --engine")
     from tlm_jax.analysis import sweep, sweep_cell
 
     wanted = config_io.load(command.file, "get_sweep", sweep.Sweep, config_io.SHIPPED / "sweeps")
@@ -64,6 +69,7 @@ def run(argv: Sequence[str], prog: str) -> int:
         index=command.index,
         count=command.count,
         parallel=command.parallel,
+        vmap_seeds=command.vmap_seeds,
         engine=command.engine,
         gpus_per_cell=command.gpus_per_cell,
     )

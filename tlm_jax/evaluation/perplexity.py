@@ -72,6 +72,24 @@ def score(
     Raises:
       ValueError: no token was scored.
     """
+    nll, tokens = score_rows(step, params, batches, between=between)
+    return summarise(nll, tokens, bytes_per_token=bytes_per_token)
+
+
+def score_rows(
+    step: Callable[..., tuple[jax.Array, ...]],
+    params: Any,
+    batches: Iterable[dict[str, jax.Array]],
+    *,
+    between: Callable[[], None] = lambda: None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(summed nll float64, tokens int64) of all rows of the batches, (N,); see `score`.
+
+    With a step that scores several models, (models, N).
+
+    Raises:
+      ValueError: there are no batches.
+    """
     nll_rows: list[np.ndarray] = []
     token_rows: list[np.ndarray] = []
 
@@ -89,9 +107,7 @@ def score(
     if pending is None:
         raise ValueError("there is nothing to score: no batches")
     read(pending)
-    return summarise(
-        np.concatenate(nll_rows), np.concatenate(token_rows), bytes_per_token=bytes_per_token
-    )
+    return np.concatenate(nll_rows, axis=-1), np.concatenate(token_rows, axis=-1)
 
 
 def score_dataset(
@@ -115,25 +131,27 @@ def score_dataset(
       limit: most batches to score; None is all.
       between: see `score`.
     """
-    batches = dataset.validation_batches(
-        batch_size=config.data.batch_size // config.training.grad_accumulation
-    )
-
-    total = len(batches)
-    wanted = min(limit or total, total)
-
-    def placed() -> Iterator[dict[str, jax.Array]]:
-        for index, batch in enumerate(batches):
-            if index * wanted % total < wanted:  # `wanted` of them, from beginning to end
-                yield to_devices(batch, mesh)
-
     return score(
         step,
         params,
-        placed(),
+        validation_batches(dataset, config, mesh, limit=limit),
         bytes_per_token=dataset.statistics["validation"].bytes_per_target,
         between=between,
     )
+
+
+def validation_batches(
+    dataset: Dataset, config: RunConfig, mesh: Mesh, *, limit: int | None = None
+) -> Iterator[dict[str, jax.Array]]:
+    """The batches that `score_dataset` scores, on the mesh's devices."""
+    batches = dataset.validation_batches(
+        batch_size=config.data.batch_size // config.training.grad_accumulation
+    )
+    total = len(batches)
+    wanted = min(limit or total, total)
+    for index, batch in enumerate(batches):
+        if index * wanted % total < wanted:  # `wanted` of them, from beginning to end
+            yield to_devices(batch, mesh)
 
 
 def summarise(nll: np.ndarray, tokens: np.ndarray, *, bytes_per_token: float) -> Score:

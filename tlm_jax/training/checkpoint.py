@@ -393,6 +393,7 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
     return dict(vars(state))
 
 
+@functools.cache
 def _git_revision() -> str | None:
     """The commit of the source tree, or None for an installed package."""
     try:

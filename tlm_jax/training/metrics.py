@@ -5,6 +5,7 @@ Only process 0 writes, and a logger that fails never stops a run.
 
 import contextlib
 import datetime
+import functools
 import json
 import math
 import pathlib
@@ -257,6 +258,7 @@ class SpeedMeter:
         }, per_step
 
 
+@functools.cache
 def peak_flops(dtype: str) -> tuple[float, str]:
     """(FLOP/s of all devices, where the figure is from).
 

@@ -124,6 +124,16 @@ def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDty
     return dict.fromkeys(("inputs", "targets", "document_ids", "positions"), shape)
 
 
+def stacked(tree: Any, number: int) -> Any:
+    """Shape, dtype and sharding of so many of these arrays along a new first dim, not split."""
+
+    def stack(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        where = NamedSharding(leaf.sharding.mesh, PartitionSpec(None, *leaf.sharding.spec))
+        return jax.ShapeDtypeStruct((number, *leaf.shape), leaf.dtype, sharding=where)
+
+    return jax.tree.map(stack, tree)
+
+
 def lower_train_step(
     config: RunConfig,
     skeleton: Skeleton,
@@ -131,18 +141,23 @@ def lower_train_step(
     mesh: Mesh,
     loss: TokenLoss | None = None,
     teacher: Skeleton | None = None,
+    seeds: int | None = None,
 ) -> jax.stages.Lowered:
     """The train step for a mesh, to be compiled; the mesh's devices need not be here.
 
     The old state is donated: the new one takes its place. With a teacher the step takes its
-    parameters, sharded like others, as a third argument.
+    parameters, sharded like others, as a third argument. With `seeds`, it trains so many models
+    that do not know each other: state, batch and metrics have one more dim, the first.
     """
     state = abstract_state(skeleton, tx, mesh)
     batch = abstract_batch(config.data.batch_size, config.data.seq_len, mesh)
+    function = make_train_step(config, skeleton, tx, loss, teacher)
+    if seeds is not None:
+        state, batch, function = stacked(state, seeds), stacked(batch, seeds), jax.vmap(function)
     replicated = NamedSharding(mesh, PartitionSpec())
     more = () if teacher is None else (abstract_params(teacher, mesh),)
     train_step = jax.jit(
-        make_train_step(config, skeleton, tx, loss, teacher),
+        function,
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated),
         compiler_options=_COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),

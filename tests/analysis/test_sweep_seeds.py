@@ -1,0 +1,141 @@
+"""Sweeps whose seeds are trained in one program: what is refused, killed, and begun before."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import ROOT, Fails, environment
+from rich.console import Console
+
+from tlm_jax import cli, config_io
+from tlm_jax.analysis import sweep, sweep_report
+from tlm_jax.analysis.sweep import Arm, Sweep
+
+FILE = """
+from tlm_jax import config_io
+from tlm_jax.analysis.sweep import Arm, Sweep
+
+
+def get_sweep():
+    base = config_io.load_config({config!r})
+    arm = Arm(name="whole", changes={changes!r})
+    return Sweep(name="seeds", base=base, arms=(arm,), baseline="whole", seeds=(0, 1))
+"""
+
+
+def _file(config: pathlib.Path, folder: pathlib.Path, **changes: object) -> pathlib.Path:
+    path = folder / "sweep.py"
+    path.write_text(FILE.format(config=str(config), changes=changes))
+    return path
+
+
+def _text(path: pathlib.Path) -> str:
+    return path.read_text() if path.is_file() else ""
+
+
+def test_a_group_that_was_stopped_starts_over(
+    finished_run: pathlib.Path,
+    config_file: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """SIGTERM after the first evaluation, then to the end; seed 0 is the run that all share."""
+    file, folder = _file(config_file, tmp_path), tmp_path / "out"
+    words = ["sweep", str(file), "--out", str(folder), "--vmap_seeds"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tlm_jax", *words],
+        cwd=ROOT,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    give_up = time.monotonic() + 200
+    while '"eval"' not in _text(folder / "whole-1" / "metrics.jsonl"):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    process.terminate()
+    out, err = process.communicate(timeout=100)
+    assert (process.returncode, err) == (75, "")
+    assert "Stopped in" in out
+    assert not list(folder.glob("*/result.json"))
+
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    capsys.readouterr()
+    assert cli.main(words) == 0
+    assert "2 cells, 2 here, 2 to run" in capsys.readouterr().out
+    results = sweep_report.read(folder)
+    assert [r["seed"] for r in results] == [0, 1]
+    alone = [json.loads(line) for line in _text(finished_run / "metrics.jsonl").splitlines()]
+    losses = [row["loss"] for row in alone if row["kind"] == "eval"]
+    assert [loss for _, loss in results[0]["validation"]] == pytest.approx(losses, abs=1e-5)
+    assert results[1]["final"]["loss"] != pytest.approx(losses[-1], abs=1e-3)
+    assert results[1]["machine"] == "1 x cpu"
+    for seed in (0, 1):
+        rows = map(json.loads, _text(folder / f"whole-{seed}" / "metrics.jsonl").splitlines())
+        steps = [row["step"] for row in rows if row["kind"] == "train"]
+        assert steps == list(range(1, 21))
+        assert (folder / f"whole-{seed}" / "checkpoints" / "20").is_dir()
+    assert "../whole-0/log.txt" in _text(folder / "whole-1" / "log.txt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"training.suites": ("lambada",)}, "has training.suites, which seeds in one program"),
+        ({"training.teacher": "runs/other"}, "has training.teacher, which"),
+        ({"training.tracker": "trackio"}, "has training.tracker, which"),
+        ({"mesh.fsdp": 2}, "has a mesh of several devices, which"),
+    ],
+)
+def test_what_seeds_in_one_program_cannot_have_is_refused_at_once(
+    changes: dict[str, object],
+    says: str,
+    config_file: pathlib.Path,
+    tmp_path: pathlib.Path,
+    fails: Fails,
+) -> None:
+    file = _file(config_file, tmp_path, **changes)
+    message = fails("sweep", file, "--out", tmp_path / "out", "--vmap_seeds")
+    assert f"sweep seeds: arm 'whole' {says}" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_machines_are_refused(
+    config_file: pathlib.Path, tmp_path: pathlib.Path, fails: Fails
+) -> None:
+    file = _file(config_file, tmp_path)
+    assert "--vmap_seeds trains on this machine" in fails(
+        "sweep", file, "--vmap_seeds", "--engine", "ray"
+    )
+
+
+def test_a_cell_with_a_checkpoint_is_trained_alone(
+    config_file: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """The others of its arm are one group; without the option each cell is one."""
+    arms = (Arm(name="uniform"), Arm(name="wide"))
+    base = config_io.load_config(config_file)
+    cells = Sweep(name="s", base=base, arms=arms, seeds=(0, 1, 2)).cells
+    (tmp_path / "wide-1" / "checkpoints" / "10").mkdir(parents=True)
+    (tmp_path / "wide-2" / "checkpoints" / "20.orbax-checkpoint-tmp").mkdir(parents=True)
+    console = Console(record=True, width=1000)
+
+    def names(vmap_seeds: bool) -> list[list[str]]:
+        groups = sweep._groups(cells, tmp_path, console, vmap_seeds)
+        return [[cell.folder for cell in group] for group in groups]
+
+    assert names(True) == [
+        ["uniform-0", "uniform-1", "uniform-2"],
+        ["wide-0", "wide-2"],
+        ["wide-1"],
+    ]
+    assert "wide-1 has a checkpoint; it is trained alone, from there" in console.export_text()
+    assert names(False) == [[cell.folder] for cell in cells]

@@ -1,0 +1,307 @@
+"""Runs that differ in their seeds alone, trained in one program.
+
+A small model leaves an accelerator idle between kernels that are too short. Here each launch, and
+the one compilation, serves all seeds: state and batch have one more dim, the first, and `jax.vmap`
+maps the train step and the score step over it. Each run gets the folder that `loop.Trainer` would
+have left; but it is saved only at the end, makes no samples, and starts over when it is
+interrupted.
+
+Order within a step, as in `loop`: take a batch, dispatch the update, read the metrics of the step
+before. A thread reads batches ahead and puts them on the device.
+"""
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from tlm_jax import costs, files, ops
+from tlm_jax.config import RunConfig, UserError
+from tlm_jax.data import Dataset, open_dataset
+from tlm_jax.distributed import mesh as mesh_lib
+from tlm_jax.evaluation import perplexity
+from tlm_jax.models import Skeleton, skeleton
+from tlm_jax.models.settings import attention_kernel, compute_dtype
+from tlm_jax.training import bucket_checkpoints, checkpoint, faults, metrics, step
+from tlm_jax.training.allocator import release_freed_memory
+from tlm_jax.training.reading import train_iterator
+from tlm_jax.training.updates import About, make_optimizer
+
+_AHEAD = 4
+"""Batches that are read ahead."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Run:
+    """One seed: where its batches come from, and where its numbers go."""
+
+    workdir: pathlib.Path
+    iterator: Any
+    metadata: dict[str, Any]
+    writer: metrics.MetricsWriter
+    log: metrics.TrainLog
+    failed: str = ""
+    """Why it was given up."""
+
+
+def train(
+    configs: Sequence[RunConfig], workdirs: Sequence[pathlib.Path], console: Console
+) -> dict[pathlib.Path, str]:
+    """Trains runs from their start, each in its folder, to the end.
+
+    Args:
+      configs: of the runs, equal but for `name`, `seed` and `data.seed`.
+      workdirs: their folders; what an interrupted call left there is replaced.
+      console: where the log is shown.
+
+    Returns:
+      Why runs were given up, by folder. One whose loss is not finite too often does not end the
+      others.
+
+    Raises:
+      UserError: there is more than one device, or a kernel that cannot be mapped over seeds.
+      ValueError: configs differ in something else.
+    """
+    began = time.perf_counter()
+    config = configs[0]
+    if any(_without_seed(other) != _without_seed(config) for other in configs):
+        raise ValueError("the configs differ in more than their name and seeds")
+    mesh = mesh_lib.make_mesh(config)
+    if mesh.size > 1:
+        raise UserError(
+            f"seeds are trained in one program on one device, and there are {mesh.size}; make one "
+            "visible (CUDA_VISIBLE_DEVICES=0), or sweep without --vmap_seeds"
+        )
+    require_mappable(config, ops.target())
+    costs.assert_matched(config.model)
+    with contextlib.ExitStack() as stack:
+        for workdir in workdirs:
+            bucket_checkpoints.require_savable(workdir)
+            faults.make_writable(workdir)
+            stack.enter_context(faults.locked(workdir))
+            (workdir / metrics.METRICS_FILE).unlink(missing_ok=True)
+        stack.enter_context(jax.set_mesh(mesh))
+        dataset = open_dataset(config.data, config.model.vocab_size)
+        model = skeleton(config.model)
+        runs = [
+            stack.enter_context(_opened(c, w, dataset, model, mesh, console, began))
+            for c, w in zip(configs, workdirs, strict=True)
+        ]
+        seeds = [c.seed for c in configs]
+        _Group(config, seeds, runs, dataset, model, mesh, console).run()
+        return {run.workdir: run.failed for run in runs if run.failed}
+
+
+def require_mappable(config: RunConfig, target: str) -> None:
+    """Refuses cudnn, which chooses its kernel by the batch: mapped over seeds, all would run.
+
+    Args:
+      config: the run.
+      target: cpu, gpu or tpu.
+
+    Raises:
+      UserError: attention would use cudnn.
+    """
+    kernel = attention_kernel(
+        config.model,
+        length=config.data.seq_len,
+        parts=1,
+        target=target,
+        dtype=compute_dtype(config.model).name,
+    )
+    if kernel == "cudnn":
+        raise UserError(
+            "seeds in one program cannot use the attention kernel cudnn; set "
+            'model.attention_kernel to "chunked" or model.compute_dtype to "float32", or sweep '
+            "without --vmap_seeds"
+        )
+
+
+def _without_seed(config: RunConfig) -> RunConfig:
+    data = dataclasses.replace(config.data, seed=0)
+    return dataclasses.replace(config, name="", seed=0, data=data)
+
+
+@contextlib.contextmanager
+def _opened(
+    config: RunConfig,
+    workdir: pathlib.Path,
+    shared: Dataset,
+    model: Skeleton,
+    mesh: Mesh,
+    console: Console,
+    began: float,
+) -> Iterator[_Run]:
+    """A run whose files are open."""
+    dataset = dataclasses.replace(shared, config=config.data)
+    metadata = checkpoint.metadata(config, model.shapes, dataset.layout())
+    files.write_json(workdir / "config.json", metadata)
+    writer = metrics.MetricsWriter(workdir, console)
+    log = metrics.TrainLog(config, workdir, writer, console, 0, 0, began, enabled=False)
+    iterator = train_iterator(dataset, config.data, mesh, console.print)
+    try:
+        yield _Run(workdir=workdir, iterator=iterator, metadata=metadata, writer=writer, log=log)
+    finally:
+        log.close()
+        writer.close()
+        iterator.close()
+
+
+class _Group:
+    """What is compiled for the runs; `run` is the loop."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        seeds: Sequence[int],
+        runs: Sequence[_Run],
+        dataset: Dataset,
+        model: Skeleton,
+        mesh: Mesh,
+        console: Console,
+    ) -> None:
+        self.config, self.seeds, self.runs = config, seeds, runs
+        self.dataset, self.mesh, self.console = dataset, mesh, console
+        begin = time.perf_counter()
+        training, data, number = config.training, config.data, len(seeds)
+        tx = make_optimizer(config.optimizer, training.num_steps, About.of(model), config.model.mlp)
+        self.shapes = step.abstract_state(model, tx, mesh)
+        shapes = step.stacked(self.shapes, number)
+        batch = step.abstract_batch(data.batch_size, data.seq_len, mesh)
+        self.placed = jax.tree.map(lambda leaf: leaf.sharding, step.stacked(batch, number))
+        init = jax.jit(
+            jax.vmap(functools.partial(step.init_state, model, tx)),
+            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes),
+        )
+        rows = data.batch_size // training.grad_accumulation
+        score = perplexity.make_score_step(model, mesh, chunk=training.loss_chunk)
+        lowered = (
+            step.lower_train_step(config, model, tx, mesh, seeds=number),
+            jax.jit(jax.vmap(score, in_axes=(0, None))).lower(
+                shapes.params, step.abstract_batch(rows, data.seq_len, mesh)
+            ),
+            init.lower(self._keys()),
+        )
+        with concurrent.futures.ThreadPoolExecutor() as pool:  # at once, without Python's lock
+            compiled = [pool.submit(program.compile) for program in lowered]
+        self.train_step, self.score_step, self.init = (done.result() for done in compiled)
+        release_freed_memory()
+        console.print(f"Compiled for {number} seeds in {time.perf_counter() - begin:.1f} s.")
+        self.watchdog = faults.Watchdog(training.hang_timeout)
+        self.kept: list[dict[str, jax.Array]] = []
+
+    @property
+    def alive(self) -> list[tuple[int, _Run]]:
+        """The runs that were not given up, with their places."""
+        return [(place, run) for place, run in enumerate(self.runs) if not run.failed]
+
+    def run(self) -> None:
+        """Trains to `num_steps`, saves and evaluates."""
+        training = self.config.training
+        state = self.init(self._keys())
+        self._write_scores(0, *self._score(state.params, training.eval_batches))
+        pending: tuple[int, Any] | None = None
+        for index, batch in enumerate(_ahead(self._next_batch, training.num_steps)):
+            done = index + 1
+            state, new = self.train_step(state, batch)
+            self._read(pending)
+            pending = (done, new)
+            self.watchdog.alive(f"waiting for step {done}")
+            if not self.alive:
+                return
+            if done < training.num_steps and metrics.due(done, training.eval_every):
+                self._read(pending)
+                pending = None
+                self._write_scores(done, *self._score(state.params, training.eval_batches))
+        self._read(pending)
+        with contextlib.ExitStack() as saving:
+            self._save(state, saving)
+            scores = self._score(state.params, None)  # while the files are written
+        # The last record of a run comes after its checkpoint, and says that it is complete.
+        self._write_scores(training.num_steps, *scores, complete=True)
+        self.watchdog.close()
+
+    def _keys(self) -> jax.Array:
+        return jax.numpy.stack([jax.random.key(seed) for seed in self.seeds])
+
+    def _next_batch(self) -> dict[str, jax.Array]:
+        batches = [next(run.iterator) for run in self.runs]
+        stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+        return jax.device_put(stacked, self.placed)
+
+    def _read(self, pending: tuple[int, Any] | None) -> None:
+        """Gives each run its metrics of a step; waits for the device."""
+        if pending is None:
+            return
+        done, on_device = pending
+        values = {name: list(array) for name, array in jax.device_get(on_device).items()}
+        for place, run in self.alive:
+            try:
+                run.log.push(done, {name: array[place] for name, array in values.items()})
+                run.log.flush()
+            except UserError as error:
+                run.failed = str(error)
+                self.console.print(f"{run.workdir.name}: given up at step {done}", style="yellow")
+
+    def _score(self, params: Any, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """See `perplexity.score_rows`; of some batches or all."""
+        batches = perplexity.validation_batches(self.dataset, self.config, self.mesh, limit=limit)
+        if limit is not None:  # the same each time
+            self.kept = self.kept or list(batches)
+        return perplexity.score_rows(
+            self.score_step,
+            params,
+            self.kept if limit is not None else batches,
+            between=lambda: self.watchdog.alive("evaluating"),
+        )
+
+    def _write_scores(
+        self, done: int, nll: np.ndarray, tokens: np.ndarray, *, complete: bool = False
+    ) -> None:
+        ratio = self.dataset.statistics["validation"].bytes_per_target
+        losses = []
+        for place, run in self.alive:
+            score = perplexity.summarise(nll[place], tokens[place], bytes_per_token=ratio)
+            whole = complete or self.config.training.eval_batches is None
+            values = dataclasses.asdict(score) | {"complete": int(whole)}
+            run.writer.write("eval", done, values)
+            run.log.meter.restart()
+            losses.append(f"{score.loss:.4f}")
+        self.console.print(f"step {done}  validation losses {' '.join(losses)}")
+
+    def _save(self, state: step.TrainState, saving: contextlib.ExitStack) -> None:
+        """Starts to save each run as of the last step; leaving `saving` waits for it."""
+        done, keep = self.config.training.num_steps, self.config.training.keep_last
+        one = jax.jit(
+            lambda state, place: jax.tree.map(lambda leaf: leaf[place], state),
+            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.shapes),
+        )
+        for place, run in self.alive:
+            folder = run.workdir / checkpoint.CHECKPOINTS
+            saver = saving.enter_context(checkpoint.Checkpoints(folder, keep_last=keep))
+            metadata = run.metadata | {"tokens": run.log.tokens}
+            saver.save(done, one(state, place), run.iterator, metadata)
+
+
+def _ahead(make: Callable[[], Any], number: int) -> Iterator[Any]:
+    """What so many calls return, made ahead of need by a thread."""
+    pool = concurrent.futures.ThreadPoolExecutor(1)
+    try:
+        made = collections.deque(pool.submit(make) for _ in range(min(_AHEAD, number)))
+        for index in range(number):
+            ready = made.popleft().result()
+            if index + _AHEAD < number:
+                made.append(pool.submit(make))
+            yield ready
+    finally:
+        pool.shutdown(cancel_futures=True)
