@@ -4,8 +4,9 @@
 
 Trains the uniform cell of configs/study.py with several seeds on the text that the package
 carries: two seeds one after the other, then as many seeds as PARALLEL at once, those two among
-them: each in a process of its own, and all in one program (--vmap_seeds). Time is that of the whole command, with start and compilation. Writes a table to
-docs/sweeps.md. Losses of the two seeds must agree.
+them: each in a process of its own, and all in one program (--vmap_seeds). Time is that of the whole
+command, with start and compilation. Writes a table to docs/sweeps.md. Losses of the two seeds must
+agree.
 """
 
 import argparse

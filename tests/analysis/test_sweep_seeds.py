@@ -1,18 +1,23 @@
 """Sweeps whose seeds are trained in one program: what is refused, killed, and begun before."""
 
+import contextlib
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
+from concurrent.futures import Future
 
 import pytest
 from helpers import ROOT, Fails, environment
 from rich.console import Console
 
 from tlm_jax import cli, config_io
-from tlm_jax.analysis import sweep, sweep_report
+from tlm_jax.analysis import sweep, sweep_cell, sweep_report, sweep_seeds
 from tlm_jax.analysis.sweep import Arm, Sweep
+from tlm_jax.config import RunConfig
 
 FILE = """
 from tlm_jax import config_io
@@ -86,6 +91,35 @@ def test_a_group_that_was_stopped_starts_over(
     assert "../whole-0/log.txt" in _text(folder / "whole-1" / "log.txt")
 
 
+def test_a_seed_that_failed_is_reported_and_the_others_count(
+    finished_run: pathlib.Path, config_file: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    """The process of the group ends with status 1: seed 0 is complete, the others were given up."""
+
+    class Trainer(contextlib.nullcontext[None]):
+        def start(self, cells: Mapping[pathlib.Path, RunConfig]) -> Future[sweep_cell.Ended]:
+            first, *others = cells
+            shutil.copytree(finished_run, first, dirs_exist_ok=True)
+            lines = [f"error: {folder.name}: stopped in {folder.name}" for folder in others]
+            (first / "log.txt").write_text("\n".join(lines))
+            future: Future[sweep_cell.Ended] = Future()
+            future.set_result((1, 2.0))
+            return future
+
+    base, arm = config_io.load_config(config_file), Arm(name="whole")
+    seeds = Sweep(name="s", base=base, arms=(arm,), baseline="whole", seeds=(0, 1, 10))
+    console = Console(record=True, width=1000)
+    outcome = sweep._run(
+        seeds, tmp_path, console, seeds.cells, sweep_cell.Stop(), Trainer(), vmap_seeds=True
+    )
+    assert outcome.finished == 1
+    assert outcome.broken == {
+        f"whole-{seed}": f"status 1: error: whole-{seed}: stopped in whole-{seed}"
+        for seed in (1, 10)
+    }
+    assert [r["seed"] for r in sweep_report.read(tmp_path)] == [0]
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -104,7 +138,7 @@ def test_what_seeds_in_one_program_cannot_have_is_refused_at_once(
 ) -> None:
     file = _file(config_file, tmp_path, **changes)
     message = fails("sweep", file, "--out", tmp_path / "out", "--vmap_seeds")
-    assert f"sweep seeds: arm 'whole' {says}" in message
+    assert f"arm 'whole' {says}" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -120,22 +154,17 @@ def test_other_machines_are_refused(
 def test_a_cell_with_a_checkpoint_is_trained_alone(
     config_file: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """The others of its arm are one group; without the option each cell is one."""
+    """The others of its arm are one group."""
     arms = (Arm(name="uniform"), Arm(name="wide"))
     base = config_io.load_config(config_file)
     cells = Sweep(name="s", base=base, arms=arms, seeds=(0, 1, 2)).cells
     (tmp_path / "wide-1" / "checkpoints" / "10").mkdir(parents=True)
     (tmp_path / "wide-2" / "checkpoints" / "20.orbax-checkpoint-tmp").mkdir(parents=True)
     console = Console(record=True, width=1000)
-
-    def names(vmap_seeds: bool) -> list[list[str]]:
-        groups = sweep._groups(cells, tmp_path, console, vmap_seeds)
-        return [[cell.folder for cell in group] for group in groups]
-
-    assert names(True) == [
+    groups = sweep_seeds.groups(cells, tmp_path, console)
+    assert [[cell.folder for cell in group] for group in groups] == [
         ["uniform-0", "uniform-1", "uniform-2"],
         ["wide-0", "wide-2"],
         ["wide-1"],
     ]
     assert "wide-1 has a checkpoint; it is trained alone, from there" in console.export_text()
-    assert names(False) == [[cell.folder] for cell in cells]

@@ -43,14 +43,13 @@ SEEDS = (3, 11)
 
 def run_config(name: str) -> RunConfig:
     mixer, mlp = MIXERS[name]
-    widths = (64,) if name == "titans" else (80, 48)  # its layers take long to compile
     return RunConfig(
         model=ModelConfig(
             vocab_size=64,
-            num_layers=len(widths),
+            num_layers=1,
             d_model=32,
             mlp_width=64,
-            taper=TaperConfig(schedule="explicit", widths=widths),
+            taper=TaperConfig(schedule="uniform"),
             mixer=mixer,
             mlp=mlp,
             compute_dtype="float32",
@@ -114,8 +113,18 @@ def test_a_kernel_that_chooses_by_the_batch_is_refused(target, dtype, kernel, re
     if not refused:
         seeds.require_mappable(config, target)
         return
-    with pytest.raises(UserError, match='cudnn; set model.attention_kernel to "chunked"'):
+    with pytest.raises(UserError, match=r'cudnn; set model\.attention_kernel to "chunked"'):
         seeds.require_mappable(config, target)
+
+
+class _Position:
+    """Of an iterator."""
+
+    def get_state(self) -> dict[str, object]:
+        return {}
+
+    def set_state(self, state: dict[str, object]) -> None:
+        self.state = state
 
 
 def test_a_seed_that_fails_fails_alone(
@@ -133,7 +142,7 @@ def test_a_seed_that_fails_fails_alone(
     base = dataclasses.replace(base, training=training)
     configs = [
         dataclasses.replace(base, seed=seed, data=dataclasses.replace(base.data, seed=seed))
-        for seed in (0, 1)
+        for seed in (1, 0)
     ]
     with pytest.raises(UserError, match="on one device, and there are 8"):
         seeds.train(configs, [tmp_path / "a", tmp_path / "b"], Console())
@@ -147,15 +156,15 @@ def test_a_seed_that_fails_fails_alone(
         return dataclasses.replace(state, params=params)
 
     monkeypatch.setattr(step, "init_state", poisoned)
-    folders = [tmp_path / "cell-0", tmp_path / "cell-1"]
+    bad, good = folders = [tmp_path / "cell-1", tmp_path / "cell-0"]
     failed = seeds.train(configs, folders, Console())
-    assert list(failed) == folders[1:]
-    assert failed[folders[1]].startswith("stopped at step 3: the loss or its gradient was not")
-    assert not (folders[1] / "checkpoints").exists()
+    assert list(failed) == [bad]
+    assert failed[bad].startswith("stopped at step 3: the loss or its gradient was not")
+    assert not (bad / "checkpoints").exists()
 
     mine, theirs = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (folders[0], finished_run)
+        for folder in (good, finished_run)
     )
     assert [(row["kind"], row["step"]) for row in mine] == [
         (row["kind"], row["step"]) for row in theirs
@@ -166,14 +175,16 @@ def test_a_seed_that_fails_fails_alone(
         for name in row.keys() - measured - {"kind"}:
             assert math.isclose(row[name], other[name], rel_tol=1e-4, abs_tol=1e-6), (row, other)
 
-    ours, reference = (
-        checkpoint.Checkpoints(folder / "checkpoints", read_only=True)
-        for folder in (folders[0], finished_run)
-    )
-    with ours, reference:
-        assert ours.steps == [20]
-        saved, expected = ours.metadata(20), reference.metadata(20)
-    for name in ("param_shapes", "data_layout", "mlp_widths", "tokens"):
-        assert saved[name] == expected[name]
-    position = pathlib.Path("checkpoints", "20", "data", "position.json")
-    assert (folders[0] / position).read_bytes() == (finished_run / position).read_bytes()
+    model = skeleton(base.model)
+    tx = make_optimizer(base.optimizer, base.training.num_steps, About.of(model))
+    shapes = step.abstract_state(model, tx, mesh_lib.single_device_mesh())
+    saved = []
+    for folder in (good, finished_run):
+        position = _Position()
+        with checkpoint.Checkpoints(folder / "checkpoints", read_only=True) as checkpoints:
+            state, metadata = checkpoints.restore(20, shapes, position), checkpoints.metadata(20)
+        facts = ("param_shapes", "data_layout", "mlp_widths", "tokens")
+        saved.append((state, position.state, {name: metadata[name] for name in facts}))
+    assert saved[0][1:] == saved[1][1:]
+    for ours, reference in zip(*(jax.tree.leaves(one[0]) for one in saved), strict=True):
+        np.testing.assert_allclose(ours, reference, atol=1e-4)

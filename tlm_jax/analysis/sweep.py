@@ -22,7 +22,7 @@ from rich.console import Console
 
 import tlm_jax
 from tlm_jax import cluster, config_io, costs, files
-from tlm_jax.analysis import sweep_cell
+from tlm_jax.analysis import sweep_cell, sweep_seeds
 from tlm_jax.analysis.plots import series
 from tlm_jax.config import RunConfig, UserError
 
@@ -229,7 +229,7 @@ def run(
     """
     sweep.check()
     if vmap_seeds:
-        _check_mappable(sweep)
+        sweep_seeds.check({a.name: sweep.config(Cell(arm=a, seed=0)) for a in sweep.arms})
     folder.mkdir(parents=True, exist_ok=True)
     files.refuse_foreign(folder / RESULTS, '{"sweep": "')
     executor = None
@@ -246,7 +246,7 @@ def run(
         else:
             trainer = sweep_cell.Nodes(executor, gpus_per_cell, stop)
         mine = sweep.cells[index::count]
-        return _run(sweep, folder, console, mine, stop, trainer, vmap_seeds)
+        return _run(sweep, folder, console, mine, stop, trainer, vmap_seeds=vmap_seeds)
 
 
 def _run(
@@ -256,18 +256,22 @@ def _run(
     mine: Sequence[Cell],
     stop: sweep_cell.Stop,
     trainer: sweep_cell.Here | sweep_cell.Nodes,
+    *,
     vmap_seeds: bool,
 ) -> Outcome:
     todo = [cell for cell in mine if not _is_finished(sweep, cell, folder, console)]
     console.print(
         f"{sweep.name}: {len(sweep.cells)} cells, {len(mine)} here, {len(todo)} to run, in {folder}"
     )
+    together: list[tuple[Cell, ...]] = [(cell,) for cell in todo]
+    if vmap_seeds:
+        together = sweep_seeds.groups(todo, folder, console)
     broken: dict[str, str] = {}
     finished = 0
     with trainer, stop.on_error():
         groups = {
             trainer.start({folder / cell.folder: sweep.config(cell) for cell in group}): group
-            for group in _groups(todo, folder, console, vmap_seeds)
+            for group in together
         }
         for future in concurrent.futures.as_completed(groups):
             group = groups[future]
@@ -302,44 +306,6 @@ def _run(
         console.print(f"Stopped in {folder}; the same command resumes it.")
     whole = len(mine) - interrupted - len(broken)
     return Outcome(finished=whole, broken=broken, stopped=interrupted > 0)
-
-
-def _check_mappable(sweep: Sweep) -> None:
-    """Refuses what the runs of one program cannot have.
-
-    Raises:
-      UserError: which arm has it.
-    """
-    for arm in sweep.arms:
-        config = sweep.config(Cell(arm=arm, seed=0))
-        training = config.training
-        several = max(config.mesh.sizes.values()) > 1
-        for name, there in (
-            ("training.suites", training.suites),
-            ("training.teacher", training.teacher),
-            ("training.tracker", training.tracker),
-            ("a mesh of several devices", several),
-        ):
-            if there:
-                raise UserError(
-                    f"sweep {sweep.name}: arm {arm.name!r} has {name}, which seeds in one program "
-                    "cannot have; leave out --vmap_seeds"
-                )
-
-
-def _groups(
-    todo: Sequence[Cell], folder: pathlib.Path, console: Console, vmap_seeds: bool
-) -> list[list[Cell]]:
-    """Cells that one process trains."""
-    groups: dict[tuple[str, int | None], list[Cell]] = {}
-    for cell in todo:
-        where = folder / cell.folder
-        begun = any(path.name.isdigit() for path in (where / "checkpoints").glob("*"))
-        if begun and vmap_seeds:
-            console.print(f"{where} has a checkpoint; it is trained alone, from there.")
-        alone = cell.seed if begun or not vmap_seeds else None
-        groups.setdefault((cell.arm.name, alone), []).append(cell)
-    return list(groups.values())
 
 
 def _is_complete(config: RunConfig, folder: pathlib.Path) -> bool:

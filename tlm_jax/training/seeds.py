@@ -98,7 +98,9 @@ def train(
             for c, w in zip(configs, workdirs, strict=True)
         ]
         seeds = [c.seed for c in configs]
-        _Group(config, seeds, runs, dataset, model, mesh, console).run()
+        group = _Group(config, seeds, runs, dataset, model, mesh, console)
+        stack.callback(group.watchdog.close)
+        group.run()
         return {run.workdir: run.failed for run in runs if run.failed}
 
 
@@ -171,34 +173,34 @@ class _Group:
         console: Console,
     ) -> None:
         self.config, self.seeds, self.runs = config, seeds, runs
-        self.dataset, self.mesh, self.console = dataset, mesh, console
+        self.dataset, self.model, self.mesh, self.console = dataset, model, mesh, console
+        steps = config.training.num_steps
+        self.tx = make_optimizer(config.optimizer, steps, About.of(model), config.model.mlp)
+        self.shapes = step.abstract_state(model, self.tx, mesh)
         begin = time.perf_counter()
-        training, data, number = config.training, config.data, len(seeds)
-        tx = make_optimizer(config.optimizer, training.num_steps, About.of(model), config.model.mlp)
-        self.shapes = step.abstract_state(model, tx, mesh)
-        shapes = step.stacked(self.shapes, number)
-        batch = step.abstract_batch(data.batch_size, data.seq_len, mesh)
-        self.placed = jax.tree.map(lambda leaf: leaf.sharding, step.stacked(batch, number))
-        init = jax.jit(
-            jax.vmap(functools.partial(step.init_state, model, tx)),
-            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes),
-        )
-        rows = data.batch_size // training.grad_accumulation
-        score = perplexity.make_score_step(model, mesh, chunk=training.loss_chunk)
-        lowered = (
-            step.lower_train_step(config, model, tx, mesh, seeds=number),
-            jax.jit(jax.vmap(score, in_axes=(0, None))).lower(
-                shapes.params, step.abstract_batch(rows, data.seq_len, mesh)
-            ),
-            init.lower(self._keys()),
-        )
-        with concurrent.futures.ThreadPoolExecutor() as pool:  # at once, without Python's lock
-            compiled = [pool.submit(program.compile) for program in lowered]
-        self.train_step, self.score_step, self.init = (done.result() for done in compiled)
+        with concurrent.futures.ThreadPoolExecutor() as pool:  # compiles while the next is traced
+            programs = [pool.submit(lowered.compile) for lowered in self._lowered()]
+        self.train_step, self.score_step, self.init = (done.result() for done in programs)
         release_freed_memory()
-        console.print(f"Compiled for {number} seeds in {time.perf_counter() - begin:.1f} s.")
-        self.watchdog = faults.Watchdog(training.hang_timeout)
+        console.print(f"Compiled for {len(seeds)} seeds in {time.perf_counter() - begin:.1f} s.")
+        self.watchdog = faults.Watchdog(config.training.hang_timeout)
         self.kept: list[dict[str, jax.Array]] = []
+
+    def _lowered(self) -> Iterator[jax.stages.Lowered]:
+        """The train step, the score step and the start of all runs."""
+        config, model, tx, mesh = self.config, self.model, self.tx, self.mesh
+        training, data = config.training, config.data
+        yield step.lower_train_step(config, model, tx, mesh, seeds=len(self.seeds))
+        state = step.stacked(self.shapes, len(self.seeds))
+        rows = data.batch_size // training.grad_accumulation
+        score = jax.vmap(
+            perplexity.make_score_step(model, mesh, chunk=training.loss_chunk), in_axes=(0, None)
+        )
+        yield jax.jit(score, compiler_options=step.compiler_options(mesh)).lower(
+            state.params, step.abstract_batch(rows, data.seq_len, mesh)
+        )
+        init = jax.vmap(functools.partial(step.init_state, model, tx))
+        yield jax.jit(init, out_shardings=_shardings(state)).lower(self._keys())
 
     @property
     def alive(self) -> list[tuple[int, _Run]]:
@@ -229,7 +231,6 @@ class _Group:
             scores = self._score(state.params, None)  # while the files are written
         # The last record of a run comes after its checkpoint, and says that it is complete.
         self._write_scores(training.num_steps, *scores, complete=True)
-        self.watchdog.close()
 
     def _keys(self) -> jax.Array:
         return jax.numpy.stack([jax.random.key(seed) for seed in self.seeds])
@@ -237,7 +238,7 @@ class _Group:
     def _next_batch(self) -> dict[str, jax.Array]:
         batches = [next(run.iterator) for run in self.runs]
         stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
-        return jax.device_put(stacked, self.placed)
+        return jax.device_put(stacked, jax.sharding.NamedSharding(self.mesh, jax.P()))
 
     def _read(self, pending: tuple[int, Any] | None) -> None:
         """Gives each run its metrics of a step; waits for the device."""
@@ -284,13 +285,17 @@ class _Group:
         done, keep = self.config.training.num_steps, self.config.training.keep_last
         one = jax.jit(
             lambda state, place: jax.tree.map(lambda leaf: leaf[place], state),
-            out_shardings=jax.tree.map(lambda leaf: leaf.sharding, self.shapes),
+            out_shardings=_shardings(self.shapes),
         )
         for place, run in self.alive:
             folder = run.workdir / checkpoint.CHECKPOINTS
             saver = saving.enter_context(checkpoint.Checkpoints(folder, keep_last=keep))
             metadata = run.metadata | {"tokens": run.log.tokens}
             saver.save(done, one(state, place), run.iterator, metadata)
+
+
+def _shardings(shapes: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, shapes)
 
 
 def _ahead(make: Callable[[], Any], number: int) -> Iterator[Any]:

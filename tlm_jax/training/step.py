@@ -124,6 +124,11 @@ def abstract_batch(rows: int, length: int, mesh: Mesh) -> dict[str, jax.ShapeDty
     return dict.fromkeys(("inputs", "targets", "document_ids", "positions"), shape)
 
 
+def compiler_options(mesh: Mesh) -> dict[str, str | bool] | None:
+    """What XLA is told when it compiles the train step."""
+    return _COMPILER_OPTIONS.get(mesh.devices.flat[0].platform)
+
+
 def stacked(tree: Any, number: int) -> Any:
     """Shape, dtype and sharding of so many of these arrays along a new first dim, not split."""
 
@@ -160,7 +165,7 @@ def lower_train_step(
         function,
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated),
-        compiler_options=_COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
+        compiler_options=compiler_options(mesh),
     )
     with jax.set_mesh(mesh):
         return train_step.lower(state, batch, *more)
