@@ -83,7 +83,7 @@ def run(entrants: Mapping[str, Entrant], turns: int) -> dict[str, Finish]:
 
 
 def one_by_one(
-    entrants: Mapping[str, Entrant], turns: int, *, ready: Collection[str]
+    entrants: Mapping[str, Entrant], turns: int, *, ready: Collection[str], queued: int = 1
 ) -> Generator[tuple[str, Finish | None], None, None]:
     """Starts workers at the same time and yields each one's steps, taken while the rest wait.
 
@@ -92,7 +92,8 @@ def one_by_one(
 
     Args:
       entrants: by name, in the order in which they are timed.
-      turns: steps of each that count; two more come first.
+      turns: of each that count; two more come first.
+      queued: steps of a turn, which wait for each other on the device only, as in training.
       ready: those that must have compiled before the first is timed.
     """
     workers = {name: _start(one) for name, one in entrants.items()}
@@ -112,7 +113,7 @@ def one_by_one(
             with _left_out(name, said):
                 assert worker.stdin is not None
                 for _ in range(turns + 2):
-                    worker.stdin.write("step\n")
+                    worker.stdin.write(f"{queued}\n")
                     worker.stdin.flush()
                     seconds.append(float(_line(worker.stdout)))
                 last, _ = worker.communicate()
@@ -165,19 +166,30 @@ def _left_out(name: str, said: dict[str, Any]) -> Iterator[None]:
         print(f"{name} broke: {type(error).__name__} {error}", file=sys.stderr)
 
 
-def answer(step: Callable[[], None], *, start: Mapping[str, Any], end: Callable[[], Any]) -> None:
+def answer(
+    step: Callable[[], None],
+    *,
+    start: Mapping[str, Any],
+    end: Callable[[], Any],
+    wait: Callable[[], Any] = lambda: None,
+) -> None:
     """A worker's part: a step, already warm, for each line of standard input.
 
     Args:
-      step: does one, and returns when it is done.
+      step: does one, or starts it.
       start: said before the first.
       end: what is said after the last.
+      wait: returns when the steps that were started are done. A line that is a number starts so
+        many before it waits, and is answered with the seconds of each.
     """
     print(json.dumps(dict(start)), flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
+        number = int(line) if line.strip().isdigit() else 1
         begin = time.perf_counter()
-        step()
-        print(time.perf_counter() - begin, flush=True)
+        for _ in range(number):
+            step()
+        wait()
+        print((time.perf_counter() - begin) / number, flush=True)
     print(json.dumps(end()), flush=True)
 
 

@@ -18,6 +18,8 @@ from tlm_jax.config import RunConfig
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.distributed.sharding import to_devices
 from tlm_jax.models import skeleton
+from tlm_jax.models.settings import attention_kernel_here
+from tlm_jax.ops import rows
 from tlm_jax.training import step
 from tlm_jax.training.allocator import release_freed_memory
 from tlm_jax.training.updates import About, make_optimizer
@@ -30,9 +32,13 @@ def serve(config: RunConfig, documents: int = 1) -> None:
         config.optimizer, config.training.num_steps, About.of(model), config.model.mlp
     )
     mesh = mesh_lib.make_mesh(config)
+    batch = random_batch(config, documents)
     with jax.set_mesh(mesh):
         begin = time.perf_counter()
-        program = step.lower_train_step(config, model, tx, mesh).compile()
+        kind = None  # as training does
+        if attention_kernel_here(config.model, config.data.seq_len) == "cudnn":
+            kind = rows.kind_on_host(batch["document_ids"])
+        program = step.lower_train_step(config, model, tx, mesh, kind=kind).compile()
         compiled = time.perf_counter() - begin
         release_freed_memory()  # as training does
         memory: Any = program.memory_analysis()
@@ -41,20 +47,20 @@ def serve(config: RunConfig, documents: int = 1) -> None:
             "temporary_mib": memory.temp_size_in_bytes / 2**20,
             "state_mib": memory.argument_size_in_bytes / 2**20,
         }
-        state: Any = None
-        batch = to_devices(random_batch(config, documents), mesh)
+        shardings = step.state_shardings(model, tx, mesh)
+        init = jax.jit(lambda key: step.init_state(model, tx, key), out_shardings=shardings)
+        init = init.lower(jax.random.key(0)).compile()
+        placed = to_devices(batch, mesh)
+        last: Any = None
 
         def one_step() -> None:
-            nonlocal state
-            if state is None:  # memory is taken when the first turn comes
-                shardings = step.state_shardings(model, tx, mesh)
-                begin = jax.jit(lambda k: step.init_state(model, tx, k), out_shardings=shardings)
-                state = begin(jax.random.key(0))
+            nonlocal last
+            if last is None:  # memory is taken when the first turn comes
+                last = init(jax.random.key(0)), None
                 release_freed_memory()
-            state, metrics = program(state, batch)
-            jax.block_until_ready((state, metrics))
+            last = program(last[0], placed)
 
-        race.answer(one_step, start=start, end=_end)
+        race.answer(one_step, start=start, end=_end, wait=lambda: jax.block_until_ready(last))
 
 
 def random_batch(config: RunConfig, documents: int = 1) -> dict[str, np.ndarray]:

@@ -195,12 +195,3 @@ def train(config_file: pathlib.Path, tmp_path: pathlib.Path) -> tuple[str, ...]:
 def finished(finished_run: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     """A finished run to be written to, with checkpoints of steps 10 and 20."""
     return shutil.copytree(finished_run, tmp_path / "finished")
-
-
-@pytest.fixture
-def as_if_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checks for a GPU and its cuDNN cannot be met here; all that follows them is real."""
-    from jax._src.cudnn import fused_attention_stablehlo as fused
-
-    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(fused, "check_compute_capability", lambda _: True)

@@ -25,15 +25,15 @@ def _workers_in_this_process(
     monkeypatch.setattr(mesh, "make_mesh", lambda config: make_mesh(config, jax.devices()[:1]))
 
     def one_by_one(
-        entrants: Mapping[str, race.Entrant], turns: int, *, ready: Collection[str]
+        entrants: Mapping[str, race.Entrant], turns: int, *, ready: Collection[str], queued: int
     ) -> Generator[tuple[str, race.Finish | None], None, None]:
         for name, entrant in entrants.items():
             if "benchmarks.train_worker" not in entrant.command:
-                yield from apart({name: entrant}, turns, ready=())
+                yield from apart({name: entrant}, turns, ready=(), queued=queued)
                 continue
             file, documents = entrant.command[-2:]
             config = config_io.from_dict(json.loads(pathlib.Path(file).read_text()))
-            monkeypatch.setattr(sys, "stdin", io.StringIO("step\n" * turns))
+            monkeypatch.setattr(sys, "stdin", io.StringIO(f"{queued}\n" * turns))
             capsys.readouterr()
             train_worker.serve(config, int(documents))
             start, *seconds, end = capsys.readouterr().out.splitlines()
@@ -64,7 +64,7 @@ def test_every_arm_runs_and_a_second_call_goes_on(
     )
     torch = sys.executable if importlib.util.find_spec("torch") else ""
     results = tmp_path / "gpu.json"
-    words = ["gpu", "--small", "--steps", "2", "--results", str(results), "--torch_python", torch]
+    words = ["gpu", "--small", "--turns", "2", "--results", str(results), "--torch_python", torch]
     before = jax.sharding.get_mesh()
     monkeypatch.setattr(sys, "argv", [*words, "--only", "stairs", "--minutes", "0"])
     gpu.main()

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
-from jaxprs import arrays_in
+from jaxprs import arrays_in, equations
 
-from tlm_jax.ops import _gpu, self_attention
+from tlm_jax.ops import _gpu, rows, self_attention
 from tlm_jax.ops import attention as attention_ops
 from tlm_jax.ops.attention import SELF_ATTENTION
 
@@ -216,6 +216,15 @@ def lowered(platform: str, kernel: str) -> str:
     return traced(kernel).lower(lowering_platforms=(platform,)).as_text()
 
 
+@pytest.fixture
+def as_if_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks for a GPU and its cuDNN cannot be met here; all that follows them is real."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda _: True)
+
+
 def test_splash_is_lowered_for_tpu() -> None:
     assert lowered("tpu", "splash").count("tpu_custom_call") >= 3  # forward, dq, and dk with dv
 
@@ -244,7 +253,7 @@ def test_no_array_of_queries_by_keys(kernel: str) -> None:
 
 def test_documents_as_cudnn_wants_them() -> None:
     ids = jnp.asarray([[1, 1, 2, 2, 2, 0], [5, 5, 5, 5, 5, 5], [1, 2, 3, 4, 4, 0]])
-    begins = _gpu.begins(ids)
+    begins = rows.begins(ids)
     offsets, lengths = _gpu.packed_bounds(begins, 5)
     np.testing.assert_array_equal(
         lengths, [[2, 3, 1, -1, -1], [6, -1, -1, -1, -1], [1, 1, 1, 2, 1]]
@@ -272,8 +281,15 @@ def test_cudnn_takes_what_the_rows_need(
         return _gpu.cudnn(q, q, q, jnp.asarray(ids), otherwise=lambda q, k, v: q * 2)
 
     np.testing.assert_array_equal(jax.jit(attention)(), q * kind)
-    once = functools.partial(attention_ops.choose_once, attention, jnp.asarray(ids), "cudnn")
-    np.testing.assert_array_equal(jax.jit(once)(), q * kind)
+    number = rows.kind_on_host(ids)
+    assert number == jax.jit(rows.kind)(ids)
+    with rows.of_kind(number):
+        program = jax.jit(attention).trace()
+        assert not equations(program.jaxpr.jaxpr, "cond")
+        np.testing.assert_array_equal(jax.jit(attention)(), q * kind)
+    assert rows.describe(number, length).startswith(
+        {0: "one document", 1: "up to 32 documents", 2: "more than", 3: "up to 64"}[kind]
+    )
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-from typing import Any
 
 import batches
 import grain
@@ -11,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jaxprs import equations
 
-from tlm_jax import ops
 from tlm_jax.config import (
     AttentionConfig,
     DataConfig,
@@ -278,27 +275,3 @@ def test_sharding_rules_split_no_unknown_names_and_refuse_collisions():
     assert rules.spec(("embed", "a custom layer's")) == jax.P("fsdp", None)
     with pytest.raises(ValueError, match="twice"):
         rules.spec(("embed", "mlp"))
-
-
-@pytest.mark.parametrize("model", [{}, {"remat": "full", "scan_layers": True}], ids=str)
-@pytest.mark.usefixtures("as_if_cudnn")
-def test_a_step_for_a_gpu_chooses_its_attention_once(model: dict[str, Any]) -> None:
-    """A choice in each layer would have the host wait for the device there."""
-    config = changed(grad_accumulation=2)
-    config = dataclasses.replace(
-        config, model=dataclasses.replace(config.model, compute_dtype="bfloat16", **model)
-    )
-    structure = skeleton(config.model)
-    tx = make_optimizer(config.optimizer, 10, About.of(structure), config.model.mlp)
-    state = jax.eval_shape(lambda: step.init_state(structure, tx, jax.random.key(0)))
-    with ops.tracing_for("gpu"):
-        program = jax.make_jaxpr(step.make_train_step(config, structure, tx))(state, batch())
-    (choice,) = equations(program.jaxpr, "cond")
-    kernel = "dot_product_attention_fwd_wrapper"
-    causal, packed, rest = (
-        [one.params["mask_type"] for one in equations(branch.jaxpr, kernel)]
-        for branch in choice.params["branches"]
-    )
-    assert len(set(map(str, causal))) == len(set(map(str, packed))) == 1
-    assert str(causal[0]) != str(packed[0])
-    assert not rest

@@ -10,13 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-_MOST_DOCUMENTS = 32
-"""Of a row in cuDNN's packed layout. The kernel's time grows with the places for documents that are
-left empty, and log-sums take B M H L floats: 67 MB per layer for 8 rows of 4,096 tokens."""
-_SHORTEST = 16
-"""Mean tokens of a document in a row, below which cuDNN is left."""
-_KINDS = jax.make_user_context(default_value=(0, None))
-"""The kinds of attention, first and after last, that rows can need in the program being traced."""
+from tlm_jax.ops import rows
 
 
 def cudnn(
@@ -29,60 +23,24 @@ def cudnn(
 ) -> jax.Array:
     """cuDNN's flash attention, which takes the bounds of documents instead of a mask.
 
-    What the rows of a device hold decides how, when the program runs:
+    What the rows hold decides how: those of a device, when the program runs, unless it was traced
+    for one kind (`rows.of_kind`).
 
     - one document each: the plain causal kernel;
-    - at most 32 (`_MOST_DOCUMENTS`; runs of padding count too): the packed one;
+    - at most 32 (`rows.MOST_DOCUMENTS`): the packed one;
     - at most L / 16: the same with more places, its log-sums computed again instead of kept;
     - more: `otherwise`, many times slower.
     """
-    L = q.shape[1]
-    begins_BL = begins(document_ids_BL)
-    few, *many = _limits(L)[1:]
+    begins_BL = rows.begins(document_ids_BL)
+    few, *many = rows.limits(q.shape[1])[1:]
     kinds: list[Callable[..., jax.Array]] = [_causal, functools.partial(_packed, most=few)]
     kinds += [jax.checkpoint(functools.partial(_packed, most=number)) for number in many]
     kinds.append(jax.checkpoint(lambda q, k, v, _: otherwise(q, k, v)))
-    first, end = _KINDS.value
-    kinds = kinds[first:end]
-    if len(kinds) == 1:
-        return kinds[0](q, k, v, begins_BL)
-    y: jax.Array = jax.lax.switch(_kind(begins_BL) - first, kinds, q, k, v, begins_BL)
+    chosen = rows.kind_of_program()
+    if chosen is not None:
+        return kinds[chosen](q, k, v, begins_BL)
+    y: jax.Array = jax.lax.switch(rows.kind(document_ids_BL), kinds, q, k, v, begins_BL)
     return y
-
-
-def choose_once(function: Callable[[], Any], document_ids_BL: jax.Array) -> Any:
-    """`function()`, where the kind of attention is chosen around it and not in each layer.
-
-    The host waits for the device wherever a program chooses. The first two kinds get a copy of
-    the function each, so that it is compiled three times; in the third copy each attention
-    chooses among the rest. All devices of a mesh take the same copy.
-    """
-    copies = ((0, 1), (1, 2), (2, None))
-
-    def copy(kinds: tuple[int, int | None]) -> Any:
-        with _KINDS(kinds):
-            return function()
-
-    kind = jnp.minimum(_kind(begins(document_ids_BL)), len(copies) - 1)
-    return jax.lax.switch(kind, [functools.partial(copy, kinds) for kinds in copies])
-
-
-def _limits(length: int) -> list[int]:
-    """The most documents of a row for each kind but the last."""
-    few, many = min(_MOST_DOCUMENTS, length), length // _SHORTEST
-    return [1, few, *([many] if many > few else [])]
-
-
-def _kind(begins_BL: jax.Array) -> jax.Array:
-    """int32 scalar: the kind that the row with the most documents needs."""
-    most = jnp.max(jnp.sum(begins_BL, axis=1))
-    return jnp.sum(most > jnp.asarray(_limits(begins_BL.shape[1])))
-
-
-def begins(document_ids_BL: jax.Array) -> jax.Array:
-    """(B, L) bool: a token whose predecessor is of another document, or that has none."""
-    changes = document_ids_BL[:, 1:] != document_ids_BL[:, :-1]
-    return jnp.pad(changes, ((0, 0), (1, 0)), constant_values=True)
 
 
 def _causal(q: jax.Array, k: jax.Array, v: jax.Array, begins_BL: jax.Array) -> jax.Array:

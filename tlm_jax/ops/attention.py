@@ -270,19 +270,6 @@ def _cudnn(
     return _on_each_device(rows, q, k, v, document_ids_BL)
 
 
-def choose_once(function: Callable[[], Any], document_ids_BL: jax.Array, kernel: str | None) -> Any:
-    """`function()`, where attention by cudnn chooses its kind once and not in each layer.
-
-    Args:
-      function: computes something with a model, such as its gradients.
-      document_ids_BL: of all its rows.
-      kernel: of the model's attention layers.
-    """
-    if kernel != "cudnn":
-        return function()
-    return _gpu.choose_once(function, document_ids_BL)
-
-
 def _on_each_device(
     function: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array, ids_BL: jax.Array
 ) -> jax.Array:

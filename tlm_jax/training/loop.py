@@ -33,11 +33,11 @@ from tlm_jax.training import (
     distillation,
     faults,
     metrics,
+    programs,
     step,
     tracker,
     warm_start,
 )
-from tlm_jax.training.allocator import release_freed_memory
 from tlm_jax.training.evaluations import Evaluations
 from tlm_jax.training.profiling import Profiler, ProfileSpan
 from tlm_jax.training.reading import train_iterator
@@ -183,7 +183,7 @@ class Trainer:
     ) -> Outcome:
         training = self.config.training
         self._write_config()
-        train_step = self._compile_train_step() if start < training.num_steps else None
+        train_step = self._train_step() if start < training.num_steps else None
         self.evaluations.prepare(start, self.shapes.params)
         name = training.tracker if self.is_main else None
         writer = metrics.MetricsWriter(
@@ -217,8 +217,15 @@ class Trainer:
                     if stop.signal:  # the signal ended the reader processes too
                         break
                     raise
+                placed = to_devices(batch, self.mesh)
+                kind = train_step.kind(batch, placed)
+                if kind not in train_step:
+                    log.flush()
+                    train_step.compile(kind)
+                    watchdog.alive(f"waiting for step {done + 1}")
+                    log.meter.restart()
                 profiler.before_step(done)
-                state, new_metrics = train_step(state, to_devices(batch, self.mesh))
+                state, new_metrics = train_step(kind, state, placed)
                 done += 1
                 if trace := profiler.after_step(done, new_metrics):
                     self._say(f"Profile in {trace}; look at it with xprof or TensorBoard.")
@@ -341,23 +348,22 @@ class Trainer:
                 "follows the new schedule from here."
             )
 
-    def _compile_train_step(self) -> Any:
+    def _train_step(self) -> programs.TrainStep:
         kernel = attention_kernel_here(self.config.model, self.config.data.seq_len)
         if kernel is not None:
             self._say(f"Attention: {kernel} ({self.config.model.attention_kernel}).")
-        begin = time.perf_counter()
         teacher = None if self.teacher is None else self.teacher.skeleton
-        lowered = step.lower_train_step(
-            self.config, self.skeleton, self.tx, self.mesh, self.loss, teacher
-        )
-        compiled = lowered.compile()
-        release_freed_memory()
-        self._say(f"Compiled the train step in {time.perf_counter() - begin:.1f} s.")
-        if self.teacher is None:
-            return compiled
-        taught = self.teacher.load(self.dataset.tokenizer, self.mesh)
-        self._say(f"Learning from step {self.teacher.step} in {self.teacher.folder}.")
-        return lambda state, batch: compiled(state, batch, taught)
+
+        def lower(kind: int | None) -> jax.stages.Lowered:
+            return step.lower_train_step(
+                self.config, self.skeleton, self.tx, self.mesh, self.loss, teacher, kind=kind
+            )
+
+        train_step = programs.TrainStep(lower, kernel, self.config.data.seq_len, self._say)
+        if self.teacher is not None:
+            train_step.more = (self.teacher.load(self.dataset.tokenizer, self.mesh),)
+            self._say(f"Learning from step {self.teacher.step} in {self.teacher.folder}.")
+        return train_step
 
     def _write_config(self) -> None:
         if self.is_main:

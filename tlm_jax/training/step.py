@@ -18,8 +18,7 @@ from tlm_jax.config import RunConfig
 from tlm_jax.distributed import sharding
 from tlm_jax.models import LanguageModel, Skeleton
 from tlm_jax.models.loss import Teacher, distillation_loss, training_loss
-from tlm_jax.models.settings import attention_kernel_here
-from tlm_jax.ops import attention
+from tlm_jax.ops import rows
 from tlm_jax.training.updates import global_norm, learning_rate, updates_made
 
 _NORM_STEPS = 100
@@ -147,12 +146,14 @@ def lower_train_step(
     loss: TokenLoss | None = None,
     teacher: Skeleton | None = None,
     seeds: int | None = None,
+    kind: int | None = None,
 ) -> jax.stages.Lowered:
     """The train step for a mesh, to be compiled; the mesh's devices need not be here.
 
     The old state is donated: the new one takes its place. With a teacher the step takes its
     parameters, sharded like others, as a third argument. With `seeds`, it trains so many models
-    that do not know each other: state, batch and metrics have one more dim, the first.
+    that do not know each other: state, batch and metrics have one more dim, the first. With `kind`
+    its batches need that kind of attention (`ops.rows`).
     """
     state = abstract_state(skeleton, tx, mesh)
     batch = abstract_batch(config.data.batch_size, config.data.seq_len, mesh)
@@ -167,7 +168,7 @@ def lower_train_step(
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), replicated),
         compiler_options=compiler_options(mesh),
     )
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), rows.of_kind(kind):
         return train_step.lower(state, batch, *more)
 
 
@@ -241,11 +242,7 @@ def make_train_step(
         state: TrainState, batch: Batch, taught: Any = None
     ) -> tuple[TrainState, Metrics]:
         tokens = jnp.sum(batch["document_ids"] > 0)
-        descend = functools.partial(
-            accumulated, state.params, batch, jnp.maximum(tokens, 1), taught
-        )
-        kernel = attention_kernel_here(config.model, config.data.seq_len)
-        means, grads = attention.choose_once(descend, batch["document_ids"], kernel)
+        means, grads = accumulated(state.params, batch, jnp.maximum(tokens, 1), taught)
         grad_norm = global_norm(grads)
         good = jnp.isfinite(means["loss"]) & jnp.isfinite(grad_norm)
         made = state.step - state.skipped
