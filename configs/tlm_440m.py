@@ -8,7 +8,7 @@ Uniform:   the same with --model.taper.schedule uniform (equal parameters and FL
 Others:    --config configs/tlm_440m.py:gated_attention, :hope_attention, :titans, :tnt or :hybrid
 Hardware:  a TPU or GPU slice; parameters and batch are split over all devices.
            Widths in multiples of 128 suit TPU lanes: --model.taper.multiple_of 128
-Speed:     132,000 tokens/s on one H200 (two stairs, 8 rows, remat none; docs/gpu.md)
+Speed:     139,000 tokens/s on one H200 (two stairs, 8 rows, remat none; docs/gpu.md)
 Expected:  losses not measured yet
 
 Shape: depth, width and heads of the sister papers' 340M (Atlas, table 7); MLP 4 d_model

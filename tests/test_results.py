@@ -16,7 +16,7 @@ SWEEPS = sorted(
     path for path in RESULTS.glob("*.jsonl") if "arm" in json.loads(path.open().readline())
 )
 THE_PAPERS = {"16.28", "14.44"}
-PART = re.compile(r"<!-- (?!end )([a-z0-9-]+) -->\n(.*?)\n<!-- end \1 -->", re.DOTALL)
+PART = re.compile(r"<!-- (?!end )([a-z0-9_-]+) -->\n(.*?)\n<!-- end \1 -->", re.DOTALL)
 
 
 def parts() -> dict[str, str]:
