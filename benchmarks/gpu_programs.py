@@ -11,6 +11,7 @@ docs/gpu.md.
 import argparse
 import os
 import time
+from typing import Any
 
 os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # which needs a driver
 os.environ["XLA_FLAGS"] = "--xla_gpu_autotune_level=0"
@@ -68,7 +69,7 @@ def main() -> None:
             continue
         with ops.tracing_for("gpu"):
             program, seconds = compiled(arm, devices.devices)
-        memory = program.memory_analysis()
+        memory: Any = program.memory_analysis()
         sizes = [memory.temp_size_in_bytes, memory.argument_size_in_bytes]
         table.append([name, f"{seconds:.0f}", *(f"{size / 2**30:.1f}" for size in sizes)])
         print(table[-1], flush=True)

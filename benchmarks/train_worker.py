@@ -48,8 +48,8 @@ def serve(config: RunConfig, documents: int = 1) -> None:
             "state_mib": memory.argument_size_in_bytes / 2**20,
         }
         shardings = step.state_shardings(model, tx, mesh)
-        init = jax.jit(lambda key: step.init_state(model, tx, key), out_shardings=shardings)
-        init = init.lower(jax.random.key(0)).compile()
+        begin_with = jax.jit(lambda key: step.init_state(model, tx, key), out_shardings=shardings)
+        init = begin_with.lower(jax.random.key(0)).compile()
         placed = to_devices(batch, mesh)
         last: Any = None
 

@@ -21,7 +21,7 @@ from tlm_jax.config import (
 from tlm_jax.distributed import mesh as mesh_lib
 from tlm_jax.models import skeleton
 from tlm_jax.models.settings import scans_layers
-from tlm_jax.training import aot, step, updates
+from tlm_jax.training import aot, memory, step, updates
 
 UNIFORM = ModelConfig(
     vocab_size=64,
@@ -103,3 +103,8 @@ print(before - resident())
 """
     out = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert int(out.stdout) > 150_000  # KiB
+
+
+def test_attention_by_cudnn_is_planned_where_there_is_none() -> None:
+    model = dataclasses.replace(UNIFORM, attention_kernel="cudnn")
+    assert memory.step_memory(dataclasses.replace(RUN, model=model)).total > 0

@@ -107,6 +107,9 @@ def step_memory(config: RunConfig, *, devices: int = 1, target: str = "tpu") -> 
     Raises:
       UserError: the mesh does not fit the devices.
     """
+    if config.model.attention_kernel == "cudnn":  # cannot be traced without cuDNN; keeps as little
+        model = dataclasses.replace(config.model, attention_kernel="chunked")
+        config = dataclasses.replace(config, model=model)
     with ops.tracing_for(target):
         return _Estimate(config, devices).step()
 
