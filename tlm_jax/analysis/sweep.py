@@ -218,7 +218,7 @@ def run(
       parallel: cells that are trained at once, each in a process of its own. They share the
         accelerator's memory as they need it, and divide the processor's cores.
       vmap_seeds: the cells of an arm are one program in one process (see `training.seeds`), and
-        `parallel` counts these. A cell with a checkpoint is trained alone, from there.
+        `parallel` counts these. Cells whose last checkpoints are of different steps are apart.
       engine: "local", or "ray" or "ray://HOST:PORT" for the nodes of a Ray cluster, which take as
         many cells as they have room for and must share `folder`; `parallel` is then unused.
       gpus_per_cell: that Ray sets aside for a cell; a fraction lets cells share one.
@@ -265,7 +265,7 @@ def _run(
     )
     together: list[tuple[Cell, ...]] = [(cell,) for cell in todo]
     if vmap_seeds:
-        together = sweep_seeds.groups(todo, folder, console)
+        together = sweep_seeds.groups(todo, folder)
     broken: dict[str, str] = {}
     finished = 0
     with trainer, stop.on_error():

@@ -112,7 +112,7 @@ class Task:
 
 
 def train(task: Task, console: Console, stop: Stop, place: Place) -> int | None:
-    """Trains a cell in its folder, from its last checkpoint; several from the start.
+    """Trains a cell in its folder, or several in one program, from the last checkpoint.
 
     Returns:
       The exit status of the process; None if it was interrupted, perhaps before it had started

@@ -4,8 +4,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from tlm_jax.config import RunConfig, UserError
 
 if TYPE_CHECKING:
@@ -37,21 +35,16 @@ def check(arms: Mapping[str, RunConfig]) -> None:
                 )
 
 
-def groups(
-    cells: Sequence["Cell"], folder: pathlib.Path, console: Console
-) -> list[tuple["Cell", ...]]:
-    """The cells of each arm; those with a checkpoint are trained alone, and `console` says so.
+def groups(cells: Sequence["Cell"], folder: pathlib.Path) -> list[tuple["Cell", ...]]:
+    """The cells of each arm that have checkpoints up to the same step, or none.
 
     Args:
       cells: to be trained.
       folder: of the sweep.
-      console: where that is shown.
     """
-    found: dict[tuple[str, int | None], list[Cell]] = {}
+    found: dict[tuple[str, int], list[Cell]] = {}
     for cell in cells:
-        where = folder / cell.folder
-        alone = any(path.name.isdigit() for path in (where / "checkpoints").glob("*"))
-        if alone:
-            console.print(f"{where} has a checkpoint; it is trained alone, from there.")
-        found.setdefault((cell.arm.name, cell.seed if alone else None), []).append(cell)
+        saved = (folder / cell.folder / "checkpoints").glob("*")
+        newest = max((int(path.name) for path in saved if path.name.isdigit()), default=0)
+        found.setdefault((cell.arm.name, newest), []).append(cell)
     return [tuple(group) for group in found.values()]

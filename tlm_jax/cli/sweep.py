@@ -30,7 +30,7 @@ class Command:
     """Cells trained at once on this machine: small models leave most of a GPU idle."""
     vmap_seeds: bool = False
     """Train the seeds of each arm in one program, which saves launches and compilation on one
-    accelerator; --parallel then counts arms. A group of seeds that is interrupted starts over."""
+    accelerator; --parallel then counts arms."""
     engine: str = cluster.LOCAL
     """local, or a Ray cluster that takes a cell per task: ray, or ray://HOST:PORT."""
     gpus_per_cell: float = 0.0

@@ -2,12 +2,12 @@
 
 A small model leaves an accelerator idle between kernels that are too short. Here each launch, and
 the one compilation, serves all seeds: state and batch have one more dim, the first, and `jax.vmap`
-maps the train step and the score step over it. Each run gets the folder that `loop.Trainer` would
-have left; but it is saved only at the end, makes no samples, and starts over when it is
-interrupted.
+maps the train step and the score step over it. Each run gets the folder and the checkpoints that
+`loop.Trainer` would have left, without samples.
 
 Order within a step, as in `loop`: take a batch, dispatch the update, read the metrics of the step
-before. A thread reads batches ahead and puts them on the device.
+before, save, evaluate. A thread reads batches ahead and puts them on the device, none beyond the
+next save, so that a checkpoint continues with exactly the next batch.
 """
 
 import collections
@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -46,10 +46,13 @@ class _Run:
     """One seed: where its batches come from, and where its numbers go."""
 
     workdir: pathlib.Path
+    checkpoints: checkpoint.Checkpoints
     iterator: Any
     metadata: dict[str, Any]
     writer: metrics.MetricsWriter
     log: metrics.TrainLog
+    evaluated: bool
+    """Whether the step that the run starts from is evaluated."""
     failed: str = ""
     """Why it was given up."""
 
@@ -57,11 +60,11 @@ class _Run:
 def train(
     configs: Sequence[RunConfig], workdirs: Sequence[pathlib.Path], console: Console
 ) -> dict[pathlib.Path, str]:
-    """Trains runs from their start, each in its folder, to the end.
+    """Trains runs, each in its folder, from their newest checkpoint to the end.
 
     Args:
       configs: of the runs, equal but for `name`, `seed` and `data.seed`.
-      workdirs: their folders; what an interrupted call left there is replaced.
+      workdirs: their folders, all with checkpoints up to the same step, or with none.
       console: where the log is shown.
 
     Returns:
@@ -69,8 +72,9 @@ def train(
       others.
 
     Raises:
-      UserError: there is more than one device, or a kernel that cannot be mapped over seeds.
-      ValueError: configs differ in something else.
+      UserError: there is more than one device, a kernel that cannot be mapped over seeds, or a
+        checkpoint of another config or that cannot be read.
+      ValueError: configs differ in something else, or checkpoints in their steps.
     """
     began = time.perf_counter()
     config = configs[0]
@@ -89,7 +93,6 @@ def train(
             bucket_checkpoints.require_savable(workdir)
             faults.make_writable(workdir)
             stack.enter_context(faults.locked(workdir))
-            (workdir / metrics.METRICS_FILE).unlink(missing_ok=True)
         stack.enter_context(jax.set_mesh(mesh))
         dataset = open_dataset(config.data, config.model.vocab_size)
         model = skeleton(config.model)
@@ -97,10 +100,13 @@ def train(
             stack.enter_context(_opened(c, w, dataset, model, mesh, console, began))
             for c, w in zip(configs, workdirs, strict=True)
         ]
+        steps = {max(run.checkpoints.steps, default=0) for run in runs}
+        if len(steps) > 1:
+            raise ValueError(f"the runs are at different steps: {sorted(steps)}")
         seeds = [c.seed for c in configs]
         group = _Group(config, seeds, runs, dataset, model, mesh, console)
         stack.callback(group.watchdog.close)
-        group.run()
+        group.run(*steps)
         return {run.workdir: run.failed for run in runs if run.failed}
 
 
@@ -147,16 +153,42 @@ def _opened(
     """A run whose files are open."""
     dataset = dataclasses.replace(shared, config=config.data)
     metadata = checkpoint.metadata(config, model.shapes, dataset.layout())
-    files.write_json(workdir / "config.json", metadata)
-    writer = metrics.MetricsWriter(workdir, console)
-    log = metrics.TrainLog(config, workdir, writer, console, 0, 0, began, enabled=False)
-    iterator = train_iterator(dataset, config.data, mesh, console.print)
-    try:
-        yield _Run(workdir=workdir, iterator=iterator, metadata=metadata, writer=writer, log=log)
-    finally:
-        log.close()
-        writer.close()
-        iterator.close()
+    keep = config.training.keep_last, config.training.keep_every
+    with checkpoint.Checkpoints(
+        workdir / checkpoint.CHECKPOINTS, keep_last=keep[0], keep_every=keep[1]
+    ) as checkpoints:
+        start = max(checkpoints.steps, default=0)
+        saved = checkpoints.metadata(start) if start else {"tokens": 0}
+        if start and (lines := checkpoint.differences(saved, metadata)):
+            raise UserError(
+                f"{workdir} was trained with another config: {'; '.join(lines)}. "
+                "Delete it to start over"
+            )
+        if not start:
+            (workdir / metrics.METRICS_FILE).unlink(missing_ok=True)
+        evaluated = any(
+            row["step"] == start and row["kind"] == "eval" for row in metrics.records(workdir)
+        )
+        files.write_json(workdir / "config.json", metadata)
+        writer = metrics.MetricsWriter(workdir, console)
+        log = metrics.TrainLog(
+            config, workdir, writer, console, start, saved["tokens"], began, enabled=False
+        )
+        iterator = train_iterator(dataset, config.data, mesh, console.print)
+        try:
+            yield _Run(
+                workdir=workdir,
+                checkpoints=checkpoints,
+                iterator=iterator,
+                metadata=metadata,
+                writer=writer,
+                log=log,
+                evaluated=evaluated,
+            )
+        finally:
+            log.close()
+            writer.close()
+            iterator.close()
 
 
 class _Group:
@@ -207,30 +239,47 @@ class _Group:
         """The runs that were not given up, with their places."""
         return [(place, run) for place, run in enumerate(self.runs) if not run.failed]
 
-    def run(self) -> None:
-        """Trains to `num_steps`, saves and evaluates."""
+    def run(self, start: int) -> None:
+        """Trains from a step to `num_steps`; saves and evaluates as a run alone would."""
         training = self.config.training
-        state = self.init(self._keys())
-        self._write_scores(0, *self._score(state.params, training.eval_batches))
-        pending: tuple[int, Any] | None = None
-        for index, batch in enumerate(_ahead(self._next_batch, training.num_steps)):
-            done = index + 1
-            state, new = self.train_step(state, batch)
-            self._read(pending)
-            pending = (done, new)
-            self.watchdog.alive(f"waiting for step {done}")
-            if not self.alive:
-                return
-            if done < training.num_steps and metrics.due(done, training.eval_every):
+        state = self._restored(start) if start else self.init(self._keys())
+        if not all(run.evaluated for run in self.runs):
+            self._evaluate(start, state.params)
+        done = start
+        while done < training.num_steps and self.alive:
+            every = training.checkpoint_every or training.num_steps
+            save = min(done // every * every + every, training.num_steps)
+            pending: tuple[int, Any] | None = None
+            for batch in _ahead(self._next_batch, save - done):
+                state, new = self.train_step(state, batch)
+                done += 1
                 self._read(pending)
-                pending = None
-                self._write_scores(done, *self._score(state.params, training.eval_batches))
-        self._read(pending)
-        with contextlib.ExitStack() as saving:
-            self._save(state, saving)
-            scores = self._score(state.params, None)  # while the files are written
-        # The last record of a run comes after its checkpoint, and says that it is complete.
-        self._write_scores(training.num_steps, *scores, complete=True)
+                pending = (done, new)
+                self.watchdog.alive(f"waiting for step {done}")
+                if not self.alive:
+                    return
+                if done < save and metrics.due(done, training.eval_every):
+                    self._read(pending)
+                    pending = None
+                    self._evaluate(done, state.params)
+            self._read(pending)
+            self._save(done, state)
+            if done == training.num_steps or metrics.due(done, training.eval_every):
+                self._evaluate(done, state.params)  # while the files are written
+        for _, run in self.alive:
+            run.checkpoints.wait()
+
+    def _restored(self, start: int) -> step.TrainState:
+        """The runs' states at a step."""
+        states = [run.checkpoints.restore(start, self.shapes, run.iterator) for run in self.runs]
+        self.console.print(f"Continuing from step {start}.")
+        together = step.stacked(self.shapes, len(states))
+        stack = jax.jit(
+            lambda *states: jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *states),
+            out_shardings=_shardings(together),
+        )
+        whole: step.TrainState = stack(*states)
+        return whole
 
     def _keys(self) -> jax.Array:
         return jax.numpy.stack([jax.random.key(seed) for seed in self.seeds])
@@ -254,44 +303,44 @@ class _Group:
                 run.failed = str(error)
                 self.console.print(f"{run.workdir.name}: given up at step {done}", style="yellow")
 
-    def _score(self, params: Any, limit: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """See `perplexity.score_rows`; of some batches or all."""
-        batches = perplexity.validation_batches(self.dataset, self.config, self.mesh, limit=limit)
+    def _evaluate(self, done: int, params: Any) -> None:
+        """Writes the validation losses of a step: of some batches, at the end of all."""
+        limit = self.config.training.eval_batches if done < self.config.training.num_steps else None
+        batches: Iterable[dict[str, jax.Array]] = perplexity.validation_batches(
+            self.dataset, self.config, self.mesh, limit=limit
+        )
         if limit is not None:  # the same each time
-            self.kept = self.kept or list(batches)
-        return perplexity.score_rows(
+            batches = self.kept = self.kept or list(batches)
+        nll, tokens = perplexity.score_rows(
             self.score_step,
             params,
-            self.kept if limit is not None else batches,
+            batches,
             between=lambda: self.watchdog.alive("evaluating"),
         )
-
-    def _write_scores(
-        self, done: int, nll: np.ndarray, tokens: np.ndarray, *, complete: bool = False
-    ) -> None:
+        if done == self.config.training.num_steps:
+            for _, run in self.alive:  # the last record comes after the last checkpoint
+                run.checkpoints.wait()
         ratio = self.dataset.statistics["validation"].bytes_per_target
         losses = []
         for place, run in self.alive:
             score = perplexity.summarise(nll[place], tokens[place], bytes_per_token=ratio)
-            whole = complete or self.config.training.eval_batches is None
-            values = dataclasses.asdict(score) | {"complete": int(whole)}
-            run.writer.write("eval", done, values)
+            run.writer.write(
+                "eval", done, dataclasses.asdict(score) | {"complete": int(limit is None)}
+            )
             run.log.meter.restart()
             losses.append(f"{score.loss:.4f}")
         self.console.print(f"step {done}  validation losses {' '.join(losses)}")
 
-    def _save(self, state: step.TrainState, saving: contextlib.ExitStack) -> None:
-        """Starts to save each run as of the last step; leaving `saving` waits for it."""
-        done, keep = self.config.training.num_steps, self.config.training.keep_last
+    def _save(self, done: int, state: step.TrainState) -> None:
+        """Starts to save each run."""
         one = jax.jit(
             lambda state, place: jax.tree.map(lambda leaf: leaf[place], state),
             out_shardings=_shardings(self.shapes),
         )
         for place, run in self.alive:
-            folder = run.workdir / checkpoint.CHECKPOINTS
-            saver = saving.enter_context(checkpoint.Checkpoints(folder, keep_last=keep))
+            run.log.store()
             metadata = run.metadata | {"tokens": run.log.tokens}
-            saver.save(done, one(state, place), run.iterator, metadata)
+            run.checkpoints.save(done, one(state, place), run.iterator, metadata)
 
 
 def _shardings(shapes: Any) -> Any:
