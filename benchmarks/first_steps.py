@@ -130,16 +130,14 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = {kind: walk(kind, pathlib.Path(folder)) for kind in options.only}
-    steps = {"install": "pip install, or make setup", **STEPS}
     rows = [
-        [name, f"`{command}`" if name in STEPS else command,
-         *(f"{minutes[name]:.1f}" for minutes in found.values())]
-        for name, command in steps.items()
-    ]  # fmt: skip
-    rows.append(["all", "", *(f"{sum(minutes.values()):.1f}" for minutes in found.values())])
+        [name, *(f"{minutes[name]:.1f}" for minutes in found.values())]
+        for name in ("install", *STEPS)
+    ]
+    rows.append(["all", *(f"{sum(minutes.values()):.1f}" for minutes in found.values())])
     report.publish(
         "first-steps",
-        report.table(["step", "command", *(f"{kind}, minutes" for kind in found)], rows)
+        report.table(["step", *(f"{kind}, minutes" for kind in found)], rows)
         + f"\n\n{report.machine()}.",
         page=ROOT / "docs" / "notes" / "first-steps.md",
     )

@@ -5,7 +5,7 @@ Uniform:   the same with --model.taper.schedule uniform (equal parameters and FL
 Others:    --config configs/tiny.py:gated_attention, :hope_attention or :titans
 Hardware:  a CPU; no accelerator needed
 Data:      the text and the 4,096-token BPE that ship with the package
-Expected:  validation loss 8.83 at the start, 5.46 after 240 steps; about 4 minutes on two cores
+Expected:  validation loss 8.83 at the start, 5.46 after 240 steps; about 3 minutes on two cores
 
 Shape, learning rate and length are our choice; cosine 1.5 to 0.5 in multiples of
 16 is the paper's taper (arXiv 2606.23670).
