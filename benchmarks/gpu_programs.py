@@ -2,10 +2,9 @@
 
     X/bin/python -m benchmarks.gpu_programs [--only NAME]
 
-X has jax[cuda13], and needs no GPU: XLA compiles for a described one (`TARGET`). Products are not
-autotuned, so programs can differ in the algorithms of matrix products, which need no memory here.
-Attention in loops over chunks, packed and causal is what training would choose. Writes a table to
-docs/gpu.md.
+X has jax[cuda13], and needs no GPU: XLA compiles for a described one (`TARGET`). Each step is the
+program that training would choose for its batch. Matrix products are not autotuned, so their
+algorithms can differ from those that a card would choose. Writes a table to docs/gpu.md.
 """
 
 import argparse
