@@ -5,6 +5,7 @@ import io
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,9 +19,12 @@ from tlm_jax.config import (
     RunConfig,
     TrainingConfig,
 )
+from tlm_jax.distributed import mesh as mesh_lib
+from tlm_jax.distributed.sharding import to_devices
 from tlm_jax.ops import _gpu, attention
 from tlm_jax.training import metrics
 from tlm_jax.training.loop import Trainer
+from tlm_jax.training.programs import TrainStep
 
 CONFIG = RunConfig(
     model=ModelConfig(
@@ -75,3 +79,20 @@ def test_each_batch_goes_to_the_program_of_its_documents(tmp_path: pathlib.Path)
     compiled = [line.partition(" for ")[2].partition(" in ")[0] for line in logs["cudnn"]]
     assert sorted(compiled) == ["one document", "up to 32 documents"]
     assert len(logs["xla"]) == 1
+
+
+@pytest.mark.parametrize(("documents", "kind"), [(1, 0), (2, 1), (40, 2)])
+def test_several_processes_look_at_the_rows_of_all(
+    documents: int, kind: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row of eight decides, whichever device has it; each process knows only its own rows."""
+    ids = np.ones((8, 64), np.int32)
+    ids[7] = 1 + np.arange(64) * documents // 64
+    mesh = mesh_lib.make_mesh(CONFIG)
+    placed = to_devices({"document_ids": ids}, mesh)
+    train_step = TrainStep(lambda _: pytest.fail("nothing to compile"), "cudnn", 64, print)
+    mine = {"document_ids": np.ones_like(ids)}
+    assert train_step.kind({"document_ids": ids}, placed) == kind
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with jax.set_mesh(mesh):
+        assert train_step.kind(mine, placed) == kind
