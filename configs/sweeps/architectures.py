@@ -1,7 +1,7 @@
 """The four architectures, tapered against uniform, each with its own baseline.
 
 Command:   DATA=FOLDER tlm sweep configs/sweeps/architectures.py
-Sizes:     FILE.py:micro takes that of configs/study.py; :440m, :760m and :1_3b configs/tlm_*.py
+Sizes:     FILE.py:micro (or another size of configs/study.py); :440m, :760m and :1_3b configs/tlm_*.py
 Cost:      40 runs (five seeds)
 Plan:      docs/studies.md, study h
 """
@@ -13,11 +13,11 @@ from tlm_jax.analysis.sweep import Arm, Sweep
 from tlm_jax.architectures import ARCHITECTURES, with_architecture
 
 CONFIGS = pathlib.Path(__file__).parents[1]
+PAPER = ("440m", "760m", "1_3b")
 
 
 def get_sweep(size: str = "small") -> Sweep:
-    study = size in ("micro", "small", "medium")
-    file = f"study.py:{size}" if study else f"tlm_{size}.py"
+    file = f"tlm_{size}.py" if size in PAPER else f"study.py:{size}"
     base = config_io.load_config(f"{CONFIGS}/{file}")
     arms = []
     for name in ARCHITECTURES:

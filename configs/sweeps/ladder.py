@@ -1,8 +1,8 @@
 """Does the gain of a taper fade with size and training length? Sizes by tokens per parameter.
 
 Command:   DATA=FOLDER tlm sweep configs/sweeps/ladder.py, then tlm ladder runs/sweeps/ladder-cpu
-Sizes:     FILE.py:cpu (0.1M to 0.4M parameters besides the embeddings), :gpu (0.1M to 3.2M)
-Cost:      108 runs (cpu) or 216 (gpu); three seeds
+Sizes:     FILE.py:cpu (0.03M to 0.24M parameters besides the embeddings), :gpu (0.1M to 3.2M)
+Cost:      144 runs (cpu) or 216 (gpu); three seeds
 Plan:      docs/studies.md, study c
 
 Eight layers of every width, so that a taper has the same stairs; 2, 5, 10 and 20 tokens per
@@ -16,7 +16,7 @@ from tlm_jax.analysis.sweep import Arm, Sweep
 from tlm_jax.config import UserError
 
 STUDY = pathlib.Path(__file__).parents[1] / "study.py"
-WIDTHS = {"cpu": (32, 48, 64), "gpu": (32, 48, 64, 96, 128, 176)}
+WIDTHS = {"cpu": (16, 24, 32, 48), "gpu": (32, 48, 64, 96, 128, 176)}
 LENGTHS = (2, 5, 10, 20)
 SHAPES = {"uniform": (1.0, 1.0), "cosine": (1.5, 0.5), "reversed": (0.5, 1.5)}
 

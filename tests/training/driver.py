@@ -110,7 +110,8 @@ def _do(harm: str) -> None:
         os.killpg(os.getpgid(0), signal.SIGINT)
         return
     if harm.startswith("SIG"):
-        os.kill(os.getpid(), signal.Signals[harm])
+        for _ in range(2):  # a stop may arrive as several signals
+            os.kill(os.getpid(), signal.Signals[harm])
         return
     with open(harm, "wb", buffering=0) as file:
         for size in (65536, 1):

@@ -23,6 +23,8 @@ from tlm_jax.validation import causes
 _LOCK = ".lock"
 # Orbax's threads raise JAX's errors again, as errors of other types.
 _LOST = re.compile("Gloo|NCCL|[Bb]arrier|Connection (reset|refused)|UNAVAILABLE|DEADLINE_EXCEEDED")
+_ONE_STOP = 1.0
+"""Seconds within which further signals belong to the first."""
 
 
 class Stopped(Exception):
@@ -51,21 +53,28 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals(console: Console) -> Iterator[Stop]:
-    """Records SIGINT and SIGTERM; a second one acts at once.
+    """Records SIGINT and SIGTERM; another one, a second or more later, acts at once.
 
-    With several processes JAX itself takes note of SIGTERM and tells the others (see
-    `Stop.after`); SIGINT becomes SIGTERM there.
+    One stop can arrive as several signals: from the shell and from a launcher, or once per thread
+    of a parent that dies (`PR_SET_PDEATHSIG`). With several processes JAX itself takes note of
+    SIGTERM and tells the others (see `Stop.after`); SIGINT becomes SIGTERM there.
     """
     stop = Stop()
     previous: dict[int, Any] = {}
+    first: float | None = None
 
     def handle(number: int, _: Any) -> None:
-        name = signal.Signals(number).name
-        signal.signal(number, previous[number])
+        nonlocal first
+        if first is not None:
+            if time.monotonic() - first > _ONE_STOP:
+                signal.signal(number, previous[number])
+                os.kill(os.getpid(), number)
+            return
+        first = time.monotonic()
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
             return
-        stop.signal = name
+        stop.signal = name = signal.Signals(number).name
         with contextlib.suppress(RuntimeError):  # it came in the middle of another print
             console.print(
                 f"{name}: saving after this step; send it again to stop at once.", style="yellow"
