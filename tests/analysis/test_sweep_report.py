@@ -126,6 +126,44 @@ def test_primary_comparisons_share_a_level():
         Sweep(name="s", base=RunConfig(), arms=(UNIFORM,), primary=(("cosine", "uniform"),))
 
 
+def test_the_best_of_several_arms_is_chosen_on_other_seeds():
+    """Seed 9 says that "b" is the best rate of "fast"; seeds 0 and 1 compare it."""
+    losses = {"a": (1.0, 1.0, 3.0), "b": (2.0, 2.5, 2.0), "plain": (4.0, 4.1, 9.0)}
+    records = [
+        {
+            "arm": arm,
+            "seed": seed,
+            "final": {"loss": loss},
+            "primary": [["fast at its best", "plain"]],
+            "best_of": {"fast at its best": ["a", "b"]},
+            "chosen_on": [9],
+        }
+        for arm, found in losses.items()
+        for seed, loss in zip((0, 1, 9), found, strict=True)
+    ]
+    text = sweep_report.primary(records)
+    # -2 and -1.6; t(1) at 97.5% is 12.7062.
+    assert (
+        "- fast at its best minus plain: -1.8000 ± 2.5412 (2 pairs; 'b' and 'plain', chosen on "
+        "seed 9)\n"
+    ) in text
+    missing = [r for r in records if (r["arm"], r["seed"]) != ("a", 9)]
+    assert sweep_report.primary(missing) == ""
+    arms = (UNIFORM, Arm(name="x"))
+    for best_of, says in (
+        ({"best": ("y",)}, "'y' in best_of is not one of its arms"),
+        ({"best": ("x",)}, "best_of needs chosen_on"),
+    ):
+        with pytest.raises(UserError, match=says):
+            Sweep(
+                name="s",
+                base=RunConfig(),
+                arms=arms,
+                primary=(("best", "uniform"),),
+                best_of=best_of,
+            )
+
+
 def test_a_page_keeps_what_is_outside_the_marks():
     page = "a\n<!-- made -->\nold\n<!-- end made -->\nb\n"
     assert sweep_report.replace(page, "made", "new") == page.replace("old", "new")

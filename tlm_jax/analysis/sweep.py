@@ -63,7 +63,7 @@ class Sweep:
     """Arms of one base config.
 
     Raises:
-      UserError: names that clash, or a baseline or a primary comparison that is not an arm.
+      UserError: names that clash, or a baseline or a comparison that is not an arm.
     """
 
     name: str
@@ -74,6 +74,11 @@ class Sweep:
     seeds: tuple[int, ...] = (0, 1, 2)
     primary: tuple[tuple[str, str], ...] = ()
     """Pairs of arms whose difference carries the claim; they share one level of significance."""
+    best_of: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """A name, for use in `primary`, for the best of several arms: that of the lowest mean loss over
+    the seeds `chosen_on`. It is compared on the other seeds, so that the choice does not bias it.
+    """
+    chosen_on: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
@@ -87,10 +92,17 @@ class Sweep:
                     f"{arm.name!r} is not one of its arms"
                 )
 
-        if strangers := {name for pair in self.primary for name in pair} - set(names):
-            raise UserError(
-                f"sweep {self.name}: {min(strangers)!r} in primary is not one of its arms"
-            )
+        compared = {name for pair in self.primary for name in pair} - set(self.best_of)
+        for field, used in (
+            ("primary", compared),
+            ("best_of", set(itertools.chain(*self.best_of.values()))),
+        ):
+            if strangers := used - set(names):
+                raise UserError(
+                    f"sweep {self.name}: {min(strangers)!r} in {field} is not one of its arms"
+                )
+        if self.best_of and not self.chosen_on:
+            raise UserError(f"sweep {self.name}: best_of needs chosen_on, the seeds to choose by")
 
     @property
     def cells(self) -> tuple[Cell, ...]:
@@ -376,6 +388,8 @@ def _result(sweep: Sweep, cell: Cell, folder: pathlib.Path) -> dict[str, Any]:
         "arm": cell.arm.name,
         "baseline": cell.arm.baseline or sweep.baseline,
         "primary": [list(pair) for pair in sweep.primary],
+        "best_of": {name: list(arms) for name, arms in sweep.best_of.items()},
+        "chosen_on": list(sweep.chosen_on),
         "order": sweep.arms.index(cell.arm),
         "seed": cell.seed,
         "config": config_io.to_dict(config),

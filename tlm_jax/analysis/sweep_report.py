@@ -10,7 +10,7 @@ import json
 import math
 import pathlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -192,19 +192,38 @@ def markdown(records: Sequence[Record]) -> str:
 def primary(records: Sequence[Record]) -> str:
     """The primary comparisons of the sweep, at a level that they share (Bonferroni), or nothing."""
     pairs = [tuple(pair) for pair in records[0].get("primary", ())]
-    lines = []
+    chosen_on = records[0].get("chosen_on", ())
     cells = {(r["arm"], r["seed"]): r["final"]["loss"] for r in records}
-    for one, other in pairs:
-        seeds = [seed for arm, seed in cells if arm == one and (other, seed) in cells]
+    best = {
+        name: _best(cells, arms, chosen_on) for name, arms in records[0].get("best_of", {}).items()
+    }
+    lines = []
+    for names in pairs:
+        one, other = (best.get(name, name) for name in names)
+        used_up = chosen_on if set(names) & set(best) else ()
+        seeds = [s for arm, s in cells if arm == one and (other, s) in cells and s not in used_up]
         if seeds:
             apart = [cells[one, seed] - cells[other, seed] for seed in seeds]
             text = Estimate.of(apart, LEVEL / len(pairs)).text(4)
             noun = "pair" if len(seeds) == 1 else "pairs"
-            lines.append(f"- {one} minus {other}: {text} ({len(seeds)} {noun})")
+            choice = ""
+            if used_up:
+                by = f"seed{'s' * (len(used_up) > 1)} {' and '.join(map(str, used_up))}"
+                choice = f"; {one!r} and {other!r}, chosen on {by}"
+            lines.append(f"- {names[0]} minus {names[1]}: {text} ({len(seeds)} {noun}{choice})")
     if not lines:
         return ""
     share = f"{1 - LEVEL / len(pairs):.1%} intervals, so that together they err in 5% of studies"
     return f"Primary comparisons ({share}):\n\n" + "\n".join(lines) + "\n\n"
+
+
+def _best(
+    losses: Mapping[tuple[str, int], float], arms: Sequence[str], seeds: Sequence[int]
+) -> str | None:
+    """The arm of the lowest mean loss over these seeds; None if one of their cells is missing."""
+    if not all((arm, seed) in losses for arm in arms for seed in seeds):
+        return None
+    return min(arms, key=lambda arm: statistics.fmean(losses[arm, seed] for seed in seeds))
 
 
 def conditions(records: Sequence[Record]) -> str:
