@@ -1,7 +1,7 @@
 """The four architectures, tapered against uniform, each with its own baseline.
 
 Command:   DATA=FOLDER tlm sweep configs/sweeps/architectures.py
-Sizes:     FILE.py:micro (or another size of configs/study.py); :440m, :760m and :1_3b configs/tlm_*.py
+Sizes:     FILE.py:micro and the other sizes of configs/study.py; :440m, :760m, :1_3b (tlm_*.py)
 Cost:      40 runs (five seeds)
 Plan:      docs/studies.md, study h
 """

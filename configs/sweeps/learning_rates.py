@@ -5,8 +5,8 @@ Sizes:     FILE.py:micro and :medium use the sizes of configs/study.py
 Cost:      30 runs of configs/study.py (five seeds)
 Plan:      docs/studies.md, study d
 
-Every cell is compared with the uniform one of the same rate. The primary comparison takes each shape
-at its best rate, chosen on seeds 3 and 4 and compared on the others.
+Every cell is compared with the uniform one of the same rate. The primary comparison takes each
+shape at its best rate, chosen on seeds 3 and 4 and compared on the others.
 """
 
 import pathlib
