@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -132,4 +133,7 @@ def test_image_has_what_the_package_is_built_from() -> None:
     kept = (ROOT / ".dockerignore").read_text().splitlines()
     assert {line[1:] for line in kept if line.startswith("!")} == needed
     extras = project["project"]["optional-dependencies"]
-    assert {"tpu", "cuda", "hf"} <= set(extras)
+    [installed] = [re.search(r"\[\$\{EXTRA\},(.*)\]", line) for line in lines if "pip inst" in line]
+    assert installed is not None
+    assert {"gcs", "s3"} <= set(installed[1].split(","))  # runs lie in buckets
+    assert {"tpu", "cuda", *installed[1].split(",")} <= set(extras)

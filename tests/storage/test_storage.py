@@ -5,15 +5,19 @@ import io
 import json
 import pathlib
 import pickle
+import re
+import shutil
 import threading
 import time
 
+import jax.numpy as jnp
 import pytest
 from gcs_server import Server
 from s3_server import Either
 
 from tlm_jax import bucket_files, files, storage
 from tlm_jax.config import UserError
+from tlm_jax.training import profiling
 
 
 def _path(server: Either, name: str) -> pathlib.Path:
@@ -26,6 +30,19 @@ def test_local_paths_stay_pathlibs() -> None:
     for name in ("az://bucket/x", "http://host/x", "gs://", "gs:///"):
         with pytest.raises(UserError, match="can be local, gs://BUCKET"):
             storage.path(name)
+
+
+def test_a_profile_that_cannot_be_written_stays_here(gcs: Server) -> None:
+    """The run that made it goes on."""
+    folder = storage.path("gs://nowhere/run/profile")
+    profiler = profiling.Profiler(profiling.parse("0:1"), folder)
+    profiler.before_step(0)
+    said = profiler.after_step(1, jnp.ones(3)) or ""
+    found = re.fullmatch(r"Profile in (.*): cannot write to (gs://.*/profile): .*no bucket.*", said)
+    assert found is not None
+    assert found[2] == str(folder)
+    assert list(pathlib.Path(found[1]).rglob("*.xplane.pb"))
+    shutil.rmtree(found[1])
 
 
 def test_a_path_in_a_bucket_is_a_path(server: Either) -> None:

@@ -18,7 +18,8 @@ def test_a_trace_of_the_steps_asked_for(tmp_path: pathlib.Path) -> None:
         said.append(profiler.after_step(done + 1, jnp.ones(3) + done))
         if done == 0:
             assert not (tmp_path / "profile").exists()
-    assert said == [None, None, tmp_path / "profile", None]
+    where = f"Profile in {tmp_path / 'profile'}; look at it with xprof or TensorBoard."
+    assert said == [None, None, where, None]
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     profiler.close()
 

@@ -227,8 +227,8 @@ class Trainer:
                 profiler.before_step(done)
                 state, new_metrics = train_step(kind, state, placed)
                 done += 1
-                if trace := profiler.after_step(done, new_metrics):
-                    self._say(f"Profile in {trace}; look at it with xprof or TensorBoard.")
+                if traced := profiler.after_step(done, new_metrics):
+                    self._say(traced)
                 log.push(done, new_metrics)
                 watchdog.alive(f"waiting for step {done}")
                 checkpoints.check()

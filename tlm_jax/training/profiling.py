@@ -49,19 +49,26 @@ class Profiler:
             jax.profiler.start_trace(str(self._written))
             self._tracing = True
 
-    def after_step(self, done: int, metrics: Any) -> pathlib.Path | None:
-        """Ends the trace once its last step is done; returns its folder."""
+    def after_step(self, done: int, metrics: Any) -> str | None:
+        """Ends the trace once its last step is done; returns where it is."""
         if self._span is None or not self._tracing or done < self._span.start + self._span.steps:
             return None
         jax.block_until_ready(metrics)
-        self.close()
-        return self._folder
+        return self.close()
 
-    def close(self) -> None:
-        """Ends an unfinished trace."""
-        if self._tracing:
-            jax.profiler.stop_trace()
-            self._tracing = False
-            if self._written != self._folder:
+    def close(self) -> str | None:
+        """Ends an unfinished trace; returns where it is.
+
+        One that cannot be written to a bucket stays on this machine: the run goes on.
+        """
+        if not self._tracing:
+            return None
+        jax.profiler.stop_trace()
+        self._tracing = False
+        if self._written != self._folder:
+            try:
                 storage.upload(self._written, self._folder)
-                shutil.rmtree(self._written)
+            except OSError as error:
+                return f"Profile in {self._written}: cannot write to {self._folder}: {error}."
+            shutil.rmtree(self._written)
+        return f"Profile in {self._folder}; look at it with xprof or TensorBoard."
