@@ -2,11 +2,12 @@
 
 Command:   DATA=FOLDER tlm sweep configs/sweeps/learning_rates.py
 Sizes:     FILE.py:micro and :medium use the sizes of configs/study.py
-Cost:      30 runs of configs/study.py (five seeds)
-Plan:      docs/studies.md, study d
+           :SIZE-high, such as :micro-high, has the largest of the three rates and twice that
+Cost:      30 runs of configs/study.py (five seeds); -high 32 (eight other seeds)
+Plan:      docs/studies.md, study d; -high is study j
 
 Every cell is compared with the uniform one of the same rate. The primary comparison takes each
-shape at its best rate, chosen on seeds 3 and 4 and compared on the others.
+shape at its best rate, chosen on two seeds and compared on the others.
 """
 
 import pathlib
@@ -19,9 +20,12 @@ SHAPES = ("uniform", "cosine")
 
 
 def get_sweep(size: str = "small") -> Sweep:
-    base = config_io.load_config(f"{STUDY}:{size}")
+    base = config_io.load_config(f"{STUDY}:{size.removesuffix('-high')}")
+    factors, seeds, chosen_on = (0.5, 1, 2), range(5), (3, 4)
+    if size.endswith("-high"):
+        factors, seeds, chosen_on = (2, 4), range(10, 18), (10, 11)
     arms = []
-    for factor in (0.5, 1, 2):
+    for factor in factors:
         rate = factor * base.optimizer.learning_rate
         for shape in SHAPES:
             changes = {
@@ -37,11 +41,11 @@ def get_sweep(size: str = "small") -> Sweep:
         base=base,
         arms=tuple(arms),
         baseline=arms[0].name,
-        seeds=tuple(range(5)),
+        seeds=tuple(seeds),
         primary=(("cosine at its best rate", "uniform at its best rate"),),
         best_of={
             f"{shape} at its best rate": tuple(a.name for a in arms if a.name.startswith(shape))
             for shape in SHAPES
         },
-        chosen_on=(3, 4),
+        chosen_on=chosen_on,
     )
