@@ -15,9 +15,11 @@ from tlm_jax.training import faults
 def outside() -> Iterator[list[int]]:
     """The signals that a handler outside of training was given."""
     seen: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: seen.append(number))
+    both = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, _: seen.append(number)) for number in both]
     yield seen
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in zip(both, before, strict=True):
+        signal.signal(number, handler)
 
 
 def test_signals_of_one_stop_count_once(outside: list[int]) -> None:
