@@ -24,12 +24,12 @@ def parts() -> dict[str, str]:
     return {name: text for page in PAGES for name, text in PART.findall(page.read_text())}
 
 
-def same_after(name: str, words: list[str], tmp_path: pathlib.Path) -> None:
-    """`tlm report` with these words writes the table that the page of that name has."""
+def same_after(name: str, words: list[str], tmp_path: pathlib.Path, verb: str = "report") -> None:
+    """`tlm report` (or another verb) writes the table that the page of that name has."""
     [page] = [page for page in PAGES if f"<!-- {name} -->" in page.read_text()]
     copy = tmp_path / page.name
     copy.write_text(page.read_text())
-    assert cli.main(["report", *words, "--page", str(copy)]) == 0
+    assert cli.main([verb, *words, "--page", str(copy)]) == 0
     assert copy.read_text() == page.read_text()
 
 
@@ -37,6 +37,11 @@ def same_after(name: str, words: list[str], tmp_path: pathlib.Path) -> None:
 def test_tables_of_sweeps_are_what_report_writes(path: pathlib.Path, tmp_path: pathlib.Path):
     same_after(path.stem, [str(path)], tmp_path)
     assert sweep_report.read(path)[0]["sweep"] == path.stem  # it is this file's own part
+
+
+def test_the_line_over_compute_is_what_ladder_writes(tmp_path: pathlib.Path):
+    names = ("ladder-cpu", "schedules-micro", "shapes", "shapes-medium")
+    same_after("ladder", [f"{RESULTS}/{name}.jsonl" for name in names], tmp_path, verb="ladder")
 
 
 @pytest.mark.parametrize("name", ["smollm2", "suites", "needle", "alignment"])

@@ -96,10 +96,22 @@ def test_the_table_says_each_scale_and_how_far_the_paper_is(
     assert "792,000 times the most that was trained" in out
 
 
+def test_sweeps_of_one_taper_make_one_line():
+    """The other tapers of further sweeps are left out."""
+    made = records(noise=0.001)
+    small, large = ([r for r in made if f" {size}" in r["arm"]] for size in ("1e+06", "1e+07"))
+    assert ladder.markdown([small, large]) == ladder.markdown([made])
+    without = [r for r in small if not r["arm"].startswith("reversed")]
+    text = ladder.markdown([without, large])
+    assert "0.5 to 1.5" not in text
+    assert text.count("\n| 1,666,666 | ") == 2
+    assert "(12 pairs)" in text
+
+
 def test_what_gives_no_line_is_refused():
     made = records()
     with pytest.raises(UserError, match="three pairs"):
         ladder.fit(ladder.points(made)[:2])
     alone = [r for r in made if r["arm"].startswith("cosine")]
     with pytest.raises(UserError, match="there are no pairs"):
-        ladder.markdown(alone)
+        ladder.markdown([alone])

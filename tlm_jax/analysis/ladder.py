@@ -120,12 +120,17 @@ def fit(found: Sequence[Point]) -> Line:
     )
 
 
-def markdown(records: Sequence[Record]) -> str:
-    """A table of the differences by size and length, and a sentence for the line of each taper."""
-    found = points(records)
-    tapers = list(dict.fromkeys(point.taper for point in found))
+def markdown(sweeps: Sequence[Sequence[Record]]) -> str:
+    """A table of the differences by size and length, and a sentence for the line of each taper.
+
+    Args:
+      sweeps: pairs are made within each; tapers that the first one lacks are left out.
+    """
+    tapers = list(dict.fromkeys(point.taper for point in points(sweeps[0])))
     if not tapers:
         raise UserError("there are no pairs: arms of a ladder need baselines with equal seeds")
+    found = [point for records in sweeps for point in points(records) if point.taper in tapers]
+    found.sort(key=lambda point: point.flops)
     scales = list(dict.fromkeys((point.parameters, point.tokens, point.flops) for point in found))
     header = ["parameters", "tokens", "FLOPs", "pairs", *tapers]
     lines = []

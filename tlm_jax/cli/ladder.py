@@ -14,10 +14,11 @@ from tlm_jax.config import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Command:
-    """Fit how a taper's gain changes with compute, over a sweep of sizes and training lengths."""
+    """Fit how a taper's gain changes with compute, over sizes and training lengths."""
 
-    sweep: Annotated[pathlib.Path | None, tyro.conf.Positional] = None
-    """Folder of the sweep (configs/sweeps/ladder.py), or its JSON lines."""
+    sweeps: Annotated[tuple[pathlib.Path, ...], tyro.conf.Positional] = ()
+    """Folder of a sweep (configs/sweeps/ladder.py), or its JSON lines. Of further ones, the pairs
+    of the first one's tapers join the line; give no run twice."""
     page: pathlib.Path | None = None
     """A Markdown page; the part between <!-- NAME --> and <!-- end NAME --> is rewritten."""
     part: str = "ladder"
@@ -27,10 +28,10 @@ class Command:
 def run(argv: Sequence[str], prog: str) -> int:
     """Runs `tlm ladder`; returns the exit status."""
     command = parse(Command, argv, prog)
-    if command.sweep is None:
+    if not command.sweeps:
         raise UserError(f"{prog} needs a sweep: {prog} runs/sweeps/ladder-cpu")
     from tlm_jax.analysis import ladder, sweep_report
 
-    text = ladder.markdown(sweep_report.read(command.sweep))
+    text = ladder.markdown([sweep_report.read(path) for path in command.sweeps])
     show(text, page=command.page, part=command.part)
     return 0
