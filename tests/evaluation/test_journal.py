@@ -64,3 +64,14 @@ def test_no_flipped_byte_changes_an_answer(tmp_path: pathlib.Path) -> None:
         third = Journal(path, {"step": 1})
         assert third.known([*answers, "new"]) == {**found, "new": 7}
         assert third.damaged == 0
+
+
+def test_of_equal_requests_the_first_answer_counts(tmp_path: pathlib.Path) -> None:
+    """As it does after a kill that came between the two answers."""
+    path = tmp_path / "answers.jsonl"
+    journal = Journal(path, {})
+    keys = ["same", "other", "same"]
+    found = journal.answers(keys, lambda missing: ((i, i) for i in missing), lambda *_: None)
+    assert found == [0, 1, 0]
+    journal.close()
+    assert Journal(path, {}).known(keys) == {"same": 0, "other": 1}

@@ -213,6 +213,21 @@ def test_batches_shrink_to_the_memory() -> None:
             dict(tiny.score(questions()))
 
 
+@pytest.mark.parametrize("name", ["attention", "titans"])
+def test_an_answer_does_not_depend_on_which_are_wanted(name: str) -> None:
+    """What a resumed evaluation still asks for has the bits that it would have had before."""
+    model = skeleton(model_config(**MODELS[name]))
+    params = model.init(jax.random.key(1))
+    mesh = mesh_lib.single_device_mesh()
+    with jax.set_mesh(mesh):
+        scorer = Scorer(model, params, mesh, max_length=512, batch_tokens=512)
+        every = dict(scorer.score(questions()))
+        assert sorted(every) == list(range(19))
+        for wanted in ([0], [3, 18], range(0, 19, 2)):
+            found = dict(scorer.score(questions(), wanted))
+            assert found == {index: every[index] for index in wanted}
+
+
 def test_longer_requests_lose_their_beginning() -> None:
     """A request beyond max_length is scored as one with the tokens before that left out."""
     model = skeleton(model_config(**MODELS["attention"]))

@@ -184,8 +184,9 @@ class HarnessModel(TemplateLM):
 
     def _answers(self, requests: Sequence[Request]) -> list[Likelihood]:
         def ask(missing: list[int]) -> Iterator[tuple[int, list[Any]]]:
-            for place, answer in self._scorer.score([requests[i] for i in missing]):
-                yield place, [answer.log_likelihood, answer.is_greedy]
+            place = {index: place for place, index in enumerate(missing)}
+            for index, answer in self._scorer.score(requests, missing):
+                yield place[index], [answer.log_likelihood, answer.is_greedy]
 
         keys = [json.dumps([r.context, r.continuation]) for r in requests]
         found = self._journal.answers(keys, ask, functools.partial(self._advance, "scored"))

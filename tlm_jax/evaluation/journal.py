@@ -92,8 +92,9 @@ class Journal:
         advance(done, len(keys))
         for place, answer in ask(missing):
             key = keys[missing[place]]
-            known[key] = answer
-            self.add(key, answer)
+            if key not in known:  # of equal requests, the first answer counts, as after a kill
+                known[key] = answer
+                self.add(key, answer)
             done += 1
             advance(done, len(keys))
         return [known[key] for key in keys]

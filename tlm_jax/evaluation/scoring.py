@@ -10,7 +10,7 @@ import functools
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -80,17 +80,25 @@ class Scorer:
         self.programs: dict[tuple[int, ...], Any] = {}
         """Compiled programs by B, L, P and N."""
 
-    def score(self, requests: Sequence[Request]) -> Iterator[tuple[int, Likelihood]]:
-        """Yields (index, answer) for all requests, longest first.
+    def score(
+        self, requests: Sequence[Request], wanted: Iterable[int] | None = None
+    ) -> Iterator[tuple[int, Likelihood]]:
+        """Yields (index, answer), longest first.
+
+        Args:
+          requests: all that belong together. They decide how batches are laid out, so an answer
+            does not depend on `wanted`, to the last bit.
+          wanted: indices of the requests to answer; None answers all.
 
         Raises:
           UserError: not even one row fits into the memory.
         """
-        todo = dict(enumerate(request.cut(self.max_length) for request in requests))
+        cut = {index: request.cut(self.max_length) for index, request in enumerate(requests)}
+        todo = set(cut if wanted is None else wanted)
         while todo:
             try:
-                for index, answer in self._answers(dict(todo)):
-                    del todo[index]
+                for index, answer in self._answers(cut, todo):
+                    todo.remove(index)
                     yield index, answer
             except _TooLargeError as error:
                 B, L = error.shape
@@ -101,20 +109,31 @@ class Scorer:
                     ) from None
                 self.batch_tokens = B * L // 2
 
-    def _answers(self, requests: dict[int, Request]) -> Iterator[tuple[int, Likelihood]]:
+    def _answers(
+        self, requests: dict[int, Request], todo: set[int]
+    ) -> Iterator[tuple[int, Likelihood]]:
+        """Runs the batches that hold a request of `todo`, which may shrink meanwhile."""
         pending: list[tuple[Batch, Any]] = []
+
+        def read() -> Iterator[tuple[int, Likelihood]]:
+            batch, answers = pending.pop(0)
+            for index, answer in batch.answers(*map(np.asarray, answers)):
+                if index in todo:
+                    yield index, answer
+
         for batch in make_batches(
             requests,
             pack=self._packs,
             batch_tokens=self.batch_tokens,
             parts=self._parts,
         ):
+            if todo.isdisjoint(key for key, *_ in batch.spans):
+                continue
             pending.append((batch, self._run(batch)))
             if len(pending) > 1:  # while this one is read, the next one runs
-                done, answer = pending.pop(0)
-                yield from done.answers(*map(np.asarray, answer))
-        for done, answer in pending:
-            yield from done.answers(*map(np.asarray, answer))
+                yield from read()
+        while pending:
+            yield from read()
 
     def _run(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         inputs = {name: self._put(a) for name, a in batch.arrays.items()}
