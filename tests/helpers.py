@@ -15,8 +15,10 @@ CACHE = {
     "JAX_COMPILATION_CACHE_DIR": "",  # set for each session
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    # Else the folder is a part of a program's name, and every session has its own.
+    "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
 }
-"""Variables by which every compiled program is kept, however small."""
+"""Variables by which every compiled program is kept, however small, and found by later sessions."""
 Fails = Callable[..., str]
 """Runs `tlm` with these words, which are wrong, and returns its only line of complaint."""
 
