@@ -184,9 +184,9 @@ def compare(options: argparse.Namespace) -> None:
         header += [f"{arm}, per s", "ours over it"]
     report.publish(
         "evaluation",
-        f"{report.table(header, rows)}\n\nThe first {options.limit} rows of each task; requests a "
-        f"second, medians over {options.rounds - 1} alternating rounds after the first, in which "
-        f"ours, with a device for each core, compiles. {report.software()}.",
+        f"{report.table(header, rows)}\n\nThe first {options.limit} rows of each task; requests per "
+        f"second, median of {options.rounds - 1} alternating round(s) after the first, in which "
+        f"ours, with one device per core, compiles. {report.software()}.",
     )
 
 

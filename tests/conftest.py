@@ -5,6 +5,7 @@ Nothing here imports jax: the data and plan tests prove that they do without it.
 
 import contextlib
 import fcntl
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -27,6 +28,7 @@ os.environ.setdefault("XLA_FLAGS", FLAGS)
 # Else `tlm` starts itself again for large pages, on which steps as small as these do not depend.
 os.environ.setdefault("GLIBC_TUNABLES", "")
 os.environ |= CACHE
+gc.set_threshold(50_000, 20, 20)  # tracing makes millions of objects that stay
 PROGRAMS = programs.store()
 
 CONFIG = """

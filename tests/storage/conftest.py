@@ -14,6 +14,16 @@ from s3_server import Either
 from tlm_jax import cli, storage
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One worker runs the tests of a kind of bucket, for they share its server and its run."""
+    for item in items:
+        if item.path.parent == pathlib.Path(__file__).parent and isinstance(item, pytest.Function):
+            given = item.callspec.params if hasattr(item, "callspec") else {}
+            kind = given.get("server") or ("s3" if "s3" in item.fixturenames else "gcs")
+            item.add_marker(pytest.mark.xdist_group(kind))
+
+
 @contextlib.contextmanager
 def _serving(server: Either) -> Iterator[Either]:
     """This process and those that tests start find it."""

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-import gc
 import io
 import itertools
 import logging
@@ -13,7 +12,7 @@ import pathlib
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import tyro
@@ -21,6 +20,7 @@ import tyro
 from tlm_jax import storage
 from tlm_jax.config import RunConfig, UserError
 from tlm_jax.distributed.start import ProcessesConfig
+from tlm_jax.garbage import no_collection
 
 TRUST = "--trust_module"
 _TRUST_HELP = f"""
@@ -95,7 +95,9 @@ def parse(command: type, argv: Sequence[str], prog: str, **defaults: Any) -> Any
     complaint = io.StringIO()
     default = command(**defaults)
     try:
-        with contextlib.redirect_stderr(complaint), _no_collection():
+        # tyro parses source files, and in CPython before 3.11.8 a finalizer that runs meanwhile can
+        # break that (python/cpython#106905).
+        with contextlib.redirect_stderr(complaint), no_collection():
             return tyro.cli(
                 command,
                 prog=prog,
@@ -128,19 +130,6 @@ def processes(argv: Sequence[str], prog: str) -> ProcessesConfig:
         for part in words[index : index + (1 if "=" in word else 2)]
     ]
     return parse(_Processes, mine, prog).processes
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection: tyro parses source files, and in CPython before 3.11.8 a finalizer
-    that runs meanwhile can break that (python/cpython#106905)."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _one_line(box: str) -> str:
