@@ -94,7 +94,7 @@ class Log:
         self._part: pathlib.Path | None = None
         self._stored = b""  # what the current part holds
         self._pending: list[bytes] = []
-        self._asked = self._closed = self._warned = False
+        self._asked = self._closed = self._warned = self._refused = False
         self.dropped = 0
         """Bytes that were lost because the bucket could not be written for too long."""
         self._thread = threading.Thread(target=self._run, name=f"log {path.name}", daemon=True)
@@ -119,9 +119,11 @@ class Log:
             return self._lock.wait_for(lambda: not self._pending or self._closed, seconds)
 
     def close(self, seconds: float = 30.0) -> None:
-        """Uploads what is left, waiting for at most this many seconds."""
-        self.flush(seconds)
+        """Uploads what is left, waiting for at most this many seconds, and not if it is refused."""
         with self._lock:
+            self._asked, self._refused = True, False
+            self._lock.notify_all()
+            self._lock.wait_for(lambda: not self._pending or self._refused, seconds)
             self._closed = True
             left = self.dropped + sum(map(len, self._pending))
             self._lock.notify_all()
@@ -148,6 +150,9 @@ class Log:
             if not self._warned:
                 self._warned = True
                 self._warn(error)
+            with self._lock:
+                self._refused = isinstance(error, PermissionError)
+                self._lock.notify_all()
             time.sleep(_POLL)
             return
         self._stored = content

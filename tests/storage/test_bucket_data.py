@@ -118,7 +118,7 @@ def test_batches_from_a_bucket_are_those_from_a_folder(
         one, other = map(next, iterators)
         for name in one:
             np.testing.assert_array_equal(one[name], other[name])
-    kept = sorted((tmp_path / "shards").iterdir())
+    kept = sorted((tmp_path / "shards").glob("*.arrayrecord"))  # the next may be on its way
     assert kept
     assert all(store.sha256(path) == path.stem for path in kept)
     for iterator in iterators:

@@ -149,6 +149,19 @@ def test_writing_goes_on_while_the_bucket_cannot_be_written(
     assert "500 bytes of it are lost" in str(warned[-1])
 
 
+def test_what_is_refused_is_not_waited_for_at_the_end(gcs: Server) -> None:
+    """No permission is no passing error."""
+    gcs.fault = lambda method, path: 403 if method in ("POST", "PUT") else None
+    warned: list[Exception] = []
+    log = bucket_files.Log(_path(gcs, "refused/end.txt"), warned.append)
+    log.write(b"one line\n")
+    begin = time.monotonic()
+    log.close(20)
+    assert time.monotonic() - begin < 10
+    assert [type(error) for error in warned] == [PermissionError, OSError]
+    assert "9 bytes of it are lost" in str(warned[-1])
+
+
 def test_one_of_two_gets_the_lease(server: Either) -> None:
     path = _path(server, "leases/.lock")
     taken: list[str] = []

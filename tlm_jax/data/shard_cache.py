@@ -10,6 +10,7 @@ import os
 import pathlib
 import shutil
 import sys
+import threading
 
 from tlm_jax import files, storage
 from tlm_jax.config import UserError
@@ -46,7 +47,7 @@ def local(path: pathlib.Path, sha256: str, size: int, folder: pathlib.Path) -> p
 
 
 def _fetch(path: pathlib.Path, sha256: str, copy: pathlib.Path) -> None:
-    part = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
+    part = copy.with_name(f".{copy.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         for _ in range(_TRIES):
             storage.download(path, part)
