@@ -44,7 +44,7 @@ def test_the_line_over_compute_is_what_ladder_writes(tmp_path: pathlib.Path):
     same_after("ladder", [f"{RESULTS}/{name}.jsonl" for name in names], tmp_path, verb="ladder")
 
 
-@pytest.mark.parametrize("name", ["smollm2", "suites", "needle", "alignment"])
+@pytest.mark.parametrize("name", ["smollm2", "suites", "needle", "alignment", "alignment-steps"])
 def test_other_tables_are_what_report_writes(name: str, tmp_path: pathlib.Path):
     one = RESULTS / f"{name}.json"
     files = [one] if one.exists() else sorted((RESULTS / name).glob("*.json"))
