@@ -28,7 +28,7 @@ os.environ.setdefault("XLA_FLAGS", FLAGS)
 # Else `tlm` starts itself again for large pages, on which steps as small as these do not depend.
 os.environ.setdefault("GLIBC_TUNABLES", "")
 os.environ |= CACHE
-gc.set_threshold(50_000, 20, 20)  # tracing makes millions of objects that stay
+gc.set_threshold(50_000, 10, 10)  # tracing makes millions of objects that stay
 PROGRAMS = programs.store()
 
 CONFIG = """
