@@ -184,8 +184,8 @@ def compare(options: argparse.Namespace) -> None:
         header += [f"{arm}, per s", "ours over it"]
     report.publish(
         "evaluation",
-        f"{report.table(header, rows)}\n\nThe first {options.limit} rows of each task; requests per "
-        f"second, median of {options.rounds - 1} alternating round(s) after the first, in which "
+        f"{report.table(header, rows)}\n\nThe first {options.limit} rows of each task; requests "
+        f"per second, median of {options.rounds - 1} alternating round(s) after the first, in which "
         f"ours, with one device per core, compiles. {report.software()}.",
     )
 
