@@ -185,8 +185,8 @@ def compare(options: argparse.Namespace) -> None:
     report.publish(
         "evaluation",
         f"{report.table(header, rows)}\n\nThe first {options.limit} rows of each task; requests "
-        f"per second, median of {options.rounds - 1} alternating round(s) after the first, in which "
-        f"ours, with one device per core, compiles. {report.software()}.",
+        f"per second, median of {options.rounds - 1} alternating round(s) after the first, in "
+        f"which ours, with one device per core, compiles. {report.software()}.",
     )
 
 
